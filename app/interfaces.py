@@ -1,0 +1,95 @@
+"""The Protocols that the loop is written against. Unit tests drive the loop with in-process fakes of these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeVar
+
+import torch
+
+from app.experience import Experience, FloatArray, IntArray, Prompt, Rollout, TokenBatch
+
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Pending(Protocol[T_co]):
+    """Work in flight."""
+
+    def result(self) -> T_co:
+        """Wait for it. Raises DeadlineError, or what the work raised."""
+        ...
+
+
+class RolloutPool(Protocol):
+    """Rollout engines that hold one policy."""
+
+    def submit(self, prompts: Sequence[Prompt], *, seed: int, greedy: bool = False) -> Pending[list[Rollout]]:
+        """Start sampling one response per prompt; the same seed and prompts sample the same responses.
+
+        Results come in the order of `prompts`. Raises RolloutError when an engine fails."""
+        ...
+
+    def logprobs(self, sequences: Sequence[IntArray]) -> list[FloatArray]:
+        """Per sequence [S]: float32 [S-1], entry t = log p(ids[t+1] | ids[..t]) under the engines' current weights."""
+        ...
+
+
+class Learner(Protocol):
+    """The policy and the critic under training."""
+
+    def inspect(self, tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs of the response tokens and values before them, both float32 [B, T], without gradient."""
+        ...
+
+    def update(self, experience: Experience, *, seed: int) -> Mapping[str, float]:
+        """Epochs x minibatches of optimizer steps over a credited experience; returns metrics. Raises NonFiniteError."""
+        ...
+
+    def save(self, folder: str) -> None:
+        """Write everything an exact resume needs (models, optimizers, schedules, RNG) under `folder`."""
+        ...
+
+    def load(self, folder: str) -> None:
+        """Restore what `save` wrote. Raises CheckpointError if a part is missing."""
+        ...
+
+    def export(self, folder: str) -> None:
+        """Write the policy as a Hugging Face folder (safetensors, config, tokenizer, chat template)."""
+        ...
+
+
+class Publisher(Protocol):
+    """Carries the learner's policy weights into the rollout engines."""
+
+    def publish(self, version: int) -> Mapping[str, float]:
+        """Push the current weights to every engine, label them `version`, and compare both sides on canary sequences.
+
+        Returns metrics (seconds, bytes, canary mismatch). Raises WeightPushError when the two sides disagree."""
+        ...
+
+
+class Scorer(Protocol):
+    """The scoring service: reward model and frozen reference policy. Token ids in, floats out."""
+
+    def scores(self, sequences: Sequence[IntArray]) -> Pending[list[float]]:
+        """Reward-model score (logit - reward_offset) of each sequence [S]. A failed score is a ScoringError."""
+        ...
+
+    def logprobs(self, sequences: Sequence[IntArray]) -> Pending[list[FloatArray]]:
+        """Per sequence [S]: float32 [S-1], entry t = log p(ids[t+1] | ids[..t]) under the reference policy."""
+        ...
+
+
+class Reward(Protocol):
+    """Turns rollouts into one float each (before shaping)."""
+
+    def score(self, rollouts: Sequence[Rollout]) -> Pending[list[float]]: ...
+
+
+class Tracker(Protocol):
+    """Where metrics go."""
+
+    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Record scalar metrics of one step of a stage (`sft`, `rm`, `ppo`, `evaluation`)."""
+        ...
