@@ -107,7 +107,7 @@ def pad_rows(rows: Sequence[FloatArray], length: int) -> torch.Tensor:
     """Stack float arrays [t_b] as float32 [len(rows), length], zeros behind each row's end."""
     out = torch.zeros(len(rows), length)
     for target, row in zip(out, rows, strict=True):
-        target[: len(row)] = torch.from_numpy(np.asarray(row, dtype=np.float32))
+        target[: len(row)] = torch.as_tensor(np.array(row, dtype=np.float32))  # a copy: rows out of the object store are read-only
     return out
 
 

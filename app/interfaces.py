@@ -24,7 +24,7 @@ class Pending(Protocol[T_co]):
 class RolloutPool(Protocol):
     """Rollout engines that hold one policy."""
 
-    def submit(self, prompts: Sequence[Prompt], *, seed: int, greedy: bool = False) -> Pending[list[Rollout]]:
+    def submit(self, prompts: Sequence[Prompt], *, seed: int) -> Pending[list[Rollout]]:
         """Start sampling one response per prompt; the same seed and prompts sample the same responses.
 
         Results come in the order of `prompts`. Raises RolloutError when an engine fails."""

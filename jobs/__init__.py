@@ -1,0 +1,1 @@
+"""Commands: thin entry points that compose stages and services."""

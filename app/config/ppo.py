@@ -51,8 +51,6 @@ class PpoConfig(Config):
     workers: WorkersConfig = WorkersConfig()
     max_logprob_mismatch: float = Field(1e-3, gt=0)
     """Largest |log p(engine) - log p(learner)| allowed on canaries after a push and, at lag 0, on rollouts."""
-    max_failed_scores: float = Field(0.1, ge=0, lt=1)
-    """Share of a batch whose scores may fail (they are masked out) before the run stops."""
     save_every: int = Field(50, ge=1)
     """Steps between checkpoints."""
 

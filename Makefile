@@ -1,0 +1,56 @@
+# make demo     train an assistant on this machine: SFT, reward model, PPO (minutes on 2 CPU cores)
+# make test     every test
+# make setup    the environment alone; every other target makes it when it is missing
+# make unit     unit tests, oracles and doctests (under a minute)
+# make check    formatting, lint, types, import direction
+# make learn    the demo on three seeds; writes docs/results/
+# make bench    tokens per second and the share of each phase of a PPO iteration
+# make lock     resolve requirements/ anew
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+UV_COMPILE := $(BIN)/uv pip compile pyproject.toml --extra dev --python-version 3.11 --no-emit-package torch --no-annotate --no-header \
+	--overrides requirements/overrides.txt --constraints requirements/constraints.txt --upgrade --quiet
+
+.PHONY: setup demo test unit check learn bench lock
+
+setup: $(STAMP)
+
+# Two steps: torch with its dependencies (its ordinary build needs its CUDA libraries even on a CPU), then the lock as it stands.
+$(STAMP): requirements/cpu.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements/cpu.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(BIN)/python -c "import torch, vllm, deepspeed, ray, transformers"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/corral pipeline jobs/recipes/tiny/pipeline.toml --run.dir=runs/demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+unit: $(STAMP)
+	$(BIN)/python -m pytest tests/unit tests/oracle app --doctest-modules
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+learn: $(STAMP)
+	for seed in 1 2 3; do $(BIN)/corral pipeline jobs/recipes/tiny/pipeline.toml --run.seed=$$seed --run.dir=runs/learn-$$seed || exit; done
+	mkdir -p docs/results
+	$(BIN)/python -m bench.learning runs/learn-1 runs/learn-2 runs/learn-3 > docs/results/learning.md
+
+bench: demo
+	$(BIN)/python bench/ppo.py --model runs/demo/sft/model --steps 8 --json
+
+# The CPU lock resolves only where uv finds torch's CPU build, which PyPI does not have: point UV_FIND_LINKS or UV_INDEX at one.
+lock: $(STAMP)
+	$(UV_COMPILE) --extra cpu --overrides requirements/overrides-cpu.txt -o requirements/cpu.txt
+	$(UV_COMPILE) --extra cuda -o requirements/cuda.txt

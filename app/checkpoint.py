@@ -1,0 +1,105 @@
+"""Checkpoints that cannot be half there.
+
+Layout: `FOLDER/step-00000050/` holds the parts and, written last, `manifest.json` (step, state, size and SHA-256 of every part).
+A checkpoint is written under a temporary name and renamed when it is complete; older ones go only after that. Which one is
+the latest is computed from the manifests: there is no pointer that could lie.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from app.durable import MANIFEST, damage, file_hashes, read_json, sync, sync_tree, write_json
+from app.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "step-"
+SAVING = ".saving-"
+REMOVING = ".removing-"
+
+
+class SavedCheckpoint(NamedTuple):
+    """`state` is what `save` was given; `path` holds the parts that its `write` wrote."""
+
+    step: int
+    state: dict[str, Any]
+    path: Path
+
+
+class CheckpointStore:
+    """The checkpoints of one stage, of which the newest `keep` stay. One writer at a time."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        if keep < 1:
+            raise ValueError(f"keep = {keep}: at least one checkpoint must stay")
+        self.folder = folder
+        self.keep = keep
+
+    def save(self, step: int, state: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
+        """Commit a checkpoint and return its folder.
+
+        `state`: small and JSON-able (counters, coefficients, RNG states as lists), finite. `write(folder)` puts the large
+        parts there, by whichever processes, and returns when all of them are closed. If anything raises, the earlier
+        checkpoints stay as they were.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._clear_leftovers()
+        final = self._free_name(step)
+        partial = self.folder / f"{SAVING}{final.name}"
+        partial.mkdir()
+        write(partial)
+        sync_tree(partial)
+        manifest = {"step": step, "state": dict(state), "saved": time.time(), "files": file_hashes(partial)}
+        write_json(partial / MANIFEST, manifest)
+        partial.rename(final)
+        sync(self.folder)
+        self._retire(final)
+        return final
+
+    def latest(self) -> SavedCheckpoint | None:
+        """The newest complete checkpoint, or None. One whose parts are missing, cut or changed is passed over with a warning."""
+        for path in self._folders():
+            if not (path / MANIFEST).is_file():
+                logger.warning("checkpoint %s has no manifest and is passed over", path)
+                continue
+            try:
+                manifest = read_json(path / MANIFEST)
+                step, state, files = manifest["step"], manifest["state"], manifest["files"]
+            except (CheckpointError, KeyError) as error:
+                logger.warning("checkpoint %s has an unreadable manifest and is passed over: %s", path, error)
+                continue
+            if problem := damage(path, files):
+                logger.warning("checkpoint %s is passed over: %s", path, problem)
+                continue
+            return SavedCheckpoint(step, state, path)
+        return None
+
+    def _folders(self) -> list[Path]:
+        """Newest first; a step saved again sorts above its older copy."""
+        return sorted((p for p in self.folder.glob(f"{PREFIX}*") if p.is_dir()), reverse=True)
+
+    def _free_name(self, step: int) -> Path:
+        """A step saved again (after a resume) gets a name of its own, so that the earlier copy stays until this one is complete."""
+        name = f"{PREFIX}{step:08d}"
+        copies = [int(p.name.partition(".")[2] or 0) for p in self.folder.glob(f"{name}*")]
+        return self.folder / (f"{name}.{max(copies) + 1:03d}" if copies else name)
+
+    def _retire(self, newest: Path) -> None:
+        """Drop all but `keep`. What a resume left behind it (later steps than the one just saved) goes first."""
+        folders = self._folders()
+        first = folders.index(newest)
+        for path in folders[:first] + folders[first + self.keep :]:
+            doomed = self.folder / f"{REMOVING}{path.name}"
+            path.rename(doomed)  # in one step: a half-deleted folder must not look like a checkpoint
+            shutil.rmtree(doomed)
+
+    def _clear_leftovers(self) -> None:
+        for pattern in (f"{SAVING}*", f"{REMOVING}*"):
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path)

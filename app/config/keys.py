@@ -1,0 +1,94 @@
+"""The dotted keys of a recipe, read off the config classes: for `--help`, for overrides and for spelling suggestions."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, get_origin
+
+from pydantic import TypeAdapter
+
+from app.config.recipe import Recipe
+from app.schema import Config
+
+
+@dataclass(frozen=True)
+class RecipeKey:
+    """One leaf of the config tree, for example `ppo.kl.coef`."""
+
+    name: str
+    annotation: Any
+    default: Any
+    description: str
+
+    @property
+    def is_table(self) -> bool:
+        """The value is a table whose keys are free (`ppo.deepspeed.extra`, `tune.space`)."""
+        return get_origin(self.annotation) is dict
+
+    @property
+    def is_nested_table(self) -> bool:
+        """A free table of free tables: what follows the key in a dotted name is a path, not one name."""
+        return self.is_table and self.annotation == dict[str, Any]
+
+    def accepts(self, value: Any) -> bool:
+        """Whether `value` has the key's type (its range is checked with the whole recipe)."""
+        return not type_errors(self.annotation, value)
+
+
+def type_errors(annotation: Any, value: Any) -> bool:
+    """Whether `value` is of another type than `annotation`."""
+    try:
+        TypeAdapter(annotation).validate_python(value)
+    except ValueError:
+        return True
+    return False
+
+
+@cache
+def recipe_keys() -> dict[str, RecipeKey]:
+    """Every leaf key of the recipe by its dotted name, in the order of the classes."""
+    return {key.name: key for key in _leaves(Recipe(), ())}
+
+
+def _leaves(config: Config, path: tuple[str, ...]) -> Iterator[RecipeKey]:
+    for name, info in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, Config):
+            yield from _leaves(value, (*path, name))
+        else:
+            yield RecipeKey(".".join((*path, name)), info.annotation, value, " ".join((info.description or "").split()))
+
+
+def section_keys(sections: Iterable[str]) -> list[RecipeKey]:
+    """The leaf keys under the given top-level sections."""
+    wanted = set(sections)
+    return [key for key in recipe_keys().values() if key.name.split(".")[0] in wanted]
+
+
+def is_section(name: str) -> bool:
+    """Whether `name` is a table of the recipe, such as `ppo` or `ppo.kl`."""
+    return any(key.startswith(f"{name}.") for key in recipe_keys())
+
+
+def find_key(name: str) -> RecipeKey | None:
+    """The recipe key that `name` is, or whose free table it lies in."""
+    keys = recipe_keys()
+    if name in keys:
+        return keys[name]
+    return next((key for key in keys.values() if key.is_table and name.startswith(f"{key.name}.")), None)
+
+
+def nearest_key(name: str) -> str | None:
+    """The recipe key spelt most like `name`; a key with the same last part wins over one that only looks alike."""
+    keys = list(recipe_keys())
+    last = name.rsplit(".", 1)[-1]
+    same_last = [key for key in keys if key.rsplit(".", 1)[-1] == last]
+    for candidates, cutoff in ((same_last, 0.0), (keys, 0.6)):
+        matches = difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff)
+        if matches:
+            return matches[0]
+    near_last = difflib.get_close_matches(last, {key.rsplit(".", 1)[-1] for key in keys}, n=1, cutoff=0.7)
+    return next((key for key in keys if near_last and key.rsplit(".", 1)[-1] == near_last[0]), None)

@@ -1,0 +1,229 @@
+"""Recipes from TOML files and command-line overrides.
+
+Files named in `extends` are layered left to right, the recipe itself over them, overrides over all. Every problem is a
+ConfigError of one line that names the file or option, the dotted key, the reason and the remedy.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from app.config.keys import RecipeKey, find_key, is_section, nearest_key, recipe_keys
+from app.config.recipe import Recipe
+from app.errors import ConfigError
+
+_NULL = "null"  # TOML has no null; this string stands for it where a key admits none
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value of one recipe key, and where it was given."""
+
+    value: Any
+    source: str
+
+
+Settings = dict[str, Setting]
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in the TOML file `path`, with overrides such as `["--ppo.kl.coef=0.05", "--run.dir", "runs/a"]`.
+
+    Raises ConfigError for a missing or malformed file, an unknown key, a wrong type or a value out of range."""
+    settings = _read(Path(path), ())
+    settings.update(parse_overrides(overrides, settings))
+    recipe = _build(settings, str(path))
+    _check_space(recipe, settings)
+    return recipe
+
+
+def with_values(recipe: Recipe, values: Mapping[str, Any], source: str = "values") -> Recipe:
+    """A copy of `recipe` with some dotted keys set, checked as a whole. Raises ConfigError."""
+    settings = {key: Setting(value, source) for key, value in resolved(recipe).items()}
+    for name, value in values.items():
+        settings[_known(name, source).name] = Setting(value, source)
+    return _build(settings, source)
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """Every dotted key with its value, plain Python objects."""
+    tree = recipe.model_dump(mode="json")
+    out = {}
+    for name in recipe_keys():
+        value: Any = tree
+        for part in name.split("."):
+            value = value[part]
+        out[name] = value
+    return out
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The resolved recipe as TOML with dotted keys, one a line; `load_recipe` reads it back."""
+    return "".join(f"{name} = {_toml_value(value)}\n" for name, value in resolved(recipe).items())
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    return json.dumps(_NULL if value is None else value)
+
+
+def _read(path: Path, parents: tuple[Path, ...]) -> Settings:
+    """The settings of a recipe file, those of the files it extends underneath."""
+    document = _parse_file(path)
+    extends = document.pop("extends", [])
+    if not isinstance(extends, list) or not all(isinstance(name, str) for name in extends):
+        raise ConfigError(f'{path}: extends must be a list of file names, such as extends = ["base.toml"]')
+    chain = (*parents, path.resolve())
+    settings: Settings = {}
+    for name in extends:
+        base = path.parent / name
+        if base.resolve() in chain:
+            raise ConfigError(f"{path}: extends leads back to {base}: remove one of the two extends")
+        settings.update(_read(base, chain))
+    for key, value in _flatten(document, str(path)):
+        settings[key] = Setting(value, str(path))
+    return settings
+
+
+def _parse_file(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: malformed TOML: {error}: mend that line") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}): save the recipe as UTF-8") from error
+    except IsADirectoryError as error:
+        raise ConfigError(f"{path}: is a folder, not a recipe{_suggest(path / '_')}") from error
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such recipe{_suggest(path)}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}: check the path and its permissions") from error
+
+
+def _suggest(path: Path) -> str:
+    """The recipes nearest to a path that is not there."""
+    folder = next((parent for parent in path.parents if parent.is_dir()), Path("."))
+    there = sorted(folder.glob("*.toml")) or sorted(folder.glob("**/*.toml"))[:200]
+    near = difflib.get_close_matches(str(path), map(str, there), n=1, cutoff=0.5)
+    if near:
+        return f": did you mean {near[0]}?"
+    names = ", ".join(entry.name for entry in there[:8])
+    return f": {folder}/ has {names}" if names else ": give the path of a .toml file, such as jobs/recipes/tiny/pipeline.toml"
+
+
+def _flatten(table: Mapping[str, Any], source: str, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Leaf keys of a nested table. Raises ConfigError for keys that the recipe does not have."""
+    for part, value in table.items():
+        name = ".".join((*path, part))
+        if isinstance(value, dict) and is_section(name):
+            yield from _flatten(value, source, (*path, part))
+        elif isinstance(value, dict) and value and find_key(name) is None:
+            yield from _flatten(value, source, (*path, part))
+        else:
+            yield _known(name, source).name, value
+
+
+def _known(name: str, source: str) -> RecipeKey:
+    key = find_key(name)
+    if key is not None:
+        return key
+    if is_section(name):
+        inside = [key for key in recipe_keys() if key.startswith(f"{name}.")]
+        raise ConfigError(f"{source}: {name} is a section and takes no value: set one of its keys, such as {inside[0]}")
+    near = nearest_key(name)
+    remedy = f"did you mean {near}?" if near else "`corral pipeline --help` lists all keys"
+    raise ConfigError(f"{source}: unknown key {name}: {remedy}")
+
+
+def parse_overrides(arguments: Sequence[str], base: Mapping[str, Setting]) -> Settings:
+    """Settings of `--dotted.key=value` and `--dotted.key value`; values are read as TOML, what is no TOML is a string.
+
+    An entry of a free table is added to the table that `base` has."""
+    settings: Settings = {}
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("--"):
+            raise ConfigError(f"unexpected argument {argument!r}: overrides are written --dotted.key=value")
+        name, given, text = argument[2:].partition("=")
+        key = _known(name, "command line")
+        if not given:
+            following = next(rest, None)
+            if following is None or following.startswith("--"):
+                raise ConfigError(f"command line: --{name} has no value: write --{name}=VALUE")
+            text = following
+        value = _parse_value(text, name, key)
+        if name != key.name:
+            value = _inside_table(key, name.removeprefix(f"{key.name}."), value, {**base, **settings})
+        settings[key.name] = Setting(value, f"command line: --{name}")
+    return settings
+
+
+def _parse_value(text: str, name: str, key: RecipeKey) -> Any:
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    # a folder called 5 is still a string
+    return text if name == key.name and not key.accepts(value) and key.accepts(text) else value
+
+
+def _inside_table(key: RecipeKey, inner: str, value: Any, settings: Settings) -> dict[str, Any]:
+    """The free table of `key` with one more entry; several overrides may fill one table."""
+    table: dict[str, Any] = copy.deepcopy(settings[key.name].value) if key.name in settings else {}
+    parts = inner.split(".") if key.is_nested_table else [inner]
+    target = table
+    for part in parts[:-1]:
+        target = target.setdefault(part, {})
+    target[parts[-1]] = value
+    return table
+
+
+def _build(settings: Settings, source: str) -> Recipe:
+    tree: dict[str, Any] = {}
+    for name, setting in settings.items():
+        *sections, leaf = name.split(".")
+        table = tree
+        for part in sections:
+            table = table.setdefault(part, {})
+        admits_none = type(None) in get_args(recipe_keys()[name].annotation)
+        table[leaf] = None if setting.value == _NULL and admits_none else setting.value
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_describe(error, settings, source)) from error
+
+
+def _describe(error: ValidationError, settings: Settings, source: str) -> str:
+    """One line about the first problem."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    path = ".".join(str(part) for part in first["loc"])
+    reason = first["msg"].removeprefix("Value error, ")
+    key = find_key(path)
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if key is None:  # a rule about a whole section; it carries its own remedy
+        return f"{source}: {f'{path}: ' if path else ''}{reason}{more}"
+    where = settings[key.name].source if key.name in settings else source
+    value = json.dumps(first["input"], default=str)
+    return f"{where}: {path} = {value}: {reason[0].lower() + reason[1:]}; default: {_toml_value(key.default)}{more}"
+
+
+def _check_space(recipe: Recipe, settings: Settings) -> None:
+    """Every domain of `tune.space` must name a recipe key and hold values that the key takes."""
+    source = settings["tune.space"].source if "tune.space" in settings else "recipe"
+    for name, domain in recipe.tune.space.items():
+        ends = domain.values if domain.type == "choice" else (domain.low, domain.high)
+        for value in ends:
+            with_values(recipe, {name: value}, f"{source}: tune.space")

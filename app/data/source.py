@@ -1,0 +1,91 @@
+"""Where rows come from: a file, a folder, a glob, a URL, or a data set on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.errors import DataError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class RawLine:
+    """One line as it stands in its file; `line` counts from 1."""
+
+    file: str
+    line: int
+    data: bytes
+
+
+def local_files(path: str) -> list[Path]:
+    """The files that a local `data.path` names, sorted. Raises DataError when there are none."""
+    here = Path(path).expanduser()
+    if here.is_file():
+        return [here]
+    if here.is_dir():
+        files = sorted(file for file in here.iterdir() if file.name.endswith(SUFFIXES))
+        if not files:
+            raise DataError(f"data.path = {path}: the folder holds no file ending in {', '.join(SUFFIXES)}; name a file or another folder")
+        return files
+    files = sorted(Path(name) for name in glob.glob(str(here), recursive=True))
+    if not files:
+        raise DataError(f"data.path = {path}: no such file, folder or glob; check the path (it is relative to {Path.cwd()})")
+    return files
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a path that is no local file can only be meant as `owner/name` on the hub."""
+    return bool(_HUB_NAME.fullmatch(path)) and not path.endswith(SUFFIXES) and not Path(path).exists()
+
+
+def read_lines(path: str) -> Iterator[RawLine]:
+    """Every line of every file behind `path`, in a fixed order. Raises DataError when something cannot be read."""
+    if "://" in path:
+        yield from _read_url(path)
+    elif is_hub_name(path):
+        yield from _read_hub(path)
+    else:
+        for file in local_files(path):
+            opener = gzip.open if file.name.endswith(".gz") else open
+            try:
+                with opener(file, "rb") as stream:
+                    yield from (RawLine(str(file), number, line) for number, line in enumerate(stream, 1))
+            except (OSError, EOFError, zlib.error) as error:
+                raise DataError(f"{file}: cannot be read ({error}); copy it again or name another file in data.path") from error
+
+
+def _read_url(url: str) -> Iterator[RawLine]:
+    import fsspec
+
+    try:
+        for file in fsspec.open_files(url, "rb", compression="infer"):
+            with file as stream:
+                yield from (RawLine(file.full_name, number, line) for number, line in enumerate(stream, 1))
+    except (OSError, EOFError, zlib.error, ValueError, ImportError) as error:
+        raise DataError(f"data.path = {url}: cannot be read ({error}); check the address, or download it and name the file") from error
+
+
+def _read_hub(name: str) -> Iterator[RawLine]:
+    import datasets
+
+    try:
+        splits = datasets.load_dataset(name)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"data.path = {name}: no local file of this name, and the hub did not give a data set ({reason}); check the path or the network"
+        ) from error
+    number = 0
+    for split in sorted(splits):
+        for value in splits[split]:
+            number += 1
+            yield RawLine(name, number, json.dumps(value, ensure_ascii=False, default=str).encode())

@@ -1,0 +1,106 @@
+"""What every data format is turned into, and the shape of a format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+MessageRole = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True)
+class Message:
+    role: MessageRole
+    content: str
+
+    def as_dict(self) -> dict[str, str]:
+        """The mapping that chat templates take."""
+        return {"role": self.role, "content": self.content}
+
+
+@dataclass(frozen=True)
+class Thread:
+    """A conversation that ends in an assistant turn: one SFT sample."""
+
+    id: str
+    tree_id: str
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class RankedGroup:
+    """A conversation that ends in a user turn, and at least two replies to it, best first.
+
+    gold: hidden scores of the replies, only on the embedded task; never used by training.
+    """
+
+    id: str
+    tree_id: str
+    prefix: tuple[Message, ...]
+    replies: tuple[str, ...]
+    gold: tuple[float, ...] | None = None
+
+    @property
+    def pairs(self) -> int:
+        """Ordered pairs (better, worse)."""
+        return len(self.replies) * (len(self.replies) - 1) // 2
+
+
+@dataclass(frozen=True)
+class PromptItem:
+    """A conversation that ends in a user turn: what PPO answers."""
+
+    id: str
+    tree_id: str
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class TreeRecords:
+    """What one conversation tree gives; all of it stays on one side of the train/validation split.
+
+    messages: how many messages the tree has, filtered ones included.
+    """
+
+    tree_id: str
+    messages: int
+    threads: tuple[Thread, ...] = ()
+    groups: tuple[RankedGroup, ...] = ()
+    prompts: tuple[PromptItem, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One decoded row: where it stood (`line` counts from 1) and its raw text."""
+
+    file: str
+    line: int
+    text: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used, and why."""
+
+    file: str
+    line: int
+    text: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Filters:
+    """lang: languages of the root prompt to keep (empty: all); top_k: SFT keeps assistant messages ranked below this."""
+
+    lang: tuple[str, ...] = ()
+    top_k: int | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """A data format. `matches` looks at one decoded row; `read` turns rows into trees and rows that it cannot use."""
+
+    matches: Callable[[Any], bool]
+    read: Callable[[Iterable[Row], Filters], tuple[list[TreeRecords], list[BadRow]]]

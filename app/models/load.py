@@ -1,0 +1,162 @@
+"""Finding and loading causal language models: what `model.path` means, and folders checked before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from app.config.shared import ModelConfig
+from app.data.templates import OASST_TOKENS, prepare_tokenizer
+from app.errors import ModelError
+from app.models.embedded import EMBEDDING_MULTIPLE, build_embedded
+from app.models.gguf import PACKAGED, convert_gguf, packaged_gguf
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_WEIGHTS = ("*.safetensors", "*.bin")
+
+
+def resolve_model(config: ModelConfig, *, texts: Iterable[str], seed: int, folder: Path, for_oasst: bool) -> str:
+    """A folder (or hub name) that holds everything the stages need: weights, tokenizer, padding token, chat template.
+
+    `embedded` is built under `folder` from `texts` and `seed`; GGUF is converted into the cache. A tokenizer without a chat
+    template gets Open-Assistant's role tokens and template, and with `for_oasst` so does one that has its own; the completed
+    copy is written under `folder`. Raises ModelError.
+    """
+    if config.path == "embedded":
+        target = folder / "embedded"
+        if not (target / "config.json").is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            build_embedded(target, texts=texts, seed=seed)
+        return str(target)
+    if config.path == PACKAGED:
+        path = str(convert_gguf(packaged_gguf()))
+    elif config.path.endswith(".gguf"):
+        path = str(convert_gguf(_existing(Path(config.path).expanduser())))
+    else:
+        check_model_folder(config.path, chat_template=False)
+        path = config.path
+    return _complete(path, config, folder / "base", for_oasst)
+
+
+def _complete(path: str, config: ModelConfig, target: Path, for_oasst: bool) -> str:
+    """`path` itself where its tokenizer has all it needs, else `target`: the same weights beside a completed tokenizer."""
+    tokenizer = load_tokenizer(path, config.trust_remote_code)
+    has_roles = all(token in tokenizer.get_vocab() for token in OASST_TOKENS)
+    oasst = (for_oasst and not has_roles) or not tokenizer.chat_template
+    if not oasst and tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+        return path
+    added = prepare_tokenizer(tokenizer, oasst=oasst)
+    rows = load_config(path, config.trust_remote_code).get_text_config().vocab_size
+    if not oasst and not added:
+        return path
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    if len(tokenizer) > rows or not Path(path).is_dir():
+        model = load_causal_lm(path, config.precision, config.trust_remote_code)
+        if len(tokenizer) > rows:
+            model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=EMBEDDING_MULTIPLE)
+        model.save_pretrained(target)
+    else:
+        for file in Path(path).resolve().iterdir():
+            if file.is_file():
+                os.symlink(file, target / file.name)
+        for file in target.glob("*token*"):
+            file.unlink()  # the completed tokenizer replaces these links, not what they point to
+    tokenizer.save_pretrained(target)
+    return str(target)
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise ModelError(f"model.path = {path}: no such file; check the path (it is relative to {Path.cwd()})")
+    return path
+
+
+def check_model_folder(path: str | Path, *, chat_template: bool = True) -> None:
+    """Raises ModelError, before anything is loaded, when a local folder lacks its config, weights, tokenizer or chat template.
+
+    A name that can only be a hub repository passes; the hub is asked when it is loaded.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        if isinstance(path, str) and _HUB_NAME.fullmatch(path) and not folder.exists():
+            return
+        raise ModelError(f"model {path}: no such folder; check the path (it is relative to {Path.cwd()})")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model {path}: no config.json; name a Hugging Face model folder")
+    missing = _missing_weights(folder)
+    if missing:
+        raise ModelError(f"model {path}: no weights ({missing}); save the model with save_pretrained, or copy the folder again")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ModelError(f"model {path}: no tokenizer; save it there with tokenizer.save_pretrained({str(path)!r})")
+    if chat_template and not _has_chat_template(folder):
+        raise ModelError(f"model {path}: its tokenizer has no chat template; run `corral sft` on it first, or set tokenizer.chat_template and save it")
+
+
+def _missing_weights(folder: Path) -> str | None:
+    """What is missing: a shard named by the index, or any weights at all."""
+    for index in folder.glob("*.index.json"):
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        absent = sorted(shard for shard in shards if not (folder / shard).is_file())
+        if absent:
+            return f"{absent[0]} is missing"
+    if not any(file.is_file() for pattern in _WEIGHTS for file in folder.glob(pattern)):
+        return "no *.safetensors file"
+    return None
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    settings = folder / "tokenizer_config.json"
+    return settings.is_file() and bool(json.loads(settings.read_text()).get("chat_template"))
+
+
+def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Raises ModelError when there is no usable tokenizer."""
+    try:
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model {path}: its tokenizer cannot be loaded ({_first_line(error)}); check model.path or the network") from error
+
+
+def load_config(path: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The model's config with every dropout set to 0. Raises ModelError."""
+    try:
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model {path}: its config cannot be read ({_first_line(error)}); check model.path or the network") from error
+    return without_dropout(config)
+
+
+def load_causal_lm(
+    path: str | Path, precision: Literal["fp32", "bf16", "fp16"] = "fp32", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A causal language model whose dropouts are all 0, so that training mode and evaluation mode compute the same. Raises ModelError."""
+    config = load_config(path, trust_remote_code)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(path), config=config, dtype=DTYPES[precision], trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model {path}: cannot be loaded ({_first_line(error)}); check model.path or the network") from error
+    return model.eval()
+
+
+def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """Sets every dropout probability of a config to 0 (in place) and returns it."""
+    for name, value in vars(config).items():
+        if isinstance(value, float) and (name.endswith(("dropout", "_pdrop", "dropout_prob", "_drop"))):
+            setattr(config, name, 0.0)
+    return config
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,196 @@
+"""The run folder: which run it belongs to, which of its stages are finished, and what each of them came from.
+
+`DIR/manifest.json` names the run (config, data, code version) and the chain data -> SFT -> RM -> PPO; `DIR/<stage>/manifest.json`
+is written last of all a stage writes, so a stage without one is unfinished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import re
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from app.config.recipe import Recipe
+from app.durable import MANIFEST, damage, file_hashes, hash_of, read_json, without_non_finite, write_json
+from app.errors import CheckpointError
+
+MODEL = "model"
+NOT_IDENTITY = re.compile(r"run\.(dir|resume|deadline_seconds)|evaluation\..*")
+"""Keys that may change between two starts of one run: they do not touch what is computed."""
+SHOWN_DIFFERENCES = 5
+
+
+class RunFolder:
+    """Make one with `RunFolder.open`. `path` is absolute."""
+
+    def __init__(self, path: Path, identity: dict[str, Any], manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.code_version: str = manifest["sessions"][-1]["code_version"]
+        self._identity = identity
+        self._manifest = manifest
+        self._started: dict[str, float] = {}
+
+    @classmethod
+    def open(cls, recipe: Recipe, command: str) -> RunFolder:
+        """Make `run.dir`, or go on in it.
+
+        Raises CheckpointError, before anything is written, where the folder holds a run of another configuration (named key
+        by key), or is not empty although `run.resume` is false.
+        """
+        path = Path(recipe.run.dir).absolute()
+        identity = run_identity(recipe)
+        if path.exists() and not path.is_dir():
+            raise CheckpointError(f"run folder {path} is a file: choose another --run.dir")
+        if not recipe.run.resume and path.is_dir() and any(path.iterdir()):
+            raise CheckpointError(
+                f"run folder {path} is not empty and run.resume is false: choose another --run.dir, or set run.resume = true"
+            )
+        now = time.time()
+        manifest: dict[str, Any] = {"created": now, "config": recipe.model_dump(mode="json"), "data": None, "stages": {}, "sessions": []}
+        if (path / MANIFEST).exists():
+            manifest = read_json(path / MANIFEST)
+            refuse_other_config(path, manifest, identity)
+        manifest["sessions"].append({"command": command, "started": now, "code_version": code_version()})
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            write_json(path / MANIFEST, manifest)
+        except OSError as error:
+            raise CheckpointError(f"run folder {path} cannot be written ({error.strerror}): choose another --run.dir") from error
+        return cls(path, identity, manifest)
+
+    def stage(self, name: str) -> Path:
+        """The folder of a stage, made where it is missing. The first call starts the stage's clock."""
+        self._started.setdefault(name, time.monotonic())
+        folder = self.path / name
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def record_data(self, sha256: str, **facts: Any) -> None:
+        """Note which data this run reads. CheckpointError where it is other data than the run began with."""
+        known = self._manifest["data"]
+        if known is not None and known["sha256"] != sha256:
+            raise CheckpointError(
+                f"the data of run folder {self.path} has changed since the run began "
+                f"(sha256 {known['sha256'][:12]} then, {sha256[:12]} now): restore the data, or choose another --run.dir"
+            )
+        self._manifest["data"] = {"sha256": sha256, **facts}
+        write_json(self.path / MANIFEST, self._manifest)
+
+    def finish(self, stage: str, results: Mapping[str, Any], parents: Mapping[str, str]) -> str:
+        """Commit a stage: nothing in its model folder may change after this.
+
+        `results`: JSON-able; `parents`: what it came from, name (`data`, `model`, or a stage) -> content hash. Returns the
+        stage's own content hash: that of its model folder, or of its results where it leaves no model.
+        """
+        folder = self.stage(stage)
+        clean = without_non_finite(dict(results))
+        model = folder / MODEL
+        files = {f"{MODEL}/{name}": record for name, record in file_hashes(model).items()} if model.is_dir() else {}
+        manifest = {
+            "stage": stage,
+            "config": self._identity,
+            "results": clean,
+            "parents": dict(parents),
+            "data": self._manifest["data"],
+            "code_version": self.code_version,
+            "seconds": round(time.monotonic() - self._started[stage], 3),
+            "finished": time.time(),
+            "sha256": content_hash(files, clean),
+            "files": files,
+        }
+        write_json(folder / MANIFEST, manifest)
+        self._manifest["stages"][stage] = {key: manifest[key] for key in ("parents", "sha256", "seconds", "code_version", "finished")}
+        write_json(self.path / MANIFEST, self._manifest)
+        return str(manifest["sha256"])
+
+    def finished(self, stage: str) -> dict[str, Any] | None:
+        """The results of a finished stage; None where its manifest, one of its files or the parent it came from is missing or changed."""
+        manifest = self.manifest(stage)
+        if manifest is None or manifest["config"] != self._identity or damage(self.path / stage, manifest["files"]):
+            return None
+        for name, digest in manifest["parents"].items():
+            parent = self.manifest(name)
+            if parent is not None and parent["sha256"] != digest:
+                return None
+        return dict(manifest["results"])
+
+    def manifest(self, stage: str) -> dict[str, Any] | None:
+        """What `finish` wrote for a stage (`results`, `parents`, `sha256`, `seconds`, ...), or None."""
+        path = self.path / stage / MANIFEST
+        return read_json(path) if path.is_file() else None
+
+    def write_summary(self, summary: Mapping[str, Any]) -> Path:
+        """Replace `summary.json`; numbers that are not finite become null."""
+        path = self.path / "summary.json"
+        write_json(path, without_non_finite(dict(summary)))
+        return path
+
+
+def run_identity(recipe: Recipe) -> dict[str, Any]:
+    """Dotted key -> value of everything that decides what a run computes."""
+    return _identity(recipe.model_dump(mode="json"))
+
+
+def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in leaves(config) if not NOT_IDENTITY.fullmatch(key)}
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything in a nested mapping."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def refuse_other_config(path: Path, manifest: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """CheckpointError that names the keys in which the run in `path` differs from this one."""
+    try:
+        before = _identity(manifest["config"])
+    except (KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} is no manifest of a run: choose another --run.dir") from error
+    absent = object()
+    keys = [key for key in sorted({*before, *identity}) if before.get(key, absent) != identity.get(key, absent)]
+    if not keys:
+        return
+    shown = [f"{key} was {before.get(key, 'absent')!r} and is now {identity.get(key, 'absent')!r}" for key in keys[:SHOWN_DIFFERENCES]]
+    if len(keys) > SHOWN_DIFFERENCES:
+        shown.append(f"{len(keys) - SHOWN_DIFFERENCES} more")
+    raise CheckpointError(
+        f"run folder {path} holds a run of another configuration: {'; '.join(shown)}. "
+        "Choose another --run.dir, or restore the old values to go on"
+    )
+
+
+def content_hash(files: Mapping[str, Mapping[str, Any]], results: Mapping[str, Any]) -> str:
+    """`tree_hash` of the model folder whose files these are; without files, a hash of the results."""
+    if files:
+        return hash_of({name.removeprefix(f"{MODEL}/"): record for name, record in files.items()})
+    return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()
+
+
+def code_version() -> str:
+    """`git describe` of the checkout that this code runs from, else the version of the installed distribution."""
+    root = Path(__file__).resolve().parents[1]
+    described = _git_describe(root) if (root / ".git").exists() else None
+    if described:
+        return described
+    try:
+        return importlib.metadata.version("corral-rlhf")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"  # a working_dir that was shipped to a cluster without being installed
+
+
+def _git_describe(root: Path) -> str | None:
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--tags"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None  # no git on this machine, or a checkout that belongs to another user

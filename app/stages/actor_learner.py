@@ -1,0 +1,194 @@
+"""The PPO loop: sample, score, credit, learn, publish. Written against the Protocols of `app.interfaces`; knows no Ray.
+
+Shape legend: B rollouts, T response tokens (see app.experience).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from app.algorithms import ALGORITHMS
+from app.algorithms.credit import credit_metrics
+from app.config.ppo import PpoConfig
+from app.data.prompt_stream import take_prompts
+from app.errors import Interrupted, RolloutError, StaleRolloutError
+from app.experience import Experience, FinishReason, Prompt, Rollout, TokenBatch, pad_rows
+from app.interfaces import Learner, Pending, Publisher, Reward, RolloutPool, Scorer, Tracker
+from app.numerics import shape_scores
+
+
+@dataclass(frozen=True)
+class LoopState:
+    """Where the loop stands: finished steps, version of the policy weights, prompts already trained on."""
+
+    step: int = 0
+    version: int = 0
+    prompt_cursor: int = 0
+
+
+class Checkpoints(Protocol):
+    """Where loop states are kept."""
+
+    def save(self, step: int, state: Mapping[str, int], write: Callable[[Path], None]) -> object: ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the loop drives."""
+
+    learner: Learner
+    pool: RolloutPool
+    publisher: Publisher
+    reward: Reward
+    scorer: Scorer
+    tracker: Tracker
+    checkpoints: Checkpoints
+    prompts: Sequence[Prompt]
+    pad_id: int
+
+
+class PhaseClock:
+    """Seconds spent in each named phase of one step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - began
+
+
+def actor_learner_loop(
+    parts: Parts, config: PpoConfig, state: LoopState, *, seed: int, stop_requested: Callable[[], bool] = lambda: False
+) -> LoopState:
+    """Run the loop from `state` to `config.steps` and return where it ended.
+
+    Raises StaleRolloutError, RolloutError (engine and learner disagree), WeightPushError, ScoringError, NonFiniteError,
+    DeadlineError, and Interrupted after saving a checkpoint when `stop_requested()` turns true.
+    """
+    algorithm = ALGORITHMS["ppo"](config.algorithm)
+    parts.publisher.publish(state.version)
+    stream = RolloutStream(parts.pool, parts.prompts, config, state, seed=seed)
+    while state.step < config.steps:
+        clock = PhaseClock()
+        began = time.perf_counter()
+        # 1. what was sampled
+        with clock("rollout"):
+            rollouts = stream.take()
+        check_lag(rollouts, state.version, config.max_lag)
+        # 2. what the models think of it: reward model, reference, policy and critic work at the same time
+        with clock("score"):
+            sequences = [rollout.sequence for rollout in rollouts]
+            scores, reference = parts.reward.score(rollouts), parts.scorer.logprobs(sequences)
+            tokens = TokenBatch.from_rollouts(rollouts, parts.pad_id)
+            proximal_BT, values_BT = parts.learner.inspect(tokens)
+            scores_B = torch.tensor(scores.result(), dtype=torch.float32)
+            experience = collect_experience(rollouts, tokens, scores_B, reference.result(), proximal_BT, values_BT, config)
+        require_agreement(experience, config)
+        # 3. credit: KL-shaped rewards, advantages, returns
+        experience = algorithm.credit(experience, kl_coef=config.kl.coef)
+        # 4. learn: epochs x minibatches x micro-batches happen inside the workers
+        with clock("update"):
+            update = parts.learner.update(experience, seed=seed + state.step)
+        # 5. publish and record
+        state = LoopState(state.step + 1, state.version + 1, state.prompt_cursor + len(rollouts))
+        with clock("push"):
+            push = parts.publisher.publish(state.version)
+        seconds = time.perf_counter() - began
+        metrics = step_metrics(rollouts, scores_B, experience, seconds) | credit_metrics(experience) | dict(update) | dict(push)
+        parts.tracker.log("ppo", state.step, metrics | {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()})
+        stopping = stop_requested()
+        if stopping or state.step % config.save_every == 0 or state.step == config.steps:
+            parts.checkpoints.save(state.step, asdict(state), lambda folder: parts.learner.save(str(folder)))
+        if stopping and state.step < config.steps:
+            raise Interrupted(f"stopped after PPO step {state.step} of {config.steps}; a checkpoint is saved, the same command goes on from it")
+    return state
+
+
+class RolloutStream:
+    """Batches of rollouts, `max_lag` of them sampled ahead of the learner."""
+
+    def __init__(self, pool: RolloutPool, prompts: Sequence[Prompt], config: PpoConfig, state: LoopState, *, seed: int) -> None:
+        self._pool, self._prompts, self._config, self._seed = pool, prompts, config, seed
+        self._cursor = state.prompt_cursor
+        self._remaining = config.steps - state.step
+        self._in_flight: deque[Pending[list[Rollout]]] = deque()
+
+    def take(self) -> list[Rollout]:
+        """The next batch; before returning it, start those that may be sampled while the learner works on it."""
+        self._fill(1)
+        batch = self._in_flight.popleft().result()
+        self._fill(self._config.max_lag)
+        return batch
+
+    def _fill(self, count: int) -> None:
+        while len(self._in_flight) < count and self._remaining:
+            batch = take_prompts(self._prompts, self._cursor, self._config.batch_size, seed=self._seed)
+            self._in_flight.append(self._pool.submit(batch, seed=self._seed + self._cursor))
+            self._cursor += self._config.batch_size
+            self._remaining -= 1
+
+
+def check_lag(rollouts: Sequence[Rollout], version: int, max_lag: int) -> None:
+    """Raises StaleRolloutError when a rollout is older than the run allows."""
+    oldest = min(rollout.policy_version for rollout in rollouts)
+    if version - oldest > max_lag:
+        raise StaleRolloutError(f"a rollout was sampled by policy version {oldest}, the learner is at {version}: more than ppo.max_lag = {max_lag}")
+
+
+def collect_experience(
+    rollouts: Sequence[Rollout],
+    tokens: TokenBatch,
+    scores_B: torch.Tensor,
+    reference_logprobs: Sequence[object],
+    proximal_BT: torch.Tensor,
+    values_BT: torch.Tensor,
+    config: PpoConfig,
+) -> Experience:
+    """Align everything on response tokens; scores are shaped (clip, missing end token) here."""
+    length = tokens.mask_BT.shape[1]
+    finished_B = torch.tensor([rollout.finish is FinishReason.STOP for rollout in rollouts])
+    reference = [row[len(r.prompt.ids) - 1 :] for row, r in zip(reference_logprobs, rollouts, strict=True)]  # type: ignore[index]
+    return Experience(
+        tokens=tokens,
+        scores_B=shape_scores(scores_B, finished_B, clip=config.reward.clip, missing_eos_score=config.reward.missing_eos_score),
+        behaviour_BT=pad_rows([rollout.logprobs for rollout in rollouts], length),
+        proximal_BT=proximal_BT,
+        reference_BT=pad_rows(reference, length),
+        values_BT=values_BT,
+    )
+
+
+def require_agreement(experience: Experience, config: PpoConfig) -> None:
+    """At lag 0 engine and learner hold the same weights, so their log-probs must agree on every sampled token."""
+    if config.max_lag:
+        return
+    mismatch = float((experience.proximal_BT - experience.behaviour_BT).abs().max())
+    if not mismatch <= config.max_logprob_mismatch:
+        raise RolloutError(
+            f"the rollout engine's log-probs differ from the learner's by {mismatch:.2e} nats on sampled tokens (limit "
+            f"ppo.max_logprob_mismatch = {config.max_logprob_mismatch:.0e}): temperature, precision or weights differ between the two"
+        )
+
+
+def step_metrics(rollouts: Sequence[Rollout], scores_B: torch.Tensor, experience: Experience, seconds: float) -> dict[str, float]:
+    """What one batch says about the policy, and how fast it came."""
+    response_tokens = sum(len(rollout.ids) for rollout in rollouts)
+    return {
+        "score_mean": float(scores_B.mean()),
+        "score_std": float(scores_B.std(unbiased=False)),
+        "response_length": response_tokens / len(rollouts),
+        "finished_share": sum(rollout.finish is FinishReason.STOP for rollout in rollouts) / len(rollouts),
+        "tokens_per_second": response_tokens / seconds,
+        "seconds": seconds,
+    }

@@ -1,0 +1,188 @@
+"""The road from a base model to a PPO model, in one run folder: every stage is done once, whatever is finished is taken as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from app.config.recipe import Recipe
+from app.data.corpus import Corpus
+from app.errors import ConfigError
+from app.experience import Prompt
+from app.report import write_report
+from app.run_folder import RunFolder
+from app.stages.evaluate import answer, compare, write_examples
+from app.stages.ppo import StartScoring, gold_of, open_pool, prompt_sets, train_ppo
+from app.stages.preparation import prepare
+from app.stages.reward_model import set_reward_offset, train_reward_model
+from app.stages.sft import train_sft
+from app.tracking import RunTracker
+from app.workers.memory import PeakMemory
+from app.workers.rollout import VllmRolloutPool
+
+STAGES = ("sft", "rm", "ppo")
+
+
+class Pipeline:
+    """The stages of one run. A context manager: rollout engines stay up for all stages that need them, and end with it.
+
+    A command may start in the middle: `model.path` other than the embedded model is then already the SFT model, and
+    `reward.path` the reward model; the embedded model, which exists nowhere trained, goes through the earlier stages first.
+    """
+
+    def __init__(self, recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker) -> None:
+        self.recipe, self.run, self.tracker = recipe, run, tracker
+        self.prepared = prepare(recipe, run, corpus)
+        self.prompts = prompt_sets(recipe, self.prepared)
+        self._parents: dict[str, str] = {"data": corpus.sha256}
+        self._open = ExitStack()
+        self._pool: VllmRolloutPool | None = None
+        self._memory = PeakMemory()
+
+    def __enter__(self) -> Pipeline:
+        self._memory.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._open.close()
+        self._memory.__exit__(kind, error, trace)
+
+    def sft(self) -> str:
+        """Fine-tune the base model; returns the folder of the SFT model."""
+        return self._once("sft", lambda: train_sft(self.recipe, self.run, self.tracker, self.prepared))
+
+    def sft_model(self) -> str:
+        """The SFT model that later stages start from: the given one, or the embedded model after SFT."""
+        return self.sft() if self.recipe.model.path == "embedded" else self.prepared.model_path
+
+    def reward_model(self, sft_path: str) -> str:
+        """Train the reward model and centre its scores on the SFT model's own answers; returns its folder."""
+
+        def train() -> dict[str, Any]:
+            pool = self.engines(sft_path)  # they load while the reward model trains
+            results = train_reward_model(self.recipe, self.run, self.tracker, self.prepared, sft_path=sft_path)
+            return results | {"reward_offset": self._centre(pool)}
+
+        return self._once("rm", train)
+
+    def given_reward_model(self, sft_path: str) -> str:
+        """`reward.path`, or the embedded task's reward model trained here."""
+        return self.recipe.reward.path or self.reward_model(sft_path)
+
+    def ppo(self, sft_path: str, reward_path: str, start_scoring: StartScoring) -> str:
+        """PPO from the SFT model against the reward model; returns the folder of the PPO model."""
+
+        def train() -> dict[str, Any]:
+            return train_ppo(
+                self.recipe,
+                self.run,
+                self.tracker,
+                self.prepared,
+                policy_path=sft_path,
+                reward_path=reward_path,
+                pool=self.engines(sft_path),
+                start_scoring=start_scoring,
+            )
+
+        return self._once("ppo", train)
+
+    def engines(self, sft_path: str) -> VllmRolloutPool:
+        """The run's rollout engines, started with the SFT model; they may still be loading."""
+        if self._pool is None:
+            prompts = self.prompts.train + self.prompts.held_out
+            self._pool = self._open.enter_context(open_pool(self.recipe, sft_path, prompts, self.prepared.template))
+        return self._pool
+
+    def summarise(self, **more: Any) -> dict[str, Any]:
+        """Write `summary.json` and `report.html` from the finished stages; returns the summary."""
+        finished = {stage: results for stage in STAGES if (results := self.run.finished(stage)) is not None}
+        seconds = {stage: float((self.run.manifest(stage) or {})["seconds"]) for stage in finished}
+        summary: dict[str, Any] = {**finished, "seconds": seconds, "peak_memory": self._memory.peak_bytes, **more}
+        self.run.write_summary(summary)
+        write_report(self.run.path)
+        return summary
+
+    def _centre(self, pool: VllmRolloutPool) -> float:
+        prompts: list[Prompt] = self.prompts.train[: self.recipe.rm.offset_samples]
+        self.tracker.note(f"rm: scoring {len(prompts)} answers of the SFT model, whose mean becomes the zero of the reward")
+        pool.ready()
+        answers = pool.submit(prompts, seed=self.recipe.run.seed).result()
+        return set_reward_offset(
+            self.run.stage("rm") / "model",
+            [rollout.sequence for rollout in answers],
+            self.recipe.rm.workers,
+            deadline_seconds=self.recipe.run.deadline_seconds,
+            trust_remote_code=self.recipe.model.trust_remote_code,
+        )
+
+    def _once(self, stage: str, train: Callable[[], Mapping[str, Any]]) -> str:
+        """Do a stage and commit it, unless it is finished; returns its model folder."""
+        manifest = self.run.manifest(stage)
+        if self.run.finished(stage) is None or manifest is None:
+            self._parents[stage] = self.run.finish(stage, train(), self._parents)
+        else:
+            self.tracker.note(f"{stage}: already finished, taken from {self.run.path / stage}")
+            self._parents[stage] = manifest["sha256"]
+        return str(self.run.path / stage / "model")
+
+
+def run_sft(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker) -> dict[str, Any]:
+    """`corral sft`. Returns the summary."""
+    with Pipeline(recipe, run, corpus, tracker) as pipeline:
+        pipeline.sft()
+        return pipeline.summarise()
+
+
+def run_rm(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker) -> dict[str, Any]:
+    """`corral rm`. Returns the summary."""
+    with Pipeline(recipe, run, corpus, tracker) as pipeline:
+        pipeline.reward_model(pipeline.sft_model())
+        return pipeline.summarise()
+
+
+def run_ppo(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker, start_scoring: StartScoring) -> dict[str, Any]:
+    """`corral ppo`. Returns the summary."""
+    with Pipeline(recipe, run, corpus, tracker) as pipeline:
+        sft_path = pipeline.sft_model()
+        pipeline.ppo(sft_path, pipeline.given_reward_model(sft_path), start_scoring)
+        return pipeline.summarise()
+
+
+def run_pipeline(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker, start_scoring: StartScoring) -> dict[str, Any]:
+    """`corral pipeline`. Returns the summary."""
+    with Pipeline(recipe, run, corpus, tracker) as pipeline:
+        sft_path = pipeline.sft()
+        pipeline.ppo(sft_path, pipeline.reward_model(sft_path), start_scoring)
+        return pipeline.summarise()
+
+
+def run_evaluation(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker, start_scoring: StartScoring) -> dict[str, Any]:
+    """`corral evaluate`: the comparison that ends PPO, again, with the recipe's `evaluation` settings. Returns the summary.
+
+    Raises ConfigError when the run folder holds no PPO model.
+    """
+    ppo_path = run.path / "ppo" / "model"
+    if not ppo_path.is_dir():
+        raise ConfigError(f"{ppo_path}: no PPO model there; run `corral pipeline` or `corral ppo` with this --run.dir first")
+    with Pipeline(recipe, run, corpus, tracker) as pipeline:
+        sft_path = _trained(run, "sft") or pipeline.sft_model()
+        reward_path = recipe.reward.path or _trained(run, "rm") or pipeline.given_reward_model(sft_path)
+        held_out = pipeline.prompts.held_out
+        gold, template = gold_of(recipe), pipeline.prepared.template
+        with start_scoring(reward_path, sft_path) as scorer:
+            answers = []
+            for path in (sft_path, str(ppo_path)):
+                with open_pool(recipe, path, held_out, template) as pool:
+                    pool.ready()
+                    answers.append(answer(pool, scorer, held_out, template, recipe.evaluation, gold))
+        before, after = answers
+        write_examples(run.path / "examples.jsonl", held_out, before, after, recipe.evaluation.examples)
+        return pipeline.summarise(evaluation=compare(before, after, recipe.evaluation))
+
+
+def _trained(run: RunFolder, stage: str) -> str | None:
+    folder: Path = run.path / stage / "model"
+    return str(folder) if folder.is_dir() else None

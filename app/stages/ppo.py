@@ -1,0 +1,184 @@
+"""The PPO stage: starts learner, publisher and checkpoints around the loop, and compares the policy before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from app.checkpoint import CheckpointStore
+from app.config.recipe import Recipe
+from app.curves import read_curves
+from app.data.embedded import gold_score
+from app.data.templates import Template
+from app.data.token_cache import encode_prompts
+from app.errors import ConfigError
+from app.experience import IntArray, Prompt
+from app.formats.records import Message
+from app.interfaces import Scorer
+from app.rewards import REWARDS
+from app.run_folder import RunFolder
+from app.stages.actor_learner import LoopState, Parts, actor_learner_loop
+from app.stages.evaluate import Answers, Gold, answer, compare, write_examples
+from app.stages.interruption import stop_requests
+from app.stages.preparation import Prepared
+from app.tracking import METRICS_FILE, RunTracker
+from app.workers.learner import LearnerSpec, RayLearner, learner_group
+from app.workers.rollout import VllmRolloutPool, rollout_pool, uses_nccl
+from app.workers.weight_transfer import WeightPublisher
+
+CANARIES = 2
+StartScoring = Callable[[str, str], AbstractContextManager[Scorer]]
+"""(reward model folder, reference policy folder) -> the scoring service for the length of a `with` block."""
+
+
+@dataclass(frozen=True)
+class PromptSets:
+    """Prompts to train on, and held-out ones to compare answers on."""
+
+    train: list[Prompt]
+    held_out: list[Prompt]
+
+
+def prompt_sets(recipe: Recipe, prepared: Prepared) -> PromptSets:
+    """Both sides of the corpus as token ids; at most `evaluation.prompts` held-out ones."""
+    corpus, template, length = prepared.corpus, prepared.template, recipe.data.max_prompt_length
+    held_out = corpus.validation.prompts[: recipe.evaluation.prompts]
+    return PromptSets(encode_prompts(corpus.train.prompts, template, length), encode_prompts(held_out, template, length))
+
+
+def gold_of(recipe: Recipe) -> Gold | None:
+    """The embedded task's own judge, which no training ever sees; None on data whose truth is unknown."""
+    if recipe.data.path != "embedded":
+        return None
+    return lambda prompt, text: gold_score([Message(m["role"], m["content"]) for m in prompt.messages], text)  # type: ignore[arg-type]
+
+
+def open_pool(recipe: Recipe, model_path: str, prompts: Sequence[Prompt], template: Template) -> AbstractContextManager[VllmRolloutPool]:
+    """Rollout engines holding the policy in `model_path`, with room for the longest of `prompts`."""
+    return rollout_pool(
+        model_path,
+        recipe.rollout,
+        precision=recipe.model.precision,
+        max_prompt_length=max(len(prompt.ids) for prompt in prompts),
+        eos_ids=[template.eos_id],
+        seed=recipe.run.seed,
+        deadline_seconds=recipe.run.deadline_seconds,
+    )
+
+
+def start_learner(recipe: Recipe, policy_path: str, reward_path: str, template: Template) -> AbstractContextManager[RayLearner]:
+    """Policy from the SFT model, critic from the reward model."""
+    spec = LearnerSpec(
+        policy_path=policy_path,
+        critic_path=reward_path,
+        precision=recipe.model.precision,
+        temperature=recipe.rollout.temperature,
+        config=recipe.ppo,
+        pad_id=template.pad_id,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    return learner_group(spec, deadline_seconds=recipe.run.deadline_seconds)
+
+
+def make_publisher(recipe: Recipe, learner: RayLearner, pool: VllmRolloutPool, canaries: Sequence[IntArray]) -> WeightPublisher:
+    """Weights over NCCL where the engines own their GPUs, else through the object store."""
+    tensor_parallel = max(1, int(recipe.rollout.engines.gpus)) if uses_nccl(recipe.rollout) else None
+    return WeightPublisher(learner, pool, canaries, limit=recipe.ppo.max_logprob_mismatch, nccl_tensor_parallel=tensor_parallel)
+
+
+def train_ppo(
+    recipe: Recipe,
+    run: RunFolder,
+    tracker: RunTracker,
+    prepared: Prepared,
+    *,
+    policy_path: str,
+    reward_path: str,
+    pool: VllmRolloutPool,
+    start_scoring: StartScoring,
+) -> dict[str, Any]:
+    """Train, export `DIR/ppo/model` and compare it with the policy it started from. Goes on from the newest checkpoint.
+
+    pool: engines that hold the policy in `policy_path`, or are still loading it.
+    Raises Interrupted with a checkpoint saved when the run is asked to stop, and what `actor_learner_loop` raises.
+    """
+    folder = run.stage("ppo")
+    prompts = prompt_sets(recipe, prepared)
+    if len(prompts.held_out) < 2:
+        raise ConfigError("evaluation needs at least two held-out prompts: raise data.val_split")
+    gold = gold_of(recipe)
+    with (
+        start_learner(recipe, policy_path, reward_path, prepared.template) as learner,
+        start_scoring(reward_path, policy_path) as scorer,
+    ):
+        pool.ready()
+        learner.ready()
+        before = answer(pool, scorer, prompts.held_out, prepared.template, recipe.evaluation, gold)
+        canaries = [rollout.sequence for rollout in before.rollouts[:CANARIES]]
+        state = _run_loop(recipe, run, tracker, prepared, prompts.train, learner, pool, scorer, canaries)
+        learner.export(str(folder / "model"))
+        after = answer(pool, scorer, prompts.held_out, prepared.template, recipe.evaluation, gold)
+    results = compare(before, after, recipe.evaluation) | loop_results(run, state)
+    write_examples(run.path / "examples.jsonl", prompts.held_out, before, after, recipe.evaluation.examples)
+    tracker.log("evaluation", state.step, _scalars(before, after))
+    return results
+
+
+def _run_loop(
+    recipe: Recipe,
+    run: RunFolder,
+    tracker: RunTracker,
+    prepared: Prepared,
+    prompts: Sequence[Prompt],
+    learner: RayLearner,
+    pool: VllmRolloutPool,
+    scorer: Scorer,
+    canaries: Sequence[IntArray],
+) -> LoopState:
+    store = CheckpointStore(run.stage("ppo") / "checkpoints")
+    saved = store.latest()
+    state = LoopState()
+    if saved is not None:
+        learner.load(str(saved.path))
+        state = LoopState(**saved.state)
+        tracker.note(f"ppo: going on from step {state.step}")
+    parts = Parts(
+        learner=learner,
+        pool=pool,
+        publisher=make_publisher(recipe, learner, pool, canaries),
+        reward=REWARDS["reward_model"](scorer),
+        scorer=scorer,
+        tracker=tracker,
+        checkpoints=store,
+        prompts=prompts,
+        pad_id=prepared.template.pad_id,
+    )
+    tracker.begin("ppo", recipe.ppo.steps)
+    with stop_requests() as stop_requested:
+        state = actor_learner_loop(parts, recipe.ppo, state, seed=recipe.run.seed, stop_requested=stop_requested)
+    tracker.end("ppo")
+    return state
+
+
+def loop_results(run: RunFolder, state: LoopState) -> dict[str, Any]:
+    """What the summary says about the loop, over all its steps, also those of earlier starts of the run."""
+    curves = read_curves(run.path / METRICS_FILE)["ppo"]
+
+    def values(name: str) -> list[float]:
+        return [value for value in curves[name].points.values() if value is not None]
+
+    seconds = values("seconds")
+    return {
+        "steps": state.step,
+        "tokens_per_second": sum(rate * spent for rate, spent in zip(values("tokens_per_second"), seconds, strict=True)) / sum(seconds),
+        "max_logprob_mismatch": max(values("max_logprob_mismatch") + values("push/canary_mismatch")),
+    }
+
+
+def _scalars(before: Answers, after: Answers) -> dict[str, float]:
+    means = {"score_before": before.scores.mean(), "score_after": after.scores.mean(), "kl": after.kl.mean()}
+    if before.gold is not None and after.gold is not None:
+        means |= {"gold_before": before.gold.mean(), "gold_after": after.gold.mean()}
+    return {name: float(value) for name, value in means.items()}

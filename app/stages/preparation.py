@@ -1,0 +1,29 @@
+"""What every stage starts from: the corpus, the base model with its tokenizer, and the chat template."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from app.config.recipe import Recipe
+from app.data.corpus import Corpus
+from app.data.templates import Template, build_template
+from app.models.load import load_tokenizer, resolve_model
+from app.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """corpus: extracted and split; model_path: HF folder or hub name that the command starts from; template: how its conversations are written."""
+
+    corpus: Corpus
+    model_path: str
+    template: Template
+
+
+def prepare(recipe: Recipe, run: RunFolder, corpus: Corpus) -> Prepared:
+    """Complete the base model (weights, tokenizer, chat template) under the run folder. Raises ModelError."""
+    model_path = resolve_model(
+        recipe.model, texts=corpus.train.texts(), seed=recipe.run.seed, folder=run.stage("base"), for_oasst=recipe.data.template == "oasst"
+    )
+    template = build_template(recipe.data.template, load_tokenizer(model_path, recipe.model.trust_remote_code))
+    return Prepared(corpus, model_path, template)

@@ -1,0 +1,57 @@
+"""What the SFT and the reward-model stage share: one Ray Train run with the recipe's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from app.config.recipe import Recipe
+from app.config.training import TrainingConfig
+from app.errors import DataError
+from app.stages.interruption import stop_requests
+from app.tracking import RunTracker
+from app.workers.supervised_task import SupervisedTask, TrainingResult
+from app.workers.training import fit, training_steps
+
+TRAIN_FILE, HELD_OUT_FILE = "train.parquet", "validation.parquet"
+"""Token caches of a stage, in `DIR/<stage>/data`."""
+
+
+def train(task: SupervisedTask, config: TrainingConfig, recipe: Recipe, *, rows: int, folder: Path, tracker: RunTracker) -> TrainingResult:
+    """Train on `rows` rows; SIGINT and SIGTERM end it with a checkpoint and Interrupted. Raises what `fit` raises."""
+    steps = training_steps(config, rows)
+    tracker.begin(task.stage, steps)
+    with stop_requests() as stop_requested:
+        result = fit(
+            task,
+            config,
+            steps=steps,
+            precision=recipe.model.precision,
+            seed=recipe.run.seed,
+            folder=folder,
+            tracker=tracker,
+            deadline_seconds=recipe.run.deadline_seconds,
+            stop_requested=stop_requested,
+        )
+    tracker.end(task.stage)
+    return result
+
+
+def require_rows(stage: str, kind: str, train_rows: Sequence[Any], held_out: Sequence[Any]) -> None:
+    """Raises DataError unless there is something to train on and something to evaluate on."""
+    if not train_rows or not held_out:
+        raise DataError(
+            f"{stage} has {len(train_rows)} {kind} to train on and {len(held_out)} held out, and needs both: "
+            "give more conversation trees (data.path), or change data.val_split"
+        )
+
+
+def speed(result: TrainingResult) -> dict[str, Any]:
+    """The part of a stage's results that is the same for both; train_seconds are those of optimizer steps alone."""
+    return {
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "tokens_per_second": result.tokens_per_second,
+        "train_seconds": result.seconds,
+    }

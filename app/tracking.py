@@ -1,0 +1,133 @@
+"""Where metrics go: `metrics.jsonl`, TensorBoard events and the display, from any thread of the driver."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from app.display import Display, StageProgress, open_display
+from app.durable import without_non_finite
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+HEADLINES = ("score_mean", "reward", "loss", "eval_loss")
+"""The metric that stands for a stage on the display: the first of these that the stage has logged."""
+SPEED = "tokens_per_second"
+
+
+@dataclass
+class _Stage:
+    """What the display needs to know about a running stage."""
+
+    total: int
+    step: int
+    began: float
+    latest: dict[str, float]
+    first_log: tuple[int, float] | None = None
+
+    def advance(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.step = max(self.step, step)
+        self.latest.update(metrics)
+        self.first_log = self.first_log or (step, time.monotonic())
+
+    def progress(self, name: str) -> StageProgress:
+        headline = next(((key, self.latest[key]) for key in HEADLINES if key in self.latest), None)
+        return StageProgress(
+            name, self.step, self.total, time.monotonic() - self.began, self._seconds_left(), headline, self.latest.get(SPEED)
+        )
+
+    def _seconds_left(self) -> float | None:
+        """From the pace since the first logged step: what comes before that step is start-up and would distort it."""
+        if self.first_log is None or self.step <= self.first_log[0]:
+            return None
+        pace = (time.monotonic() - self.first_log[1]) / (self.step - self.first_log[0])
+        return pace * max(0, self.total - self.step)
+
+
+class RunTracker:
+    """The Tracker of a run; a context manager. Opened again on the same folder, it appends.
+
+    A line of metrics.jsonl is `{"time": unix seconds, "stage": ..., "step": ..., "metrics": {...}}`; a metric that is not finite is
+    null there, named with its value under `non_finite`, and announced on the display.
+    """
+
+    def __init__(self, run_path: Path, *, display: Display | None = None) -> None:
+        run_path.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.RLock()
+        self._stages: dict[str, _Stage] = {}
+        self._announced: set[tuple[str, str]] = set()
+        drop_partial_line(run_path / METRICS_FILE)
+        self._file = (run_path / METRICS_FILE).open("a", encoding="utf-8")
+        self._events = EventFileWriter(str(run_path / TENSORBOARD_FOLDER))
+        self._display = display or open_display()
+
+    def begin(self, stage: str, total_steps: int, done: int = 0) -> None:
+        """Show a stage of `total_steps` steps, of which an earlier session did the first `done`."""
+        with self._lock:
+            self._stages[stage] = _Stage(total_steps, done, time.monotonic(), {})
+            self._display.begin(self._stages[stage].progress(stage))
+
+    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Record scalars of one step. A stage that was not begun is recorded without being shown."""
+        values = {name: float(value) for name, value in metrics.items()}
+        with self._lock:
+            self._write(stage, step, values)
+            running = self._stages.get(stage)
+            if running is not None:
+                running.advance(step, values)
+                self._display.update(running.progress(stage))
+
+    def note(self, text: str) -> None:
+        """Show one line."""
+        with self._lock:
+            self._display.note(text)
+
+    def end(self, stage: str) -> None:
+        """The stage is over."""
+        with self._lock:
+            self._display.end(self._stages.pop(stage).progress(stage))
+
+    def _write(self, stage: str, step: int, values: dict[str, float]) -> None:
+        now = time.time()
+        strange = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
+        line = {"time": round(now, 3), "stage": stage, "step": step, "metrics": without_non_finite(values)}
+        if strange:
+            line["non_finite"] = strange
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        scalars = [Summary.Value(tag=f"{stage}/{name}", simple_value=value) for name, value in values.items()]
+        self._events.add_event(Event(wall_time=now, step=step, summary=Summary(value=scalars)))
+        for name in strange:
+            if (stage, name) not in self._announced:
+                self._announced.add((stage, name))
+                self._display.note(f"{stage}: {name} is {strange[name]} at step {step}")
+
+    def __enter__(self) -> RunTracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with self._lock:
+            self._display.close()
+            self._file.close()
+            self._events.close()
+
+
+def drop_partial_line(path: Path) -> None:
+    """Cut what a killed process left of a line at the end of `path`, so that the next line starts on its own."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    complete = content.rfind(b"\n") + 1
+    if complete < len(content):
+        with path.open("r+b") as file:
+            file.truncate(complete)

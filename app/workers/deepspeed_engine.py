@@ -1,0 +1,200 @@
+"""A DeepSpeed engine around one model: its config, optimizer, schedule, exact gradients and full weights.
+
+DeepSpeed is imported inside the functions that need it: a driver that only builds configs never pays for it, and
+what must be set before the import (accelerator, compiled ops) is set by `import_deepspeed`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel
+
+from app.config.shared import DeepSpeedConfig, OptimizerConfig
+from app.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+CHECKPOINT_TAG = "engine"
+
+
+def deepspeed_config(
+    ds: DeepSpeedConfig, optimizer: OptimizerConfig, *, precision: str, micro_batch_size: int, accumulation: int
+) -> dict[str, Any]:
+    """The DeepSpeed JSON of one engine. `precision` is fp32, bf16 or fp16; `ds.extra` is merged last, section by section.
+
+    `accumulation` counts micro-batches per optimizer step on each worker. Raises ConfigError for ZeRO 0 in 16 bits, where
+    DeepSpeed's optimizer starts Adam's moments one step off and scales no fp16 loss.
+    """
+    if ds.zero_stage == 0 and precision != "fp32":
+        raise ConfigError(f"deepspeed.zero_stage = 0 trains wrongly in {precision}: set deepspeed.zero_stage = 1, or model.precision = \"fp32\"")
+    zero: dict[str, Any] = {"stage": ds.zero_stage}
+    if ds.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if ds.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": optimizer.max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if precision != "fp32":
+        config[precision] = {"enabled": True}
+    return _merge(config, ds.extra)
+
+
+def lr_factor(optimizer: OptimizerConfig, total_steps: int) -> Callable[[int], float]:
+    """Optimizer step (from 0) -> factor on the peak learning rate.
+
+    Warm-up rises linearly from 0 and reaches 1 on step `warmup_steps - 1`; linear and cosine fall from there to 0 just after the last step.
+    """
+    warmup = optimizer.warmup_steps
+    decay_steps = max(1, total_steps - warmup)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / decay_steps)
+        if optimizer.schedule == "linear":
+            return 1.0 - progress
+        if optimizer.schedule == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+        return 1.0
+
+    return factor
+
+
+def import_deepspeed() -> ModuleType:
+    """Import DeepSpeed for the accelerator of this process, with nothing to compile and without its chatter."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    # On CPUs DeepSpeed compiles this communication op at start-up (35 s, needs g++); gloo does the same work without it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|torch\.distributed)(\..*)?")
+    return deepspeed
+
+
+def start_engine(
+    model: torch.nn.Module,
+    optimizer: OptimizerConfig,
+    ds: DeepSpeedConfig,
+    *,
+    precision: str,
+    micro_batch_size: int,
+    accumulation: int,
+    total_steps: int,
+) -> DeepSpeedEngine:
+    """Wrap `model` in an engine with AdamW and its schedule; the process group must exist already.
+
+    Raises ConfigError when the accelerator of this process has no such precision.
+    """
+    deepspeed = import_deepspeed()
+    accelerator = deepspeed.get_accelerator()
+    if precision == "fp16" and not accelerator.is_fp16_supported():
+        raise ConfigError(f'precision "fp16" is not supported by accelerator "{accelerator.device_name()}": set model.precision to "bf16" or "fp32"')
+    if ds.gradient_checkpointing:
+        _checkpoint_activations(model)
+    adamw = torch.optim.AdamW(
+        model.parameters(), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=adamw,
+        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(adamw, lr_factor(optimizer, total_steps)),
+        config=deepspeed_config(ds, optimizer, precision=precision, micro_batch_size=micro_batch_size, accumulation=accumulation),
+    )
+    return engine
+
+
+def backward_scaled(engine: DeepSpeedEngine, loss: torch.Tensor) -> None:
+    """Backward of a micro-batch's loss (scalar) that is already divided by the global totals of its optimizer step.
+
+    DeepSpeed means to average: it divides by the micro-batches of a step and by the number of workers. Here the sum over
+    micro-batches and workers *is* the gradient, so the first division is turned off and the second undone.
+    """
+    engine.backward(loss * engine.dp_world_size, scale_wrt_gas=False)
+
+
+def optimizer_step(engine: DeepSpeedEngine) -> float | None:
+    """Clip, step and clear the gradients; returns their global 2-norm before clipping.
+
+    Call it once after every `backward_scaled`; where more micro-batches of the step are to come it only counts, and returns None.
+    """
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return None
+    # Without ZeRO the optimizer is torch's own and DeepSpeed keeps no norm.
+    plain = engine.zero_optimization_stage() == 0
+    norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]) if plain else None
+    engine.step()
+    return float(engine.get_global_grad_norm() if norm is None else norm)
+
+
+def full_parameters(engine: DeepSpeedEngine) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter once (tied ones under their first name) with its full, detached tensor, under any ZeRO stage.
+
+    Under ZeRO 3 each step of the iteration is a collective: every worker has to iterate to the end. The tensor is only
+    valid until the next step; copy what is to be kept.
+    """
+    sharded = engine.zero_optimization_stage() == 3
+    deepspeed = import_deepspeed()
+    for name, parameter in engine.module.named_parameters():
+        if sharded:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                yield name, parameter.detach().clone()
+        else:
+            yield name, parameter.detach()
+
+
+@contextmanager
+def full_weights(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Within this block `engine.module` holds its full weights on every worker, under any ZeRO stage. Collective; only for reading."""
+    if engine.zero_optimization_stage() != 3:
+        yield
+        return
+    with import_deepspeed().zero.GatheredParameters(list(engine.module.parameters())):
+        yield
+
+
+def save_engine(engine: DeepSpeedEngine, folder: Path, state: Mapping[str, Any]) -> None:
+    """Write weights, optimizer, schedule and `state` under `folder`. Collective; every worker writes its own shards."""
+    engine.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, client_state=dict(state))
+
+
+def load_engine(engine: DeepSpeedEngine, folder: Path) -> dict[str, Any]:
+    """Restore what `save_engine` wrote and return its `state`. Collective. Raises CheckpointError if a part is missing."""
+    path, state = engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
+    if path is None:
+        raise CheckpointError(f"{folder}: no complete DeepSpeed checkpoint for {engine.dp_world_size} workers; delete it to start over")
+    return dict(state)
+
+
+def _checkpoint_activations(model: torch.nn.Module) -> None:
+    trunk = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if trunk is None or not trunk.supports_gradient_checkpointing:
+        raise ConfigError(f"{type(model).__name__} cannot recompute activations: set deepspeed.gradient_checkpointing = false")
+    trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged

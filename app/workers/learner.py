@@ -1,0 +1,334 @@
+"""The learner: policy and critic under DeepSpeed, in one Ray actor per rank.
+
+Shape legend: B rollouts, T response tokens, S sequence (see app.experience).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from app.algorithms import ALGORITHMS
+from app.config.ppo import PpoConfig
+from app.errors import CheckpointError, CorralError, NonFiniteError, WeightPushError
+from app.experience import Experience, FloatArray, IntArray, Minibatch, PolicyOutputs, TokenBatch, Totals
+from app.numerics import gather_response
+from app.workers.pending import collect
+
+BUCKET_BYTES = 64 * 2**20  # weights travel in pieces of about this size
+
+
+@dataclass(frozen=True)
+class LearnerSpec:
+    """What every rank builds its models from."""
+
+    policy_path: str
+    critic_path: str  # reward-model folder
+    precision: str
+    temperature: float
+    config: PpoConfig
+    pad_id: int
+    trust_remote_code: bool = False
+
+
+def minibatch_rows(total: int, minibatches: int, *, seed: int, epoch: int) -> list[torch.Tensor]:
+    """Which rows belong to each optimizer step of an epoch: int64 index tensors, a fresh shuffle per epoch.
+
+    Depends on seed and epoch only, so every rank computes the same assignment.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(total, generator=generator)
+    return [order[k::minibatches] for k in range(minibatches)]
+
+
+def rank_rows(rows: torch.Tensor, lengths: torch.Tensor, *, rank: int, world: int, micro_batch_size: int) -> list[torch.Tensor]:
+    """The micro-batches of one rank: its share of `rows`, sorted by length so that a micro-batch pads little."""
+    by_length = rows[lengths[rows].argsort(stable=True)]
+    return list(by_length[rank::world].split(micro_batch_size))
+
+
+class LearnerWorker:
+    """One rank. Constructed in two steps, because rank 0's address is known only once its process runs."""
+
+    def address(self) -> tuple[str, int]:
+        """Where the process group of the learner meets: this node's address and a free port."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
+
+    def start(self, spec: LearnerSpec, rank: int, world: int, address: tuple[str, int]) -> None:
+        """Join the process group and build both engines."""
+        from app.models.heads import ValueModel
+        from app.models.load import load_causal_lm
+        from app.models.policy import PolicyModel
+        from app.workers.deepspeed_engine import import_deepspeed, start_engine
+
+        config = spec.config
+        torch.set_num_threads(config.workers.threads)
+        os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world), MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
+        self._device = torch.device("cuda", 0) if config.workers.gpus > 0 else torch.device("cpu")
+        deepspeed = import_deepspeed()
+        deepspeed.init_distributed(dist_backend="nccl" if self._device.type == "cuda" else "gloo", verbose=False)
+        torch.manual_seed(config.steps + rank)
+        self._spec, self._rank, self._world = spec, rank, world
+        self._algorithm = ALGORITHMS["ppo"](config.algorithm)
+        shared = {
+            "precision": spec.precision,
+            "micro_batch_size": config.micro_batch_size,
+            "accumulation": config.accumulation,
+            "total_steps": config.steps * config.epochs * config.minibatches,
+        }
+        language_model = load_causal_lm(spec.policy_path, "fp32", spec.trust_remote_code)  # DeepSpeed casts and keeps float32 masters
+        self._policy = start_engine(PolicyModel(language_model), config.policy, config.deepspeed, **shared)
+        critic = ValueModel.from_reward_model(spec.critic_path, trust_remote_code=spec.trust_remote_code)
+        self._critic = start_engine(critic, config.critic, config.deepspeed, **shared)
+
+    @torch.no_grad()
+    def inspect(self, tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(rows, log-probs, values) of this rank's share of the batch; the last two float32 [b, T]."""
+        length = tokens.mask_BT.shape[1]
+        lengths = tokens.prompt_lengths_B + tokens.response_lengths_B
+        batches = rank_rows(
+            torch.arange(len(tokens)), lengths, rank=self._rank, world=self._world, micro_batch_size=self._spec.config.micro_batch_size
+        )
+        logprobs, values = [], []
+        for rows in batches:
+            outputs = self._forward(tokens.rows(rows))
+            assert outputs.values_BT is not None
+            pad = (0, length - outputs.logprobs_BT.shape[1])
+            logprobs.append(torch.nn.functional.pad(outputs.logprobs_BT.cpu(), pad))
+            values.append(torch.nn.functional.pad(outputs.values_BT.cpu(), pad))
+        return torch.cat(batches), torch.cat(logprobs), torch.cat(values)
+
+    def update(self, experience: Experience, seed: int) -> dict[str, float]:
+        """Epochs x minibatches x micro-batches; metrics are means over the optimizer steps, the same on every rank."""
+        config = self._spec.config
+        lengths = experience.tokens.prompt_lengths_B + experience.tokens.response_lengths_B
+        history: dict[str, list[float]] = defaultdict(list)
+        for epoch in range(config.epochs):
+            for rows in minibatch_rows(len(experience.tokens), config.minibatches, seed=seed, epoch=epoch):
+                totals = Totals(tokens=int(experience.mask_BT[rows].sum()), sequences=int(experience.mask_BT[rows].any(1).sum()))
+                if not totals.tokens:
+                    continue  # every row of this minibatch failed to score: there is nothing to learn from
+                micro_batches = rank_rows(rows, lengths, rank=self._rank, world=self._world, micro_batch_size=config.micro_batch_size)
+                for name, value in self._optimizer_step(experience, micro_batches, totals, first=not history).items():
+                    history[name].append(value)
+        return {name: float(np.mean(values)) for name, values in history.items()}
+
+    def _optimizer_step(
+        self, experience: Experience, micro_batches: Sequence[torch.Tensor], totals: Totals, *, first: bool
+    ) -> dict[str, float]:
+        from app.workers.deepspeed_engine import backward_scaled, optimizer_step
+
+        sums: dict[str, float] = defaultdict(float)
+        first_step_ratio = 0.0
+        norms: dict[str, float] = {}
+        for rows in micro_batches:
+            minibatch = Minibatch.from_rows(experience, rows)
+            outputs = self._forward(minibatch.tokens)
+            loss = self._algorithm.loss(on_cpu(outputs), minibatch, totals, max_lag=self._spec.config.max_lag)
+            assert loss.value is not None
+            self._require_finite(policy_loss=loss.policy, value_loss=loss.value)
+            for name, engine, part in (("policy", self._policy, loss.policy), ("critic", self._critic, loss.value)):
+                backward_scaled(engine, part)
+                norm = optimizer_step(engine)
+                if norm is not None:
+                    norms[f"{name}_grad_norm"] = norm
+            if first:
+                difference = (outputs.logprobs_BT.detach().cpu() - minibatch.proximal_BT).masked_fill(~minibatch.mask_BT, 0.0)
+                first_step_ratio = max(first_step_ratio, float(difference.abs().max()))
+            for name, value in loss.metrics.items():
+                sums[name] += value
+        metrics = self._sum_over_ranks(sums)
+        if first:
+            metrics["first_step_mismatch"] = self._max_over_ranks(first_step_ratio)
+        return metrics | norms
+
+    def _forward(self, tokens: TokenBatch) -> PolicyOutputs:
+        moved = [x.to(self._device) for x in (tokens.ids_BS, tokens.attention_BS, tokens.prompt_lengths_B, tokens.mask_BT)]
+        ids_BS, attention_BS, prompt_lengths_B, mask_BT = moved
+        logprobs_BT, entropy_BT = self._policy(ids_BS, attention_BS, prompt_lengths_B, mask_BT, self._spec.temperature)
+        values_BS = self._critic(ids_BS, attention_BS)
+        return PolicyOutputs(logprobs_BT, gather_response(values_BS[:, :-1], prompt_lengths_B, mask_BT), entropy_BT)
+
+    def _require_finite(self, **losses: torch.Tensor) -> None:
+        for name, loss in losses.items():
+            if not torch.isfinite(loss):
+                raise NonFiniteError(f"{name} is {loss.item()} on rank {self._rank}, before the optimizer step: lower the learning rate")
+
+    def _sum_over_ranks(self, sums: Mapping[str, float]) -> dict[str, float]:
+        names = sorted(sums)
+        vector = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=self._device)
+        torch.distributed.all_reduce(vector)
+        return dict(zip(names, vector.tolist(), strict=True))
+
+    def _max_over_ranks(self, value: float) -> float:
+        vector = torch.tensor([value], dtype=torch.float64, device=self._device)
+        torch.distributed.all_reduce(vector, op=torch.distributed.ReduceOp.MAX)
+        return float(vector)
+
+    @torch.no_grad()
+    def logprobs(self, sequences: Sequence[IntArray]) -> list[FloatArray]:
+        """Log-probs [S-1] of whole sequences at temperature 1 (canaries). Every rank takes part; all answer the same."""
+        answers = []
+        for ids in sequences:
+            ids_BS = torch.from_numpy(ids.astype(np.int64))[None].to(self._device)
+            one = torch.ones(1, dtype=torch.long, device=self._device)
+            everything = torch.ones_like(ids_BS, dtype=torch.bool)
+            logprobs_BT, _ = self._policy(ids_BS, everything, one, everything[:, 1:], 1.0)
+            answers.append(logprobs_BT[0].cpu().numpy())
+        return answers
+
+    def weight_buckets(self) -> list[ray.ObjectRef[Any]]:
+        """Rank 0: the policy's full weights in Ray's object store, in buckets of name -> array. Collective."""
+        buckets: list[ray.ObjectRef[Any]] = []
+        bucket: dict[str, np.ndarray[Any, Any]] = {}
+        size = 0
+        for name, tensor in self.policy_parameters():
+            if self._rank:
+                continue
+            bucket[name] = tensor.float().cpu().numpy()
+            size += bucket[name].nbytes
+            if size >= BUCKET_BYTES:
+                buckets.append(ray.put(bucket))
+                bucket, size = {}, 0
+        if bucket:
+            buckets.append(ray.put(bucket))
+        return buckets
+
+    def policy_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Full parameters of the language model under its own names. Collective under ZeRO 3."""
+        from app.workers.deepspeed_engine import full_parameters
+
+        for name, tensor in full_parameters(self._policy):
+            yield name.removeprefix("language_model."), tensor
+
+    def connect_nccl(self, engines: Sequence[Any], tensor_parallel: int, address: tuple[str, int]) -> None:
+        """Open the NCCL group of rank 0 and all engine workers."""
+        from app.workers.nccl_transfer import connect
+
+        self._nccl = connect(self, engines, rank=self._rank, tensor_parallel=tensor_parallel, address=address)
+
+    def broadcast_nccl(self) -> None:
+        """Send the policy to every engine. Collective."""
+        self._nccl.send_weights()
+
+    def save(self, folder: str) -> None:
+        """Both engines and this rank's random state. Collective."""
+        from app.workers.deepspeed_engine import save_engine
+
+        state = {"torch_rng": torch.get_rng_state()}
+        save_engine(self._policy, Path(folder) / "policy", state)
+        save_engine(self._critic, Path(folder) / "critic", {})
+
+    def load(self, folder: str) -> None:
+        """Restore `save`. Raises CheckpointError if a part is missing."""
+        from app.workers.deepspeed_engine import load_engine
+
+        state = load_engine(self._policy, Path(folder) / "policy")
+        load_engine(self._critic, Path(folder) / "critic")
+        torch.set_rng_state(state["torch_rng"])
+
+    def export(self, folder: str) -> None:
+        """Rank 0 writes the policy as a Hugging Face folder. Collective."""
+        from app.models.load import load_tokenizer
+
+        weights = {name: tensor.cpu().clone() for name, tensor in self.policy_parameters()}
+        if self._rank == 0:
+            self._policy.module.language_model.save_pretrained(folder, state_dict=weights)
+            load_tokenizer(self._spec.policy_path, self._spec.trust_remote_code).save_pretrained(folder)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+def on_cpu(outputs: PolicyOutputs) -> PolicyOutputs:
+    """Outputs [b, t] beside the experience, which lives in host memory; gradients flow through the copy."""
+    values = outputs.values_BT
+    return PolicyOutputs(outputs.logprobs_BT.cpu(), None if values is None else values.cpu(), outputs.entropy_BT.cpu())
+
+
+class RayLearner:
+    """`Learner` over one actor per rank."""
+
+    def __init__(self, workers: Sequence[Any], starting: Sequence[ray.ObjectRef[None]], *, deadline_seconds: float) -> None:
+        self.workers = list(workers)
+        self._starting = list(starting)
+        self._deadline_seconds = deadline_seconds
+
+    def ready(self) -> None:
+        """Wait until every rank has built its engines; raises what a rank raised meanwhile."""
+        collect(self._starting, phase="learner start", deadline_seconds=self._deadline_seconds, failure=CorralError)
+
+    def inspect(self, tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs_BT = torch.zeros(tokens.mask_BT.shape)
+        values_BT = torch.zeros(tokens.mask_BT.shape)
+        for rows, logprobs, values in self._each("inspect", ray.put(tokens)):
+            logprobs_BT[rows], values_BT[rows] = logprobs, values
+        return logprobs_BT, values_BT
+
+    def update(self, experience: Experience, *, seed: int) -> dict[str, float]:
+        return self._each("update", ray.put(experience), seed)[0]  # type: ignore[no-any-return]
+
+    def logprobs(self, sequences: Sequence[IntArray]) -> list[FloatArray]:
+        return self._each("logprobs", list(sequences), failure=WeightPushError)[0]  # type: ignore[no-any-return]
+
+    def weight_buckets(self) -> list[ray.ObjectRef[Any]]:
+        return self._each("weight_buckets", failure=WeightPushError)[0]  # type: ignore[no-any-return]
+
+    def connect_nccl(self, engines: Sequence[Any], *, tensor_parallel: int) -> None:
+        address = self._each("address")[0]
+        self._each("connect_nccl", list(engines), tensor_parallel, address, failure=WeightPushError)
+
+    def broadcast_nccl(self) -> None:
+        self._each("broadcast_nccl", failure=WeightPushError)
+
+    def save(self, folder: str) -> None:
+        self._each("save", folder, failure=CheckpointError)
+
+    def load(self, folder: str) -> None:
+        self._each("load", folder, failure=CheckpointError)
+
+    def export(self, folder: str) -> None:
+        self._each("export", folder)
+
+    def _each(self, method: str, *args: Any, failure: type[CorralError] = CorralError) -> list[Any]:
+        calls = [getattr(worker, method).remote(*args) for worker in self.workers]
+        return collect(calls, phase=f"learner: {method}", deadline_seconds=self._deadline_seconds, failure=failure)
+
+
+@contextmanager
+def learner_group(spec: LearnerSpec, *, deadline_seconds: float, placement: Sequence[Any] = ()) -> Iterator[RayLearner]:
+    """Start one actor per rank and end the processes at exit. The ranks build their engines while the caller goes on;
+    `RayLearner.ready` waits for them.
+
+    placement: a Ray scheduling strategy per rank (default: wherever there is room).
+    """
+    workers_config = spec.config.workers
+    worker_class = ray.remote(LearnerWorker)
+    workers = [
+        worker_class.options(
+            num_cpus=workers_config.cpus,
+            num_gpus=workers_config.gpus,
+            scheduling_strategy=placement[rank] if placement else "DEFAULT",
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(workers_config.threads)}},
+        ).remote()
+        for rank in range(workers_config.count)
+    ]
+    try:
+        address = collect([workers[0].address.remote()], phase="learner start", deadline_seconds=deadline_seconds, failure=CorralError)[0]
+        starting = [worker.start.remote(spec, rank, len(workers), address) for rank, worker in enumerate(workers)]
+        yield RayLearner(workers, starting, deadline_seconds=deadline_seconds)
+    finally:
+        for worker in workers:
+            ray.kill(worker)

@@ -1,0 +1,57 @@
+"""Remote work in flight, with a deadline on every wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import ray
+
+from app.errors import CorralError, DeadlineError
+
+T = TypeVar("T")
+
+
+def collect(references: Sequence[ray.ObjectRef[Any]], *, phase: str, deadline_seconds: float, failure: type[CorralError]) -> list[Any]:
+    """Results of remote calls, in order.
+
+    Raises DeadlineError naming the phase when they are not all there in time, and `failure` when a process died;
+    errors of ours raised inside a worker arrive as themselves.
+    """
+    try:
+        return ray.get(list(references), timeout=deadline_seconds)  # type: ignore[no-any-return]
+    except ray.exceptions.GetTimeoutError:
+        ready, late = ray.wait(list(references), num_returns=len(references), timeout=0)
+        raise DeadlineError(
+            f"{phase}: {len(late)} of {len(references)} workers did not answer within {deadline_seconds:g} s "
+            "(raise run.deadline_seconds if the work is simply that long)"
+        ) from None
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, CorralError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayActorError as error:
+        raise failure(f"{phase}: a worker process died ({str(error).splitlines()[0]}); rerun the same command to go on") from error
+
+
+class Remote(Generic[T]):
+    """A `Pending` over Ray object references: `finish` turns their values into the result."""
+
+    def __init__(
+        self,
+        references: Sequence[ray.ObjectRef[Any]],
+        finish: Callable[[list[Any]], T],
+        *,
+        phase: str,
+        deadline_seconds: float,
+        failure: type[CorralError],
+    ) -> None:
+        self._references = references
+        self._finish = finish
+        self._phase = phase
+        self._deadline_seconds = deadline_seconds
+        self._failure = failure
+
+    def result(self) -> T:
+        values = collect(self._references, phase=self._phase, deadline_seconds=self._deadline_seconds, failure=self._failure)
+        return self._finish(values)

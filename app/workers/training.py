@@ -1,0 +1,129 @@
+"""Supervised training on Ray Train: the driver's side of a run. `app.workers.training_loop` is the workers' side."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from pathlib import Path
+
+import ray.train
+from ray.train.torch import TorchTrainer
+
+from app.config.training import TrainingConfig
+from app.data.batch_order import total_steps
+from app.errors import CorralError, DeadlineError, Interrupted
+from app.interfaces import Tracker
+from app.workers.deepspeed_engine import deepspeed_config
+from app.workers.event_channel import EventChannel
+from app.workers.supervised_task import SupervisedTask, TrainingJob, TrainingResult, WorkerOutcome
+from app.workers.training_loop import train_worker
+
+MAX_FAILURES = 1
+"""Times a run may lose a worker and go on by itself from its last checkpoint."""
+CHECKPOINTS_KEPT = 2
+POLL_SECONDS = 0.2
+
+
+def training_steps(config: TrainingConfig, rows: int) -> int:
+    """Optimizer steps of a run over `rows` training rows."""
+    return total_steps(rows, epochs=config.epochs, batch_size=config.batch_size, max_steps=config.max_steps)
+
+
+def fit(
+    task: SupervisedTask,
+    config: TrainingConfig,
+    *,
+    steps: int,
+    precision: str,
+    seed: int,
+    folder: Path,
+    tracker: Tracker,
+    deadline_seconds: float,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> TrainingResult:
+    """Train for `steps` optimizer steps and leave the model in `folder/model`; metrics go to `tracker` while it runs.
+
+    Checkpoints are in `folder/checkpoints`; the same call goes on from the last one. Gradients are exact: neither the number
+    of workers nor the micro-batch size changes the loss curve. `deadline_seconds` is the longest wait between two logged points.
+    Raises NonFiniteError, Interrupted (when `stop_requested()` turns true, after saving a checkpoint), DeadlineError, what a
+    worker raised, or CorralError when workers died more than MAX_FAILURES times.
+    """
+    optimizer, micro, accumulation = config.optimizer, config.micro_batch_size, config.accumulation
+    deepspeed_config(config.deepspeed, optimizer, precision=precision, micro_batch_size=micro, accumulation=accumulation)  # refuses early
+    folder = folder.absolute()  # Ray Train changes the workers' directory
+    with EventChannel(tracker) as channel:
+        job = TrainingJob(task, config, precision, seed, steps, folder / "model", channel.sender)
+        outcome = _wait_for(_trainer(job, folder), channel, stop_requested, phase=f"{task.stage} training", deadline_seconds=deadline_seconds)
+    if outcome.error is not None:
+        raise outcome.error
+    if outcome.result is None:
+        raise Interrupted(f"{task.stage} stopped after step {outcome.steps} of {steps}; the same command goes on from there")
+    return outcome.result
+
+
+def _trainer(job: TrainingJob, folder: Path) -> TorchTrainer:
+    # Reports wait for the controller's next look at its workers, which is every 2 s unless told otherwise.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    workers = job.config.workers
+    resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        scaling_config=ray.train.ScalingConfig(num_workers=workers.count, use_gpu=workers.gpus > 0, resources_per_worker=resources),
+        run_config=ray.train.RunConfig(
+            name="checkpoints",
+            storage_path=str(folder),
+            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(workers.threads)}},
+        ),
+    )
+
+
+def _wait_for(
+    trainer: TorchTrainer, channel: EventChannel, stop_requested: Callable[[], bool], *, phase: str, deadline_seconds: float
+) -> WorkerOutcome:
+    """Run the trainer in a thread, because in the main thread it would take over SIGINT, and pass a stop request on to the workers."""
+    future: Future[ray.train.Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(trainer.fit())
+        except Exception as error:  # noqa: BLE001 - raised again by future.result() below
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="corral-fit", daemon=True).start()
+    asked = False
+    while not wait([future], timeout=POLL_SECONDS).done:
+        if stop_requested() and not asked:
+            channel.request_stop()
+            asked = True
+        if time.monotonic() - channel.last_event > deadline_seconds:
+            channel.request_stop()
+            raise DeadlineError(f"{phase}: no progress for {deadline_seconds:g} s (raise run.deadline_seconds if a step is simply that long)")
+    try:
+        outcome: WorkerOutcome = future.result().return_value
+    except ray.train.WorkerGroupError as error:
+        raise _cause(error, phase) from error
+    except ray.train.TrainingFailedError as error:
+        raise CorralError(f"{phase} failed: {_first_line(error)}; run the same command to go on from the last checkpoint") from error
+    return outcome
+
+
+def _cause(error: ray.train.WorkerGroupError, phase: str) -> CorralError:
+    """The first error of ours that a worker raised, else a summary of how the first worker failed."""
+    failures = [getattr(failure, "_base_exc", failure) for _, failure in sorted(error.worker_failures.items())]
+    for failure in failures:
+        if isinstance(failure, CorralError):
+            return failure
+    reason = f"{type(failures[0]).__name__}: {_first_line(failures[0])}" if failures else _first_line(error)
+    return CorralError(f"{phase} lost its workers {MAX_FAILURES + 1} times ({reason}); run the same command to go on from the last checkpoint")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

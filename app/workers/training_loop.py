@@ -1,0 +1,213 @@
+"""The workers' side of supervised training: one process per rank, a DeepSpeed engine in each.
+
+Every rank knows the whole global batch of every step, so the exact loss denominator needs no communication.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+
+from app.data.batch_order import evaluation_batches, micro_batches, step_rows
+from app.errors import NonFiniteError
+from app.workers.deepspeed_engine import backward_scaled, full_weights, load_engine, optimizer_step, save_engine, start_engine
+from app.workers.supervised_task import TrainingJob, TrainingResult, WorkerOutcome
+
+
+@dataclass
+class Progress:
+    """What a checkpoint keeps beside the engine. `step` counts finished optimizer steps."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    before: dict[str, float] = field(default_factory=dict)
+    evaluated: dict[str, float] = field(default_factory=dict)
+    evaluated_step: int = -1
+
+
+@dataclass
+class Window:
+    """What happened since the last logged point."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norm: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def train_worker(config: dict[str, TrainingJob]) -> WorkerOutcome:
+    """The function that Ray Train runs on every rank."""
+    loop = TrainingLoop(config["job"])
+    try:
+        return loop.run()
+    except NonFiniteError as error:  # every rank sees it in the same step, so a restart would only meet it again
+        return WorkerOutcome(loop.progress.step, error=error)
+    finally:
+        loop.job.events.flush()
+
+
+class TrainingLoop:
+    """One rank."""
+
+    def __init__(self, job: TrainingJob) -> None:
+        self.job, self.task, self.config = job, job.task, job.config
+        torch.set_num_threads(job.config.workers.threads)
+        torch.manual_seed(job.seed)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.device: torch.device = ray.train.torch.get_device()
+        self.train_rows, self.held_out = self.task.load_rows()
+        self.lengths = [self.task.length(row) for row in self.train_rows]
+        self.progress = Progress()
+        self.engine = start_engine(
+            self.task.build_model(),
+            self.config.optimizer,
+            self.config.deepspeed,
+            precision=job.precision,
+            micro_batch_size=self.config.micro_batch_size,
+            accumulation=self.config.accumulation,
+            total_steps=job.steps,
+        )
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is not None:
+            with checkpoint.as_directory() as folder:
+                self.progress = Progress(**load_engine(self.engine, Path(folder))["progress"])
+
+    def run(self) -> WorkerOutcome:
+        """Train to the last step, or to a stop request; the model is exported only in the first case."""
+        progress, window, stop = self.progress, Window(), False
+        if not progress.before:
+            progress.before = self.evaluate()
+        while progress.step < self.job.steps and not stop:
+            stop = self.train_step(window)
+            step = progress.step
+            if step % self.config.log_every == 0 or step == self.job.steps:
+                self.log(window)
+                window = Window()
+            if step % self.config.eval_every == 0 and step < self.job.steps and not stop:
+                self.evaluate()
+            if stop or (step % self.config.save_every == 0 and step < self.job.steps):
+                self.save()
+        if stop and progress.step < self.job.steps:
+            return WorkerOutcome(progress.step)
+        after = self.evaluate()
+        with full_weights(self.engine):
+            if self.rank == 0:
+                self.export()
+        dist.barrier()
+        result = TrainingResult(progress.before, after, progress.step, progress.tokens, progress.seconds)
+        return WorkerOutcome(progress.step, result=result)
+
+    def train_step(self, window: Window) -> bool:
+        """One optimizer step; returns whether the driver asked to stop. Raises NonFiniteError."""
+        began = time.perf_counter()
+        progress = self.progress
+        indices = step_rows(progress.step, rows=len(self.train_rows), batch_size=self.config.batch_size, seed=self.job.seed)
+        denominator = sum(self.task.weight(self.train_rows[i]) for i in indices)
+        mine = micro_batches(
+            indices, self.lengths, micro_batch_size=self.config.micro_batch_size, rank=self.rank, world_size=self.world_size
+        )
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for number, batch in enumerate(mine):
+            if number:
+                optimizer_step(self.engine)  # within an accumulation it only counts
+            part = self.task.loss(self.engine, [self.train_rows[i] for i in batch], self.device) / denominator
+            backward_scaled(self.engine, part)
+            loss += part.detach()
+        total, stop = self.agree(loss)
+        self.require_finite("loss", total, "before the optimizer step")
+        window.grad_norm = optimizer_step(self.engine)
+        if self.job.precision != "fp16":  # there an overflow only skips the step and lowers the loss scale
+            self.require_finite("gradient norm", window.grad_norm, "which spoils the weights")
+        window.losses.append(total)
+        progress.step += 1
+        seconds, tokens = time.perf_counter() - began, sum(self.task.tokens(self.train_rows[i]) for i in indices)
+        progress.tokens, progress.seconds = progress.tokens + tokens, progress.seconds + seconds
+        window.tokens, window.seconds = window.tokens + tokens, window.seconds + seconds
+        return stop
+
+    def require_finite(self, name: str, value: float, consequence: str) -> None:
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"{self.task.stage}: {name} is {value} in step {self.progress.step + 1}, {consequence}: "
+                "lower optimizer.lr, or look for broken rows in the data"
+            )
+
+    def agree(self, loss: torch.Tensor) -> tuple[float, bool]:
+        """The loss summed over ranks, and whether to stop after this step: the same answer everywhere."""
+        asked = self.rank == 0 and self.job.events.stop_requested()
+        vector = torch.stack([loss, loss.new_tensor(float(asked))])
+        dist.all_reduce(vector)
+        total, stop = vector.tolist()
+        return total, stop > 0
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Held-out metrics of the current weights, each row computed on one rank, logged as `eval_*`. The same on every rank."""
+        progress = self.progress
+        if progress.evaluated_step == progress.step:
+            return progress.evaluated
+        self.engine.eval()
+        lengths = [self.task.length(row) for row in self.held_out]
+        batches = evaluation_batches(
+            lengths, micro_batch_size=self.config.micro_batch_size, rank=self.rank, world_size=self.world_size
+        )
+        sums: dict[str, float] = defaultdict(float)
+        for batch in batches:
+            # An empty share still takes part, because under ZeRO 3 every forward pass is a collective.
+            counted = bool(batch)
+            for name, value in self.task.evaluate(self.engine, [self.held_out[i] for i in batch or [0]], self.device).items():
+                sums[name] += value if counted else 0.0
+        self.engine.train()
+        names = sorted(sums)
+        vector = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=self.device)
+        dist.all_reduce(vector)
+        progress.evaluated = self.task.summarise(dict(zip(names, vector.tolist(), strict=True)))
+        progress.evaluated_step = progress.step
+        if self.rank == 0:
+            metrics = {f"eval_{name}": value for name, value in progress.evaluated.items()}
+            self.job.events.log(self.task.stage, progress.step, metrics)
+        return progress.evaluated
+
+    def log(self, window: Window) -> None:
+        """Send means since the last logged point."""
+        if self.rank:
+            return
+        step = self.progress.step
+        metrics = {
+            "loss": sum(window.losses) / len(window.losses),
+            "grad_norm": window.grad_norm,
+            "tokens_per_second": window.tokens / window.seconds,
+            "lr": self.engine.get_lr()[0],
+            "epoch": step * self.config.batch_size / len(self.train_rows),
+        }
+        self.job.events.log(self.task.stage, step, metrics)
+
+    def save(self) -> None:
+        """Every rank reports its own shards; Ray puts them into one checkpoint and commits it when it has them all."""
+        with tempfile.TemporaryDirectory(prefix="corral-") as folder:
+            save_engine(self.engine, Path(folder), {"progress": asdict(self.progress)})
+            ray.train.report(
+                {"step": self.progress.step},
+                checkpoint=ray.train.Checkpoint.from_directory(folder),
+                checkpoint_dir_name=f"step-{self.progress.step:08d}",
+            )
+
+    def export(self) -> None:
+        """Replace the model folder in one step: what is there is complete."""
+        target = self.job.model_folder
+        unfinished = target.with_name(f".{target.name}.saving")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        self.task.export(self.engine.module, unfinished)
+        shutil.rmtree(target, ignore_errors=True)
+        unfinished.rename(target)

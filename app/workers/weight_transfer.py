@@ -1,0 +1,131 @@
+"""The learner's policy weights into the rollout engines, through vLLM's own weight-transfer interface.
+
+Two ways: the object store (works everywhere: the arrays that rank 0 gathers are put into Ray's object store in buckets
+and every engine reads them from there) and NCCL (engines that own their GPUs). Either way the push ends with a check:
+both sides compute the log-probs of canary sequences, and they must agree.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from app.errors import WeightPushError
+from app.experience import FloatArray, IntArray
+
+if TYPE_CHECKING:
+    from app.workers.learner import RayLearner
+    from app.workers.rollout import VllmRolloutPool
+
+BACKEND = "object_store"
+
+
+def register_object_store_backend() -> None:
+    """Teach vLLM's factory the backend `object_store`; calling it again is harmless."""
+    import torch
+    from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    if BACKEND in WeightTransferEngineFactory._registry:
+        return
+
+    @dataclass
+    class InitInfo(WeightTransferInitInfo):
+        pass
+
+    @dataclass
+    class UpdateInfo(WeightTransferUpdateInfo):
+        tensors: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+
+    class ObjectStoreEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+        """Receiving side: loads arrays that are already in this process, in checkpoint format."""
+
+        init_info_cls = InitInfo
+        update_info_cls = UpdateInfo
+
+        def init_transfer_engine(self, init_info: InitInfo) -> None:
+            """Nothing to set up: Ray carries the arrays."""
+
+        def start_weight_update(self) -> None:
+            from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+            initialize_layerwise_reload(self.model)
+
+        def update_weights(self, update_info: UpdateInfo | dict[str, Any]) -> None:
+            # Overrides the base class, which would end with an accelerator synchronisation that CPUs do not have.
+            info = self.parse_update_info(update_info) if isinstance(update_info, dict) else update_info
+            self.receive_weights(info)
+
+        def receive_weights(self, update_info: UpdateInfo) -> None:
+            self.model.load_weights((name, torch.from_numpy(np.array(array)).to(self.device)) for name, array in update_info.tensors.items())
+
+        def finish_weight_update(self) -> None:
+            from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+            finalize_layerwise_reload(self.model, self.model_config)
+            if self.device.type == "cpu":
+                repack_output_heads(self.model)
+
+        def shutdown(self) -> None:
+            """Nothing is held open."""
+
+    WeightTransferEngineFactory.register_engine(BACKEND, ObjectStoreEngine)
+
+
+def repack_output_heads(model: Any) -> None:
+    """Rebuild the packed copy of each output head.
+
+    On CPUs linear layers compute with a packed copy of their weight. The layerwise reload rebuilds those copies, but not
+    the one of a head tied to the embeddings: sampling would go on with the old head, silently.
+    """
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+
+def canary_mismatch(engine: Sequence[FloatArray], learner: Sequence[FloatArray]) -> float:
+    """max |log p(engine) - log p(learner)| over all tokens of the canaries, in nats."""
+    return max(float(np.abs(a - b).max()) for a, b in zip(engine, learner, strict=True))
+
+
+class WeightPublisher:
+    """`Publisher`: pushes through the object store or NCCL, then compares canary log-probs on every engine."""
+
+    def __init__(self, learner: RayLearner, pool: VllmRolloutPool, canaries: Sequence[IntArray], *, limit: float, nccl_tensor_parallel: int | None) -> None:
+        """nccl_tensor_parallel: GPUs per engine where weights go over NCCL; None takes the object store."""
+        self._learner = learner
+        self._pool = pool
+        self._canaries = list(canaries)
+        self._limit = limit
+        self._nccl = nccl_tensor_parallel is not None
+        if nccl_tensor_parallel is not None:
+            learner.connect_nccl(pool.engines, tensor_parallel=nccl_tensor_parallel)
+
+    def publish(self, version: int) -> dict[str, float]:
+        began = time.perf_counter()
+        if self._nccl:
+            self._learner.broadcast_nccl()
+            self._pool.each("set_version", version)
+        else:
+            self._pool.each("load_buckets", self._learner.weight_buckets(), version)
+        pushed = time.perf_counter()
+        mismatch = self._verify(version)
+        return {"push/seconds": pushed - began, "push/verify_seconds": time.perf_counter() - pushed, "push/canary_mismatch": mismatch}
+
+    def _verify(self, version: int) -> float:
+        expected = self._learner.logprobs(self._canaries)
+        mismatch = max(canary_mismatch(answer, expected) for answer in self._pool.each("logprobs", self._canaries))
+        if not mismatch <= self._limit:
+            raise WeightPushError(
+                f"after the push of policy version {version} the rollout engine's log-probs differ from the learner's by "
+                f"{mismatch:.2e} nats on the canaries (limit ppo.max_logprob_mismatch = {self._limit:.0e}): the engine does not hold "
+                "the learner's weights, or computes in another precision; in bf16 a limit near 0.1 is usual"
+            )
+        return mismatch

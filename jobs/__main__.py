@@ -1,0 +1,7 @@
+"""`python -m jobs COMMAND` is `corral COMMAND`."""
+
+import sys
+
+from jobs.main import main
+
+sys.exit(main())

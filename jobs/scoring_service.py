@@ -1,0 +1,26 @@
+"""The scoring service as stages ask for it: two model folders in, a Scorer out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from app.config.recipe import Recipe
+from app.interfaces import Scorer
+from serve.scoring import start_scoring
+
+
+def scoring_service(recipe: Recipe) -> Callable[[str, str], AbstractContextManager[Scorer]]:
+    """(reward model folder, reference policy folder) -> the Serve application of this recipe, up for the length of a `with` block."""
+
+    def start(reward_path: str, reference_path: str) -> AbstractContextManager[Scorer]:
+        return start_scoring(
+            recipe.scoring,
+            reward_path=reward_path,
+            reference_path=reference_path,
+            temperature=recipe.rollout.temperature,
+            precision=recipe.model.precision,
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
+
+    return start

@@ -1,0 +1,55 @@
+"""The frame of every training command: early checks, run folder, data, Ray, tracker, and a clean end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from app.errors import Interrupted
+
+if TYPE_CHECKING:
+    from app.config.recipe import Recipe
+    from app.data.corpus import Corpus
+    from app.run_folder import RunFolder
+    from app.tracking import RunTracker
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a stage function is given beside its recipe."""
+
+    run: RunFolder
+    corpus: Corpus
+    tracker: RunTracker
+
+
+@contextmanager
+def session(recipe: Recipe, command: str) -> Iterator[Session]:
+    """Everything that can be wrong with the input is found before Ray starts. Raises CorralError; Interrupted on SIGINT and SIGTERM."""
+    from app.run_folder import RunFolder
+    from app.tracking import RunTracker
+    from app.workers.placement import check_feasible
+    from jobs import local_ray
+    from jobs.inputs import check_inputs, read_data
+
+    check_feasible(recipe, command, local_ray.cluster_resources())
+    check_inputs(recipe, command)
+    run = RunFolder.open(recipe, command)
+    try:
+        corpus = read_data(recipe, command, run)
+        with local_ray.running_ray(run.path / "logs"), RunTracker(run.path) as tracker:
+            yield Session(run, corpus, tracker)
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"stopped; {_kept(run)} The same command goes on from there") from error
+    for name in ("summary.json", "report.html"):
+        if (run.path / name).is_file():
+            sys.stdout.write(f"{run.path / name}\n")
+
+
+def _kept(run: RunFolder) -> str:
+    """What is already on disk, for people."""
+    done = [stage for stage in ("sft", "rm", "ppo", "evaluation") if run.finished(stage) is not None]
+    return f"{run.path} holds {'the finished stages ' + ', '.join(done) if done else 'no finished stage yet'} and the last checkpoint."

@@ -1,0 +1,171 @@
+"""The scoring service on a real Ray Serve, against direct forward passes."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from ray import serve
+
+from app.config.ppo import ScoringConfig
+from app.config.shared import WorkersConfig
+from app.errors import DeadlineError, ScoringError
+from app.models.forward import pad_sequences, sequence_logprobs
+from app.models.heads import load_reward_model, sequence_scores
+from app.models.load import load_causal_lm
+from app.workers.scoring_client import ServeScorer
+from serve.scoring import connect, start_scoring
+from tests.tiny_models import CONTEXT, VOCABULARY, make_llama, make_neox, make_reward_model
+
+TEMPERATURE, OFFSET = 0.7, 0.25
+CONFIG = ScoringConfig(
+    reward=WorkersConfig(count=2, cpus=0.25),
+    reference=WorkersConfig(cpus=0.25),
+    max_batch_tokens=256,
+    batch_wait_seconds=0.3,
+    timeout_seconds=60,
+)
+
+
+@dataclass(frozen=True)
+class Folders:
+    reference: str
+    reward: str
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    root = tmp_path_factory.mktemp("models")
+    reward = make_reward_model(root / "reward", make_llama(root / "llama"), reward_offset=OFFSET)
+    return Folders(make_neox(root / "reference"), reward)
+
+
+@pytest.fixture(scope="module")
+def scorer(folders: Folders) -> Iterator[ServeScorer]:
+    with start_scoring(CONFIG, reward_path=folders.reward, reference_path=folders.reference, temperature=TEMPERATURE) as scorer:
+        yield scorer
+
+
+def random_sequences(count: int, seed: int = 0) -> list[np.ndarray]:
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, VOCABULARY, generator.integers(1, 40)).astype(np.int32) for _ in range(count)]
+
+
+@torch.no_grad()
+def direct_scores(folders: Folders, sequences: list[np.ndarray]) -> list[float]:
+    model = load_reward_model(folders.reward)
+    return [float(sequence_scores(model, *pad_sequences([ids]))) - OFFSET for ids in sequences]
+
+
+@torch.no_grad()
+def direct_logprobs(folders: Folders, ids: np.ndarray) -> np.ndarray:
+    return sequence_logprobs(load_causal_lm(folders.reference), *pad_sequences([ids]), temperature=TEMPERATURE)[0].numpy()
+
+
+def test_answers_equal_direct_forward_passes(scorer: ServeScorer, folders: Folders) -> None:
+    sequences = random_sequences(60)
+    scores, logprobs = scorer.scores(sequences), scorer.logprobs(sequences)
+    np.testing.assert_allclose(scores.result(), direct_scores(folders, sequences), atol=1e-5)
+    for ids, row in zip(sequences, logprobs.result(), strict=True):
+        assert row.dtype == np.float32 and row.shape == (len(ids) - 1,)
+        np.testing.assert_allclose(row, direct_logprobs(folders, ids), atol=1e-5)
+
+
+def test_nothing_to_score(scorer: ServeScorer) -> None:
+    assert scorer.scores([]).result() == [] and scorer.logprobs([]).result() == []
+
+
+def test_concurrent_callers_share_forward_passes(scorer: ServeScorer) -> None:
+    before = scorer.stats()["reference"]
+    calls = [random_sequences(1, seed=seed) for seed in range(6)]
+    start = threading.Barrier(len(calls))
+
+    def call(sequences: list[np.ndarray]) -> int:
+        start.wait()
+        return len(connect("scoring", CONFIG).logprobs(sequences).result())
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        assert list(pool.map(call, calls)) == [1] * len(calls)
+    after = scorer.stats()["reference"]
+    assert after["requests"] - before["requests"] == len(calls)
+    assert after["batches"] - before["batches"] < len(calls)
+    assert after["largest_batch"] > 1
+
+
+@pytest.mark.parametrize(
+    ("sequence", "reason"),
+    [
+        (np.array([], dtype=np.int32), "empty"),
+        (np.array([5, VOCABULARY]), "vocabulary"),
+        (np.array([5, -1]), "non-negative"),
+        (np.zeros(CONTEXT + 1, dtype=np.int32), "context"),
+        (np.zeros((2, 2), dtype=np.int32), "one-dimensional"),
+        (np.array([0.5]), "integer"),
+    ],
+)
+def test_bad_requests_are_refused_and_harm_nobody_else(scorer: ServeScorer, sequence: np.ndarray, reason: str) -> None:
+    good = scorer.scores(random_sequences(3))
+    started = time.monotonic()
+    with pytest.raises(ScoringError, match=reason):
+        scorer.scores([sequence, *random_sequences(2)]).result()
+    assert time.monotonic() - started < 5, "a refused request was sent again"
+    with pytest.raises(ScoringError, match=reason):
+        scorer.logprobs([sequence]).result()
+    assert len(good.result()) == 3
+
+
+def test_a_pickled_client_works_in_another_process(scorer: ServeScorer, folders: Folders) -> None:
+    sequences = random_sequences(4)
+
+    @ray.remote(num_cpus=0.1)
+    def score(blob: bytes) -> list[float]:
+        return pickle.loads(blob).scores(sequences).result()
+
+    np.testing.assert_allclose(ray.get(score.remote(pickle.dumps(scorer))), direct_scores(folders, sequences), atol=1e-5)
+
+
+def test_the_client_outlives_a_killed_replica(scorer: ServeScorer, folders: Folders) -> None:
+    sequences = random_sequences(8)
+    expected = direct_logprobs(folders, sequences[0])
+    process = scorer.stats()["reference"]["pid"]
+    in_flight = scorer.logprobs(sequences)
+    os.kill(process, signal.SIGKILL)
+    later = scorer.logprobs(sequences)
+    for pending in (in_flight, later):
+        np.testing.assert_allclose(pending.result()[0], expected, atol=1e-5)
+    assert scorer.stats()["reference"]["pid"] != process
+
+
+def test_a_deadline_that_passes_is_an_error(scorer: ServeScorer) -> None:
+    impatient = connect("scoring", CONFIG.model_copy(update={"timeout_seconds": 0.01, "retries": 1}))
+    with pytest.raises(ScoringError, match="failed 2 times.*no answer within 0.01 s"):
+        impatient.scores(random_sequences(2)).result()
+
+
+def test_no_such_service(scorer: ServeScorer) -> None:
+    with pytest.raises(ScoringError, match="nowhere"):
+        connect("nowhere", CONFIG.model_copy(update={"retries": 0})).scores(random_sequences(1)).result()
+
+
+def test_start_and_stop_beside_a_running_service(scorer: ServeScorer, folders: Folders, tmp_path: Path) -> None:
+    paths = {"reward_path": folders.reward, "reference_path": folders.reference, "temperature": 1.0}
+    with pytest.raises(ScoringError, match="already runs"), start_scoring(CONFIG, **paths):
+        pass
+    with pytest.raises(ScoringError, match="one label"), start_scoring(CONFIG, **{**paths, "reward_path": folders.reference}, name="wrong"):
+        pass
+    greedy = CONFIG.model_copy(update={"reference": WorkersConfig(cpus=1000)})
+    with pytest.raises(DeadlineError, match="reference"), start_scoring(greedy, **paths, name="greedy", deadline_seconds=1):
+        pass
+    assert set(serve.status().applications) == {"scoring"}
+    assert len(scorer.scores(random_sequences(2)).result()) == 2

@@ -1,0 +1,203 @@
+"""SFT and reward model on real Ray Train with real gloo workers: learning, exactness over layouts, interruption, export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from app.config.recipe import Recipe
+from app.config.shared import DeepSpeedConfig, OptimizerConfig, WorkersConfig
+from app.config.training import TrainingConfig
+from app.data.corpus import Corpus, Split
+from app.data.templates import build_template
+from app.errors import Interrupted, NonFiniteError
+from app.formats.records import Message, RankedGroup, Thread
+from app.run_folder import RunFolder
+from app.stages.preparation import Prepared
+from app.stages.reward_model import set_reward_offset, train_reward_model
+from app.stages.sft import SftTask, train_sft
+from app.workers.training import fit
+from tests.tiny_models import make_neox, make_tokenizer
+
+STEPS = 6
+OPTIMIZER = OptimizerConfig(lr=1e-2, schedule="linear", warmup_steps=1, max_grad_norm=0.5)
+SHAPE = {"epochs": 2, "max_steps": STEPS, "batch_size": 8, "log_every": 1, "eval_every": 4, "save_every": 100, "optimizer": OPTIMIZER}
+SMALL_WORKER = {"cpus": 0.5}
+
+
+@dataclass
+class Curve:
+    """Stands in for a RunTracker: keeps losses by step; `stop_after` asks for a stop once that step was logged."""
+
+    stop_after: int | None = None
+    losses: dict[int, float] = field(default_factory=dict)
+    held_out: dict[int, float] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
+
+    def begin(self, stage: str, total_steps: int) -> None:
+        self.names.add(f"{stage}/{total_steps}")
+
+    def end(self, stage: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        self.names |= metrics.keys()
+        if "loss" in metrics:
+            self.losses[step] = metrics["loss"]
+        if "eval_loss" in metrics:
+            self.held_out[step] = metrics["eval_loss"]
+
+    def stop_requested(self) -> bool:
+        return self.stop_after is not None and max(self.losses, default=0) >= self.stop_after
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Corpus:
+    """Questions of different lengths with one right answer each; wrong answers differ in it."""
+
+    def user(number: int) -> Message:
+        return Message("user", "hello " * (1 + number % 4) + str(number))
+
+    def split(numbers: range) -> Split:
+        threads = tuple(Thread(f"t{n}", f"t{n}", (user(n), Message("assistant", "good answer" + "!" * (n % 3)))) for n in numbers)
+        groups = tuple(RankedGroup(f"g{n}", f"g{n}", (user(n),), ("good answer", "so so, well", "bad", "cut off by max_replies")) for n in numbers)
+        return Split(threads, groups, ())
+
+    return Corpus(split(range(37)), split(range(37, 50)), "oasst", {}, 0, "0" * 64, Path("corpus"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_neox(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="module")
+def prepared(corpus: Corpus, base: str) -> Prepared:
+    return Prepared(corpus, base, build_template("chat", make_tokenizer()))
+
+
+@dataclass(frozen=True)
+class SftRun:
+    recipe: Recipe
+    folder: RunFolder
+    results: dict[str, float]
+    curve: Curve
+
+
+@pytest.fixture(scope="module")
+def sft(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> SftRun:
+    """One worker, one micro-batch of 8."""
+    recipe = Recipe.model_validate(
+        {
+            "run": {"dir": str(tmp_path_factory.mktemp("runs") / "run")},
+            "data": {"max_length": 64},
+            "sft": {**SHAPE, "micro_batch_size": 8, "workers": SMALL_WORKER},
+            "rm": {
+                **SHAPE, "micro_batch_size": 2, "epochs": 4, "max_steps": 12, "eval_every": 100, "max_replies": 3, "workers": {**SMALL_WORKER, "count": 2}
+            },
+        }
+    )  # fmt: skip
+    run = RunFolder.open(recipe, "pipeline")
+    curve = Curve()
+    results = train_sft(recipe, run, curve, prepared)
+    run.finish("sft", results, {})
+    return SftRun(recipe, run, results, curve)
+
+
+def fit_again(sft: SftRun, base: str, folder: Path, curve: Curve, **layout: object) -> None:
+    """The SFT run in another layout of workers and micro-batches."""
+    config = TrainingConfig.model_validate({**SHAPE, **layout})
+    task = SftTask(sft.folder.path / "sft" / "data", base, "fp32", False)
+    fit(
+        task, config, steps=STEPS, precision="fp32", seed=sft.recipe.run.seed, folder=folder, tracker=curve,
+        deadline_seconds=300, stop_requested=curve.stop_requested,
+    )  # fmt: skip
+
+
+def assert_same_curve(curve: Curve, expected: Curve) -> None:
+    for got, want in ((curve.losses, expected.losses), (curve.held_out, expected.held_out)):
+        assert got.keys() == want.keys()
+        assert list(got.values()) == pytest.approx(list(want.values()), rel=1e-5)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def test_sft_learns(sft: SftRun) -> None:
+    assert sft.results["eval_loss_after"] < 0.7 * sft.results["eval_loss_before"]
+    assert sft.results["steps"] == STEPS
+    assert sft.results["tokens"] > 0
+    assert sorted(sft.curve.losses) == list(range(1, STEPS + 1))
+    assert sorted(sft.curve.held_out) == [0, 4, STEPS]
+    assert {"loss", "lr", "grad_norm", "tokens_per_second", "epoch", "eval_loss", f"sft/{STEPS}"} <= sft.curve.names
+
+
+def test_sft_folder_is_plain_transformers(sft: SftRun, base: str) -> None:
+    folder = sft.folder.path / "sft" / "model"
+    after, before = weights(folder), weights(Path(base))
+    assert after.keys() == before.keys()
+    assert any(not torch.equal(after[name], before[name]) for name in after)
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    assert list(folder.glob("*.safetensors"))
+
+
+def test_two_sharded_workers_train_like_one(sft: SftRun, base: str, tmp_path: Path) -> None:
+    curve = Curve()
+    workers, zero3 = WorkersConfig(count=2, cpus=0.5), DeepSpeedConfig(zero_stage=3)
+    fit_again(sft, base, tmp_path, curve, micro_batch_size=4, workers=workers, deepspeed=zero3)
+    assert_same_curve(curve, sft.curve)
+    sharded, single = weights(tmp_path / "model"), weights(sft.folder.path / "sft" / "model")
+    largest = max(float(tensor.abs().max()) for tensor in single.values())
+    assert max(float((sharded[name] - single[name]).abs().max()) for name in single) <= 1e-4 * largest
+
+
+def test_accumulation_with_a_stop_in_the_middle_trains_like_one_batch(sft: SftRun, base: str, tmp_path: Path) -> None:
+    layout = {"micro_batch_size": 2, "workers": WorkersConfig(cpus=0.5)}
+    curve = Curve(stop_after=2)
+    with pytest.raises(Interrupted, match="goes on from there"):
+        fit_again(sft, base, tmp_path, curve, **layout)
+    stopped = max(curve.losses)
+    assert stopped < STEPS
+    assert not (tmp_path / "model").exists()
+    rest = Curve()
+    fit_again(sft, base, tmp_path, rest, **layout)
+    assert min(rest.losses) == stopped + 1, "resumed from the checkpoint written at the stop"
+    curve.losses |= rest.losses
+    curve.held_out |= rest.held_out
+    assert_same_curve(curve, sft.curve)
+
+
+def test_reward_model_learns_the_ranking(sft: SftRun, prepared: Prepared) -> None:
+    run, model = sft.folder, sft.folder.path / "rm" / "model"
+    assert train_sft(sft.recipe, run, Curve(), prepared) == sft.results, "a finished stage is not trained again"
+    results = train_reward_model(sft.recipe, run, Curve(), prepared, sft_path=str(run.path / "sft" / "model"))
+    assert results["pair_accuracy"] >= 0.9
+    assert results["best_vs_worst"] >= 0.9
+    assert results["loss"] < results["loss_before"]
+    assert 0.0 <= results["length_baseline"] <= 1.0
+
+    sequences = [np.array([2, 72, 105, 1, 3, *range(40, 40 + length), 1], np.int32) for length in (3, 9, 5)]
+    offset = set_reward_offset(model, sequences, WorkersConfig(cpus=0.5), deadline_seconds=120)
+    plain = AutoModelForSequenceClassification.from_pretrained(model)
+    raw = [float(plain(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits) for ids in sequences]
+    assert offset == pytest.approx(sum(raw) / len(raw), abs=1e-5)
+    assert plain.config.reward_offset == offset
+    assert AutoTokenizer.from_pretrained(model).padding_side == "right"
+
+
+def test_non_finite_loss_names_the_step(sft: SftRun, base: str, tmp_path: Path) -> None:
+    broken = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        broken.get_output_embeddings().weight[5] = float("nan")
+    broken.save_pretrained(tmp_path / "broken")
+    make_tokenizer().save_pretrained(tmp_path / "broken")
+    with pytest.raises(NonFiniteError, match="in step 1, before the optimizer step"):
+        fit_again(sft, str(tmp_path / "broken"), tmp_path / "out", Curve(), micro_batch_size=8, workers=WorkersConfig(cpus=0.5))

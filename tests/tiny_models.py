@@ -1,0 +1,91 @@
+"""Model folders small enough to build in a test: random weights, byte-level tokenizer, chat template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from app.models.heads import init_reward_model, save_reward_model
+
+PAD, END, PROMPTER, ASSISTANT = "<|padding|>", "<|endoftext|>", "<|prompter|>", "<|assistant|>"
+SPECIAL = (PAD, END, PROMPTER, ASSISTANT)
+VOCABULARY = 256 + len(SPECIAL)
+CONTEXT = 128
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ ('<|prompter|>' if message.role == 'user' else '<|assistant|>') + message.content + '<|endoftext|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte (ids 4..259) behind the special tokens (ids 0..3)."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=[PROMPTER, ASSISTANT],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_neox(folder: Path, *, seed: int = 0) -> str:
+    """A GPT-NeoX causal LM with untied embeddings and, in its config, dropout."""
+    config = GPTNeoXConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.2,
+        hidden_dropout=0.1,
+        attention_dropout=0.1,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    torch.manual_seed(seed)
+    return _save(GPTNeoXForCausalLM(config), folder)
+
+
+def make_llama(folder: Path, *, seed: int = 0) -> str:
+    """A Llama causal LM with tied embeddings and grouped-query attention."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    torch.manual_seed(seed)
+    return _save(LlamaForCausalLM(config), folder)
+
+
+def make_reward_model(folder: Path, causal_lm: str, *, seed: int = 0, reward_offset: float = 0.0) -> str:
+    """A reward model with a fresh head on the trunk of a causal LM's folder."""
+    save_reward_model(init_reward_model(causal_lm, seed=seed), make_tokenizer(), folder, reward_offset)
+    return str(folder)
+
+
+def _save(model: PreTrainedModel, folder: Path) -> str:
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)

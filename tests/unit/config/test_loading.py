@@ -1,0 +1,142 @@
+"""Recipes: layering, overrides, and one-line errors that name the place and the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from app.config.keys import nearest_key, recipe_keys
+from app.config.loading import load_recipe, resolved, to_toml, with_values
+from app.config.recipe import Recipe
+from app.errors import ConfigError
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return write(tmp_path / "recipe.toml", "[ppo]\nsteps = 3\n[ppo.kl]\ncoef = 0.1\n[ppo.deepspeed.extra]\na = 1\n")
+
+
+def test_an_empty_recipe_is_the_defaults(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path / "a.toml", "")) == Recipe()
+
+
+def test_layers_go_left_to_right_then_the_recipe_then_overrides(tmp_path: Path) -> None:
+    write(tmp_path / "a.toml", "[ppo]\nsteps = 1\nepochs = 1\nbatch_size = 8\nsave_every = 1\n")
+    write(tmp_path / "b.toml", "[ppo]\nepochs = 2\nbatch_size = 16\nsave_every = 2\n")
+    (tmp_path / "inner").mkdir()
+    path = write(tmp_path / "inner" / "c.toml", 'extends = ["../a.toml", "../b.toml"]\n[ppo]\nbatch_size = 32\nsave_every = 3\n')
+    ppo = load_recipe(path, ["--ppo.save_every=4"]).ppo
+    assert (ppo.steps, ppo.epochs, ppo.batch_size, ppo.save_every) == (1, 2, 32, 4)
+
+
+def test_key_value_equals_key_space_value(recipe: Path) -> None:
+    assert load_recipe(recipe, ["--ppo.kl.coef", "0.2", "--ppo.steps", "9"]) == load_recipe(recipe, ["--ppo.kl.coef=0.2", "--ppo.steps=9"])
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("--run.resume=false", "run.resume", False),
+        ("--run.dir=runs/a b", "run.dir", "runs/a b"),
+        ("--run.dir=5", "run.dir", "5"),
+        ("--run.dir=true", "run.dir", "true"),
+        ('--data.lang=["en", "de"]', "data.lang", ["en", "de"]),
+        ("--ppo.algorithm.value_clip=null", "ppo.algorithm.value_clip", None),
+        ("--ppo.reward.missing_eos_score", "ppo.reward.missing_eos_score", -2.5),
+        ("--data.path=https://host/x.jsonl?a=b", "data.path", "https://host/x.jsonl?a=b"),
+        ("--sft.optimizer.lr=1e-3", "sft.optimizer.lr", 1e-3),
+    ],
+)
+def test_override_values(recipe: Path, override: str, key: str, value: object) -> None:
+    words = [override] if "=" in override else [override, str(value)]
+    assert resolved(load_recipe(recipe, words))[key] == value
+
+
+def test_free_tables_take_any_key(recipe: Path) -> None:
+    loaded = load_recipe(recipe, ["--ppo.deepspeed.extra.b.c=2", '--tune.space.ppo.kl.coef={type = "uniform", low = 0.0, high = 1.0}'])
+    assert loaded.ppo.deepspeed.extra == {"a": 1, "b": {"c": 2}}
+    assert list(loaded.tune.space) == ["ppo.kl.coef"]
+
+
+def test_resolved_recipe_reads_back(recipe: Path, tmp_path: Path) -> None:
+    loaded = load_recipe(recipe, ['--tune.space.ppo.epochs={type = "choice", values = [1, 2]}', "--ppo.reward.missing_eos_score=null"])
+    assert load_recipe(write(tmp_path / "again.toml", to_toml(loaded))) == loaded
+
+
+def test_with_values_checks_the_whole_recipe() -> None:
+    assert with_values(Recipe(), {"ppo.kl.coef": 0.3}).ppo.kl.coef == 0.3
+    with pytest.raises(ConfigError, match="multiple of"):
+        with_values(Recipe(), {"ppo.minibatches": 7})
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("--ppo.kl.coeff=1", ["ppo.kl.coeff", "did you mean ppo.kl.coef?"]),
+        ("--kl.coef=1", ["did you mean ppo.kl.coef?"]),
+        ("--ppo.lr=1", ["did you mean ppo.policy.lr?"]),
+        ("--ppo.stepz=1", ["did you mean ppo.steps?"]),
+        ("--ppo=1", ["section", "ppo.steps"]),
+        ("--ppo.steps=many", ["--ppo.steps", '"many"', "integer", "default: 100"]),
+        ("--ppo.steps=0", ["greater than or equal to 1"]),
+        ("--ppo.steps", ["no value", "--ppo.steps=VALUE"]),
+        ("steps", ["unexpected argument", "--dotted.key=value"]),
+        ("--data.lang=en", ["data.lang", 'default: ["en"]']),
+        ("--ppo.minibatches=7", ["choose a multiple"]),
+        ("--rollout.top_p=0.7", ["set rollout.top_p = 1.0"]),
+        ("--tune.space.ppo.kl.cof={type='choice', values=[1]}", ["tune.space", "did you mean ppo.kl.coef?"]),
+        ("--tune.space.ppo.kl.coef={type='choice', values=[0.1, -1]}", ["tune.space", "ppo.kl.coef = -1"]),
+    ],
+)
+def test_a_wrong_override_is_refused_with_its_remedy(recipe: Path, override: str, parts: list[str]) -> None:
+    message = refusal(recipe, override)
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("[ppo\n", ["malformed TOML", "line 1"]),
+        ("[run]\nseed = 1\nseed = 2\n", ["malformed TOML", "line 3"]),
+        ("[ppo.klx]\ncoef = 1\n", ["unknown key ppo.klx.coef", "did you mean ppo.kl.coef?"]),
+        ("ppo = 3\n", ["ppo is a section"]),
+        ('[sft.optimizer]\nlr = "fast"\n', ["sft.optimizer.lr", '"fast"', "number"]),
+        ("extends = 'a.toml'\n", ["extends must be a list"]),
+        ('extends = ["recipe.toml"]\n', ["leads back"]),
+        ('extends = ["nowhere.toml"]\n', ["nowhere.toml", "no such recipe"]),
+        ('[data]\nformat = "csv"\n', ["data.format", "csv"]),
+    ],
+)
+def test_a_wrong_file_is_refused_with_its_place(tmp_path: Path, text: str, parts: list[str]) -> None:
+    message = refusal(write(tmp_path / "recipe.toml", text))
+    assert all(part in message for part in [str(tmp_path), *parts]), message
+
+
+def test_the_layer_that_holds_the_mistake_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "base.toml", "[ppo]\nsteps = -1\n")
+    assert "base.toml: ppo.steps" in refusal(write(tmp_path / "top.toml", 'extends = ["base.toml"]\n'))
+
+
+def test_a_missing_file_gets_a_suggestion(tmp_path: Path) -> None:
+    write(tmp_path / "pipeline.toml", "")
+    assert f"did you mean {tmp_path / 'pipeline.toml'}?" in refusal(tmp_path / "pipelin.toml")
+    assert "is a folder" in refusal(tmp_path)
+
+
+def test_every_key_has_a_description() -> None:
+    assert [name for name, key in recipe_keys().items() if not key.description and not name.startswith("tune.space")] == []
+    assert nearest_key("zzzz") is None

@@ -1,0 +1,65 @@
+"""Which row comes when: by seed and step alone, and the same rows on any number of workers."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.data.batch_order import evaluation_batches, micro_batches, step_rows, total_steps
+
+
+@pytest.mark.parametrize(
+    ("epochs", "batch_size", "max_steps", "expected"),
+    [(1.0, 10, None, 10), (1.0, 30, None, 4), (0.5, 10, None, 5), (2.0, 10, 7, 7), (0.001, 10, None, 1), (1.0, 1000, None, 1)],
+)
+def test_total_steps_of_100_rows(epochs: float, batch_size: int, max_steps: int | None, expected: int) -> None:
+    assert total_steps(100, epochs=epochs, batch_size=batch_size, max_steps=max_steps) == expected
+
+
+@given(rows=st.integers(1, 40), batch_size=st.integers(1, 50), seed=st.integers(0, 5))
+def test_every_epoch_holds_every_row_once(rows: int, batch_size: int, seed: int) -> None:
+    stream = [row for step in range(2 * rows) for row in step_rows(step, rows=rows, batch_size=batch_size, seed=seed)]
+    for start in range(0, len(stream) - rows + 1, rows):
+        assert sorted(stream[start : start + rows]) == list(range(rows))
+
+
+def test_order_depends_on_seed_and_epoch() -> None:
+    def epoch(seed: int, number: int) -> list[int]:
+        return step_rows(number, rows=50, batch_size=50, seed=seed)
+
+    assert epoch(1, 0) == epoch(1, 0)
+    assert len({tuple(epoch(1, 0)), tuple(epoch(1, 1)), tuple(epoch(2, 0))}) == 3
+
+
+@given(
+    lengths=st.lists(st.integers(1, 99), min_size=24, max_size=24), world_size=st.sampled_from([1, 2, 3]), micro=st.sampled_from([1, 2, 4])
+)
+def test_workers_share_a_step_evenly_and_completely(lengths: list[int], world_size: int, micro: int) -> None:
+    indices = list(range(23, -1, -1))
+    shares = [micro_batches(indices, lengths, micro_batch_size=micro, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert {len(share) for share in shares} == {24 // (micro * world_size)}
+    assert all(len(batch) == micro for share in shares for batch in share)
+    assert Counter(i for share in shares for batch in share for i in batch) == Counter(indices)
+
+
+def test_micro_batches_hold_rows_of_similar_length() -> None:
+    lengths = [9, 1, 8, 2, 7, 3, 6, 4]
+    first = micro_batches(range(8), lengths, micro_batch_size=2, rank=0, world_size=2)
+    second = micro_batches(range(8), lengths, micro_batch_size=2, rank=1, world_size=2)
+    assert [[lengths[i] for i in batch] for batch in first + second] == [[1, 2], [6, 7], [3, 4], [8, 9]]
+
+
+def test_uneven_shares_are_refused() -> None:
+    with pytest.raises(ValueError, match="do not divide"):
+        micro_batches(range(6), [1] * 6, micro_batch_size=2, rank=0, world_size=2)
+
+
+@given(rows=st.integers(1, 30), world_size=st.integers(1, 4), micro=st.integers(1, 5))
+def test_evaluation_sees_every_row_once_in_equally_many_batches(rows: int, world_size: int, micro: int) -> None:
+    lengths = [i % 7 for i in range(rows)]
+    shares = [evaluation_batches(lengths, micro_batch_size=micro, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(i for share in shares for batch in share for i in batch) == list(range(rows))

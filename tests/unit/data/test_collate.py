@@ -1,0 +1,33 @@
+"""Padding, masks and targets of the supervised batches."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from app.data.collate import collate_groups, collate_threads
+from app.data.token_cache import GroupRow, SftRow
+
+
+def ids(*values: int) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+def test_threads_are_padded_on_the_right_to_a_multiple_of_8() -> None:
+    long = SftRow(np.arange(1, 10, dtype=np.int32), np.arange(9) >= 4)
+    short = SftRow(ids(7, 8, 9), np.array([True, False, True]))
+    batch = collate_threads([long, short])
+    assert batch.ids_BS.shape == (2, 16)
+    assert batch.ids_BS[1].tolist() == [7, 8, 9, *[0] * 13]
+    assert batch.attention_BS.sum(1).tolist() == [9, 3]
+    assert batch.attention_BS[1, :3].all()
+    assert batch.targets_BS[0].nonzero().flatten().tolist() == [4, 5, 6, 7, 8]
+    assert batch.targets_BS[1].nonzero().flatten().tolist() == [2], "nothing predicts a first token"
+
+
+def test_groups_become_one_batch_best_first() -> None:
+    rows = [GroupRow("a", (ids(1, 2), ids(1, 3, 4), ids(1))), GroupRow("b", (ids(5), ids(6, 7)))]
+    batch = collate_groups(rows)
+    assert batch.group_sizes == [3, 2]
+    assert batch.ids_NS.shape == (5, 8)
+    assert batch.attention_NS.sum(1).tolist() == [2, 3, 1, 1, 2]
+    assert batch.ids_NS[4].tolist() == [6, 7, 0, 0, 0, 0, 0, 0]

@@ -1,0 +1,90 @@
+"""The learned reward: order, token ids, and what becomes of failures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from app.errors import DeadlineError, ScoringError
+from app.experience import FinishReason, FloatArray, IntArray, Prompt, Rollout
+from app.rewards import REWARDS
+from app.rewards.reward_model import RewardModelReward
+
+
+@dataclass
+class Answer:
+    value: list[float] | Exception
+
+    def result(self) -> list[float]:
+        if isinstance(self.value, Exception):
+            raise self.value
+        return self.value
+
+
+@dataclass
+class FakeScorer:
+    """Scores a sequence by the sum of its ids; fails any request that holds a sequence starting with a poisoned id."""
+
+    poisoned: frozenset[int] = frozenset()
+    error: type[Exception] = ScoringError
+    requests: list[int] = field(default_factory=list)
+
+    def scores(self, sequences: Sequence[IntArray]) -> Answer:
+        self.requests.append(len(sequences))
+        if any(int(sequence[0]) in self.poisoned for sequence in sequences):
+            return Answer(self.error("reward replica died: restart it"))
+        return Answer([math.inf if sequence[0] == 99 else float(sequence.sum()) for sequence in sequences])
+
+    def logprobs(self, sequences: Sequence[IntArray]) -> Answer:
+        raise AssertionError("a reward asks for scores only")
+
+
+def rollout(prompt: int, *response: int) -> Rollout:
+    logprobs: FloatArray = np.zeros(len(response), dtype=np.float32)
+    ids = np.array(response, dtype=np.int32)
+    return Rollout(Prompt("p", "", np.array([prompt], dtype=np.int32)), 0, ids, logprobs, FinishReason.STOP, 0)
+
+
+ROLLOUTS = [rollout(1, 10), rollout(2, 20, 20), rollout(3, 30)]
+
+
+def test_scores_prompt_and_response_in_one_request() -> None:
+    scorer = FakeScorer()
+    assert REWARDS["reward_model"](scorer).score(ROLLOUTS).result() == [11.0, 42.0, 33.0]
+    assert scorer.requests == [3]
+
+
+def test_work_is_in_flight_before_the_result_is_asked_for() -> None:
+    scorer = FakeScorer()
+    RewardModelReward(scorer).score(ROLLOUTS)
+    assert scorer.requests == [3]
+
+
+def test_one_bad_rollout_costs_only_its_own_score() -> None:
+    scorer = FakeScorer(poisoned=frozenset({2}))
+    scores = RewardModelReward(scorer).score(ROLLOUTS).result()
+    assert scores[0] == 11.0
+    assert math.isnan(scores[1])
+    assert scores[2] == 33.0
+    assert scorer.requests == [3, 1, 1, 1]
+
+
+def test_a_dead_service_is_an_error_not_a_batch_of_nan() -> None:
+    scorer = FakeScorer(poisoned=frozenset({1, 2, 3}))
+    with pytest.raises(ScoringError, match="restart it"):
+        RewardModelReward(scorer).score(ROLLOUTS).result()
+
+
+def test_other_errors_pass_through() -> None:
+    with pytest.raises(DeadlineError):
+        RewardModelReward(FakeScorer(poisoned=frozenset({2}), error=DeadlineError)).score(ROLLOUTS).result()
+
+
+def test_an_infinite_score_is_a_failed_one() -> None:
+    scores = RewardModelReward(FakeScorer()).score([rollout(99, 1), rollout(1, 1)]).result()
+    assert math.isnan(scores[0])
+    assert scores[1] == 2.0

@@ -1,0 +1,180 @@
+"""A checkpoint is complete or it does not exist, whatever moment the save dies at."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from app.checkpoint import CheckpointStore
+from app.durable import tree_hash
+
+
+def parts(text: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "policy").mkdir()
+        (folder / "policy" / "weights.bin").write_text(text)
+        (folder / "rng.bin").write_bytes(b"1234")
+
+    return write
+
+
+def test_latest_returns_what_was_saved(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2)
+    assert store.latest() is None
+    store.save(5, {"kl_coef": 0.05, "cursor": [3, 1]}, parts("five"))
+    saved = CheckpointStore(tmp_path / "checkpoints", keep=2).latest()
+    assert saved is not None
+    assert (saved.step, saved.state) == (5, {"kl_coef": 0.05, "cursor": [3, 1]})
+    assert (saved.path / "policy" / "weights.bin").read_text() == "five"
+
+
+def test_retention_keeps_the_newest_and_comes_after_the_commit(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    for step in (10, 20):
+        store.save(step, {}, parts(str(step)))
+    seen: list[list[str]] = []
+    store.save(30, {}, lambda folder: seen.append(sorted(p.name for p in tmp_path.glob("step-*"))))
+    assert seen == [["step-00000010", "step-00000020"]], "nothing may go before the new checkpoint is complete"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000020", "step-00000030"]
+
+
+def test_a_write_that_raises_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(1, {}, parts("one"))
+
+    def dies(folder: Path) -> None:
+        (folder / "weights.bin").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.save(2, {}, dies)
+    saved = store.latest()
+    assert saved is not None
+    assert saved.step == 1
+    store.save(2, {}, parts("two"))
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"], "leftovers of the failed save are cleared by the next one"
+
+
+@pytest.mark.parametrize("state", [{"best": float("inf")}, {"what": object()}])
+def test_a_state_that_json_cannot_hold_is_refused_and_nothing_committed(tmp_path: Path, state: dict[str, object]) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    with pytest.raises((ValueError, TypeError)):
+        store.save(1, state, parts("one"))
+    assert store.latest() is None
+
+
+def cut_a_part(path: Path) -> None:
+    (path / "policy" / "weights.bin").write_text("t")
+
+
+def change_a_part(path: Path) -> None:
+    (path / "policy" / "weights.bin").write_text("owt")  # same size
+
+
+def remove_a_part(path: Path) -> None:
+    (path / "rng.bin").unlink()
+
+
+def remove_manifest(path: Path) -> None:
+    (path / "manifest.json").unlink()
+
+
+def cut_manifest(path: Path) -> None:
+    manifest = path / "manifest.json"
+    manifest.write_text(manifest.read_text()[:40])
+
+
+def empty_manifest(path: Path) -> None:
+    (path / "manifest.json").write_text("{}")
+
+
+@pytest.mark.parametrize("harm", [cut_a_part, change_a_part, remove_a_part, remove_manifest, cut_manifest, empty_manifest])
+def test_an_incomplete_checkpoint_is_passed_over(tmp_path: Path, harm: Callable[[Path], None]) -> None:
+    store = CheckpointStore(tmp_path, keep=3)
+    store.save(1, {}, parts("one"))
+    harm(store.save(2, {}, parts("two")))
+    saved = store.latest()
+    assert saved is not None
+    assert saved.step == 1
+
+
+def test_temporary_folders_never_count(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=3)
+    first = store.save(1, {}, parts("one"))
+    for name in (".saving-step-00000002", ".removing-step-00000003"):
+        shutil.copytree(first, tmp_path / name)
+    saved = store.latest()
+    assert saved is not None
+    assert saved.path == first
+
+
+def test_a_step_saved_again_never_leaves_a_gap(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(4, {"copy": 1}, parts("a"))
+
+    def write(folder: Path) -> None:
+        during = store.latest()
+        assert during is not None
+        assert during.state == {"copy": 1}
+        parts("b")(folder)
+
+    store.save(4, {"copy": 2}, write)
+    saved = store.latest()
+    assert saved is not None
+    assert saved.state == {"copy": 2}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_saving_after_a_resume_from_an_older_step_drops_the_later_damaged_one(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    store.save(10, {}, parts("ten"))
+    cut_a_part(store.save(20, {}, parts("two")))
+    store.save(15, {}, parts("15"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000015"]
+
+
+SAVER = """
+import sys, time
+from pathlib import Path
+from app.checkpoint import CheckpointStore
+def write(folder):
+    (folder / "weights.bin").write_bytes(b"x" * 50_000)
+for step in range(1, 10_000):
+    CheckpointStore(Path(sys.argv[1]), keep=2).save(step, {"step": step}, write)
+"""
+
+
+def test_sigkill_at_any_moment_leaves_a_complete_latest(tmp_path: Path) -> None:
+    for delay in (0.0, 0.013, 0.031):
+        process = subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(Path.cwd())})
+        end = time.monotonic() + 20
+        while not list(tmp_path.glob("step-*")) and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        saved = CheckpointStore(tmp_path, keep=2).latest()
+        assert saved is not None
+        assert saved.state == {"step": saved.step}
+        assert (saved.path / "weights.bin").stat().st_size == 50_000
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+
+
+def test_tree_hash_sees_names_and_contents_only(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "deep" / "config.json").write_text(json.dumps({"x": 1}))
+    os.utime(tmp_path / "b" / "deep" / "config.json", (1, 1))
+    assert tree_hash(tmp_path / "a") == tree_hash(tmp_path / "b")
+    (tmp_path / "b" / "deep" / "config.json").rename(tmp_path / "b" / "config.json")
+    assert tree_hash(tmp_path / "a") != tree_hash(tmp_path / "b")

@@ -1,0 +1,63 @@
+"""The layout rules of the project: import direction, light imports, module names, file length."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("app", "serve", "jobs")
+MODULES = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+MAX_LINES = 400
+VAGUE = {"utils", "util", "common", "misc", "helpers"}
+
+
+def test_imports_point_downwards() -> None:
+    """The contracts stand in pyproject.toml; run `lint-imports` to see where one is broken."""
+    script = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("module", "forbidden"),
+    [
+        ("app.config.loading", ("ray", "deepspeed", "vllm", "transformers")),
+        ("app.numerics", ("ray", "deepspeed", "vllm", "transformers")),
+        ("app.workers.placement", ("ray", "deepspeed", "vllm", "transformers")),
+        ("jobs.main", ("ray", "deepspeed", "vllm", "transformers", "torch")),
+    ],
+)
+def test_light_modules_load_no_engine(module: str, forbidden: tuple[str, ...]) -> None:
+    script = f"import sys, {module}; print([name for name in {forbidden!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_module_names(path: Path) -> None:
+    """A module named like a package that Ray puts on every worker's path, or like a standard module, shadows it."""
+    name = path.stem
+    if path.parent.name in PACKAGES or len(path.parts) > 2:
+        assert name not in {*PACKAGES, "ray"} and name not in VAGUE
+        assert name not in sys.stdlib_module_names or name in ("__init__", "__main__")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_file_length(path: Path) -> None:
+    assert len((ROOT / path).read_text().splitlines()) <= MAX_LINES
+
+
+def test_the_root_holds_only_the_fixed_entries() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    top = {line.split("/")[0] for line in listed.stdout.splitlines()}
+    allowed = {
+        ".ci", ".gitignore", ".rayignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "app", "bench", "cluster.yaml",
+        "deploy", "docs", "jobs", "pyproject.toml", "requirements", "serve", "tests",
+    }  # fmt: skip
+    assert top <= allowed

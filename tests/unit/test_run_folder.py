@@ -1,0 +1,133 @@
+"""Which run a folder belongs to, and which of its stages count as finished."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from app.config.recipe import Recipe
+from app.durable import tree_hash
+from app.errors import CheckpointError
+from app.run_folder import RunFolder
+
+
+def recipe(path: Path, **sections: object) -> Recipe:
+    sections["run"] = {"dir": str(path), **dict(sections.get("run", {}))}  # type: ignore[call-overload]
+    return Recipe.model_validate(sections)
+
+
+def write_model(folder: Path, weights: str = "weights") -> None:
+    (folder / "model").mkdir(exist_ok=True)
+    (folder / "model" / "model.safetensors").write_text(weights)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_finished_stage_is_found_again_with_its_results(tmp_path: Path) -> None:
+    run = RunFolder.open(recipe(tmp_path / "run"), "pipeline")
+    write_model(run.stage("sft"))
+    assert run.finished("sft") is None
+    digest = run.finish("sft", {"eval_loss_after": 1.5, "bad": float("nan")}, {"data": "abc"})
+    assert digest == tree_hash(run.path / "sft" / "model")
+    again = RunFolder.open(recipe(tmp_path / "run"), "pipeline")
+    assert again.finished("sft") == {"eval_loss_after": 1.5, "bad": None}
+    chain = json.loads((run.path / "manifest.json").read_text())
+    assert chain["stages"]["sft"]["parents"] == {"data": "abc"}
+    assert len(chain["sessions"]) == 2
+    assert chain["sessions"][0]["command"] == "pipeline"
+    assert chain["config"]["ppo"]["batch_size"] == 64
+
+
+def test_keys_that_do_not_change_the_result_may_differ(tmp_path: Path) -> None:
+    run = RunFolder.open(recipe(tmp_path / "a"), "sft")
+    run.finish("sft", {"steps": 3}, {})
+    (tmp_path / "a").rename(tmp_path / "b")
+    moved = RunFolder.open(recipe(tmp_path / "b", run={"deadline_seconds": 5}), "sft")
+    assert moved.finished("sft") == {"steps": 3}
+
+
+def test_another_config_is_refused_by_key_and_nothing_is_touched(tmp_path: Path) -> None:
+    run = RunFolder.open(recipe(tmp_path), "pipeline")
+    write_model(run.stage("sft"))
+    run.finish("sft", {}, {})
+    before = snapshot(tmp_path)
+    with pytest.raises(CheckpointError) as refused:
+        RunFolder.open(recipe(tmp_path, ppo={"batch_size": 32}, run={"seed": 2}), "pipeline")
+    message = str(refused.value)
+    assert "ppo.batch_size was 64 and is now 32" in message
+    assert "run.seed was 1 and is now 2" in message
+    assert "--run.dir" in message
+    assert "\n" not in message
+    assert refused.value.exit_code == 2
+    assert snapshot(tmp_path) == before
+
+
+def test_many_differences_are_counted_not_listed(tmp_path: Path) -> None:
+    RunFolder.open(recipe(tmp_path), "pipeline")
+    changed = {"steps": 7, "batch_size": 32, "epochs": 1, "micro_batch_size": 8, "save_every": 9, "max_lag": 1, "kl": {"coef": 0.2}}
+    with pytest.raises(CheckpointError, match="; 2 more"):
+        RunFolder.open(recipe(tmp_path, ppo=changed), "pipeline")
+
+
+def test_resume_false_wants_an_empty_folder(tmp_path: Path) -> None:
+    RunFolder.open(recipe(tmp_path / "run", run={"resume": False}), "sft")
+    with pytest.raises(CheckpointError, match="not empty"):
+        RunFolder.open(recipe(tmp_path / "run", run={"resume": False}), "sft")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_broken_manifest_is_an_error_not_a_new_run(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        RunFolder.open(recipe(tmp_path), "sft")
+    assert (tmp_path / "manifest.json").read_text() == text
+
+
+def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        RunFolder.open(recipe(tmp_path / "run"), "sft")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        RunFolder.open(recipe(tmp_path / "run" / "below"), "sft")
+
+
+@pytest.mark.parametrize("weights", [None, "shorter", "strange"])
+def test_a_stage_whose_model_is_gone_or_changed_is_unfinished(tmp_path: Path, weights: str | None) -> None:
+    run = RunFolder.open(recipe(tmp_path), "pipeline")
+    write_model(run.stage("sft"))
+    run.finish("sft", {}, {})
+    if weights is None:
+        (run.path / "sft" / "model" / "model.safetensors").unlink()
+    else:
+        write_model(run.path / "sft", weights)
+    assert run.finished("sft") is None
+
+
+def test_a_stage_built_on_a_parent_that_was_trained_again_is_unfinished(tmp_path: Path) -> None:
+    run = RunFolder.open(recipe(tmp_path), "pipeline")
+    write_model(run.stage("sft"))
+    sft = run.finish("sft", {}, {"data": "abc"})
+    run.finish("rm", {"pair_accuracy": 0.9}, {"sft": sft})
+    assert run.finished("rm") == {"pair_accuracy": 0.9}
+    write_model(run.stage("sft"), "other weights")
+    run.finish("sft", {}, {"data": "abc"})
+    assert run.finished("rm") is None
+
+
+def test_other_data_under_the_same_config_is_refused(tmp_path: Path) -> None:
+    run = RunFolder.open(recipe(tmp_path), "pipeline")
+    run.record_data("a" * 64, path="embedded")
+    again = RunFolder.open(recipe(tmp_path), "pipeline")
+    again.record_data("a" * 64, path="embedded")
+    with pytest.raises(CheckpointError, match="has changed since the run began"):
+        again.record_data("b" * 64, path="embedded")
+
+
+def test_summary_is_valid_json_whatever_the_numbers(tmp_path: Path) -> None:
+    run = RunFolder.open(recipe(tmp_path), "pipeline")
+    path = run.write_summary({"ppo": {"kl": float("inf"), "win_rate": {"mean": 0.5, "low": 0.4, "high": 0.6}}})
+    assert json.loads(path.read_text()) == {"ppo": {"kl": None, "win_rate": {"mean": 0.5, "low": 0.4, "high": 0.6}}}
