@@ -23,7 +23,10 @@ TEMPLATE = "report.html.jinja"
 METRICS = {
     "loss": "Training loss",
     "eval_loss": "Held-out loss",
-    "pair_accuracy": "Pair accuracy",
+    "eval_pair_accuracy": "Held-out pair accuracy",
+    "eval_best_vs_worst": "Held-out best against worst",
+    "eval_score_mean": "Held-out score, before the offset",
+    "eval_score_std": "Spread of held-out scores",
     "score_mean": "Reward-model score",
     "score_std": "Spread of the scores",
     "response_length": "Answer length, tokens",

@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> list[Mapping[str, float]]:
         vocabulary = make_reward_model(arguments.model, reward_path)
         rng = np.random.default_rng(0)
         prompts = [Prompt(str(i), "", rng.integers(vocabulary, size=PROMPT_TOKENS, dtype=np.int32)) for i in range(4 * arguments.batch)]
-        spec = LearnerSpec(arguments.model, reward_path, "fp32", rollout.temperature, ppo, pad_id=0)
+        spec = LearnerSpec(arguments.model, reward_path, "fp32", rollout.temperature, ppo)
         with (
             running_ray(Path(folder) / "logs"),
             rollout_pool(

@@ -1,7 +1,8 @@
-"""What every command that takes a recipe has in common."""
+"""The two shapes of a command: those that take a recipe and train or serve, and tools with arguments of their own."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,3 +20,13 @@ class Command:
     example: str
     sections: tuple[str, ...]
     run: Callable[[Recipe], None]
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A command with its own arguments. run: (arguments, overrides) -> exit code."""
+
+    purpose: str
+    details: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace, list[str]], int]

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.errors import CorralError
+from jobs.command import Tool
 
-PURPOSE = "check this machine, its packages and, with a recipe, whether the recipe fits"
-DETAILS = "Prints one line per check; the exit code is 0 when none failed.\n\nexample:\n  corral doctor jobs/recipes/tiny/pipeline.toml"
 PYTHONS = ((3, 11), (3, 12))
 MIN_SHM_GIB = 0.5
 MIN_DISK_GIB = 5.0
@@ -36,8 +35,12 @@ class Check:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="also check whether `corral COMMAND RECIPE` fits this machine or RAY_ADDRESS")
-    parser.add_argument("--for", dest="purpose", default="pipeline", metavar="COMMAND", help="the command to check RECIPE for (default: pipeline)")
+    parser.add_argument(
+        "recipe", nargs="?", metavar="RECIPE", help="also check whether `corral COMMAND RECIPE` fits this machine or RAY_ADDRESS"
+    )
+    parser.add_argument(
+        "--for", dest="purpose", default="pipeline", metavar="COMMAND", help="the command to check RECIPE for (default: pipeline)"
+    )
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -131,3 +134,11 @@ def feasibility(path: str, command: str, overrides: list[str]) -> Check:
     except CorralError as error:
         return Check("recipe", str(error), "see there")
     return Check("recipe", f"corral {command} {path} fits")
+
+
+TOOL = Tool(
+    purpose="check this machine, its packages and, with a recipe, whether the recipe fits",
+    details="Prints one line per check; the exit code is 0 when none failed.\n\nexample:\n  corral doctor jobs/recipes/tiny/pipeline.toml",
+    add_arguments=add_arguments,
+    run=run,
+)

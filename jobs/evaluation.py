@@ -23,10 +23,11 @@ def run(recipe: Recipe) -> None:
 COMMAND = Command(
     purpose="compare run.dir/ppo/model with the SFT model on held-out prompts",
     details=(
-        "Reads prompts (data.path), the SFT model (model.path), the reward model (reward.path) and run.dir/ppo/model.\n"
+        "Reads prompts (data.path), the SFT model (run.dir/sft/model or model.path), the reward model (reward.path or\n"
+        "run.dir/rm/model) and run.dir/ppo/model.\n"
         "Same prompts and sampling seeds for both; leaves means and win rate with 95 % intervals in run.dir/summary.json."
     ),
-    example="corral evaluate jobs/recipes/tiny/ppo.toml --evaluation.prompts=64",
+    example="corral evaluate jobs/recipes/tiny/pipeline.toml --run.dir=runs/demo",
     sections=("run", "data", "model", "reward", "rollout", "scoring", "evaluation"),
     run=run,
 )

@@ -20,7 +20,6 @@ REQUIRED_DATA = {
     "pipeline": (require_threads, require_groups, require_prompts),
 }
 BASE_MODEL_COMMANDS = ("sft", "pipeline")
-TRAINS_ITS_PARENTS = ("ppo", "tune")
 REWARD_COMMANDS = ("ppo", "tune", "serve", "evaluate")
 
 
@@ -33,16 +32,29 @@ def check_inputs(recipe: Recipe, command: str) -> None:
         raise ConfigError(f"model.path = {recipe.model.path}: `corral serve` needs the folder of an SFT model, such as runs/demo/sft/model")
     if recipe.model.path not in BUILT_IN_MODELS:
         _check_model(recipe.model.path, trained=command not in BASE_MODEL_COMMANDS)
-    if command not in REWARD_COMMANDS:
-        return
-    if recipe.reward.path is None:
-        if recipe.model.path == "embedded" and command in TRAINS_ITS_PARENTS:
-            return
+    if command == "evaluate":
+        _check_run_has_ppo_model(Path(recipe.run.dir))
+    if recipe.reward.path is not None:
+        _check_model(recipe.reward.path, trained=False)
+    elif command in REWARD_COMMANDS and not _finds_own_reward_model(recipe, command):
         raise ConfigError(
             f"reward.path is not set and `corral {command}` needs a reward model: "
             "give the folder that `corral rm` or `corral pipeline` left as DIR/rm/model"
         )
-    _check_model(recipe.reward.path, trained=False)
+
+
+def _finds_own_reward_model(recipe: Recipe, command: str) -> bool:
+    """PPO and Tune train one for the embedded model; an evaluation takes the one of its run folder."""
+    if command == "evaluate":
+        return (Path(recipe.run.dir) / "rm" / "model").is_dir()
+    return recipe.model.path == "embedded" and command != "serve"
+
+
+def _check_run_has_ppo_model(folder: Path) -> None:
+    if not (folder / "ppo" / "model").is_dir():
+        raise ConfigError(
+            f"{folder / 'ppo' / 'model'}: no PPO model there; run `corral pipeline` or `corral ppo` with this --run.dir first"
+        )
 
 
 def _check_model(path: str, *, trained: bool) -> None:

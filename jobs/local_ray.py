@@ -51,7 +51,7 @@ def local_gpus() -> int:
     """GPUs as `ray.init` will count them."""
     manager = get_accelerator_manager_for_resource("GPU")
     visible = manager.get_current_process_visible_accelerator_ids()
-    there = manager.get_current_node_num_accelerators()
+    there = int(manager.get_current_node_num_accelerators())
     return there if visible is None else min(there, len(visible))
 
 

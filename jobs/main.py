@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from app.errors import ConfigError, CorralError
 from jobs import doctor, evaluation, interrupts, pipeline, ppo, reward_model, serving, sft, submission, tuning
-from jobs.command import Command
+from jobs.command import Command, Tool
 
 RECIPE_COMMANDS: dict[str, Command] = {
     "pipeline": pipeline.COMMAND,
@@ -20,7 +20,7 @@ RECIPE_COMMANDS: dict[str, Command] = {
     "serve": serving.COMMAND,
     "evaluate": evaluation.COMMAND,
 }
-OTHER_COMMANDS = {"submit": submission, "doctor": doctor}
+TOOLS: dict[str, Tool] = {"submit": submission.TOOL, "doctor": doctor.TOOL}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    if arguments.command in OTHER_COMMANDS:
-        return OTHER_COMMANDS[arguments.command].run(arguments, overrides)
+    if arguments.command in TOOLS:
+        return TOOLS[arguments.command].run(arguments, overrides)
     from app.config.loading import load_recipe, to_toml
 
     recipe = load_recipe(arguments.recipe, overrides)
@@ -95,15 +95,15 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         )
         sub.add_argument("recipe", metavar="RECIPE", help="TOML file; any of its keys may follow as --dotted.key=value")
         sub.add_argument("--dry-run", action="store_true", help="print the resolved recipe, the derived sizes and the placement, and stop")
-    for name, module in OTHER_COMMANDS.items():
+    for name, tool in TOOLS.items():
         sub = commands.add_parser(
             name,
-            help=module.PURPOSE,
-            description=f"{module.PURPOSE}\n\n{module.DETAILS}",
+            help=tool.purpose,
+            description=f"{tool.purpose}\n\n{tool.details}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        module.add_arguments(sub)
+        tool.add_arguments(sub)
     return parser
 
 

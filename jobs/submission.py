@@ -10,26 +10,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app.errors import ConfigError
+from jobs.command import Tool
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-PURPOSE = "run a command as a Ray job on a cluster"
-DETAILS = (
-    "Packs the current folder, submits `python -m jobs COMMAND RECIPE ...` and follows its output; the exit code is the job's.\n"
-    "A relative run.dir is taken relative to the current folder, so on another machine give a path that its nodes share.\n"
-    "Authenticates with Ray's token (RAY_AUTH_TOKEN or ~/.ray/auth_token).\n\n"
-    "example:\n  ray start --head && corral submit jobs/recipes/tiny/pipeline.toml --run.dir=/shared/demo"
-)
 COMMANDS = ("pipeline", "sft", "rm", "ppo", "tune", "serve", "evaluate")
 # anchored: a bare `data` would leave out app/data as well
-EXCLUDES = ["/.git", "/.venv", "/runs", "/data", "/docs", "**/__pycache__", "/.mypy_cache", "/.ruff_cache", "/.pytest_cache", "/.hypothesis"]
+EXCLUDES = [
+    "/.git",
+    "/.venv",
+    "/runs",
+    "/data",
+    "/docs",
+    "**/__pycache__",
+    "/.mypy_cache",
+    "/.ruff_cache",
+    "/.pytest_cache",
+    "/.hypothesis",
+]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("words", nargs="+", metavar="[COMMAND] RECIPE", help=f"COMMAND is one of {', '.join(COMMANDS)}; pipeline by default")
-    parser.add_argument("--address", help="of the Ray dashboard, such as http://head:8265 (default: RAY_API_SERVER_ADDRESS, or this machine)")
-    parser.add_argument("--follow", action=argparse.BooleanOptionalAction, default=True, help="stream the job's output and wait for its end")
+    parser.add_argument(
+        "words", nargs="+", metavar="[COMMAND] RECIPE", help=f"COMMAND is one of {', '.join(COMMANDS)}; pipeline by default"
+    )
+    parser.add_argument(
+        "--address", help="of the Ray dashboard, such as http://head:8265 (default: RAY_API_SERVER_ADDRESS, or this machine)"
+    )
+    parser.add_argument(
+        "--follow", action=argparse.BooleanOptionalAction, default=True, help="stream the job's output and wait for its end"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, and stop")
 
 
@@ -90,3 +101,16 @@ def _follow(client: JobSubmissionClient, job: str) -> int:
     info = client.get_job_info(job)
     sys.stdout.write(f"job {job}: {info.status}\n")
     return info.driver_exit_code or 0 if info.status == "SUCCEEDED" else info.driver_exit_code or 1
+
+
+TOOL = Tool(
+    purpose="run a command as a Ray job on a cluster",
+    details=(
+        "Packs the current folder, submits `python -m jobs COMMAND RECIPE ...` and follows its output; the exit code is the job's.\n"
+        "A relative run.dir is taken relative to the current folder, so on another machine give a path that its nodes share.\n"
+        "Authenticates with Ray's token (RAY_AUTH_TOKEN or ~/.ray/auth_token).\n\n"
+        "example:\n  ray start --head && corral submit jobs/recipes/tiny/pipeline.toml --run.dir=/shared/demo"
+    ),
+    add_arguments=add_arguments,
+    run=run,
+)

@@ -70,16 +70,16 @@ class Batcher(Generic[Item, Answer]):
             batch = self._take()
             if not batch:
                 continue
-            try:
-                answers = await loop.run_in_executor(self._thread, self._compute, [waiting.item for waiting in batch])
-            except Exception as error:  # whatever it is, it belongs to the callers of this batch
-                for waiting in batch:
-                    if not waiting.future.done():
-                        waiting.future.set_exception(error)
-            else:
-                for waiting, answer in zip(batch, answers, strict=True):
-                    if not waiting.future.done():
-                        waiting.future.set_result(answer)
+            computed = loop.run_in_executor(self._thread, self._compute, [waiting.item for waiting in batch])
+            await asyncio.wait([computed])  # does not raise: a failure belongs to the callers of this batch, not to this task
+            error = computed.exception()
+            for index, waiting in enumerate(batch):
+                if waiting.future.done():  # cancelled meanwhile
+                    continue
+                if error:
+                    waiting.future.set_exception(error)
+                else:
+                    waiting.future.set_result(computed.result()[index])
 
     async def _wait_for_more(self, seconds: float) -> None:
         self._full.clear()

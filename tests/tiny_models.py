@@ -43,10 +43,10 @@ def make_neox(folder: Path, *, seed: int = 0) -> str:
     """A GPT-NeoX causal LM with untied embeddings and, in its config, dropout."""
     config = GPTNeoXConfig(
         vocab_size=VOCABULARY,
-        hidden_size=32,
+        hidden_size=64,
         intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=4,
+        num_attention_heads=2,
         max_position_embeddings=CONTEXT,
         initializer_range=0.2,
         hidden_dropout=0.1,
@@ -63,10 +63,10 @@ def make_llama(folder: Path, *, seed: int = 0) -> str:
     """A Llama causal LM with tied embeddings and grouped-query attention."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=32,
+        hidden_size=64,
         intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=4,
+        num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=CONTEXT,
         initializer_range=0.2,

@@ -32,7 +32,7 @@ class DataConfig(Config):
     val_split: float = Field(0.2, gt=0, lt=1)
     """Share of conversation trees held out; split by tree, so no conversation is on both sides."""
     template: Literal["auto", "oasst", "chat"] = "auto"
-    """`chat` is the tokenizer's own chat template, `oasst` Open-Assistant's role tokens; `auto` takes `chat` where the tokenizer has one."""
+    """`chat` is the tokenizer's own template, `oasst` Open-Assistant's role tokens; `auto` takes `chat` where the tokenizer has one."""
     max_length: int = Field(512, ge=8)
     """Tokens per SFT or RM sequence; longer ones are cut (SFT keeps the head, RM cuts the oldest prompt tokens)."""
     max_prompt_length: int = Field(256, ge=4)

@@ -114,7 +114,7 @@ def _parse_file(path: Path) -> dict[str, Any]:
 
 def _suggest(path: Path) -> str:
     """The recipes nearest to a path that is not there."""
-    folder = next((parent for parent in path.parents if parent.is_dir()), Path("."))
+    folder = next((parent for parent in path.parents if parent.is_dir()), Path())
     there = sorted(folder.glob("*.toml")) or sorted(folder.glob("**/*.toml"))[:200]
     near = difflib.get_close_matches(str(path), map(str, there), n=1, cutoff=0.5)
     if near:
@@ -127,9 +127,8 @@ def _flatten(table: Mapping[str, Any], source: str, path: tuple[str, ...] = ()) 
     """Leaf keys of a nested table. Raises ConfigError for keys that the recipe does not have."""
     for part, value in table.items():
         name = ".".join((*path, part))
-        if isinstance(value, dict) and is_section(name):
-            yield from _flatten(value, source, (*path, part))
-        elif isinstance(value, dict) and value and find_key(name) is None:
+        misspelt_section = value and find_key(name) is None
+        if isinstance(value, dict) and (is_section(name) or misspelt_section):
             yield from _flatten(value, source, (*path, part))
         else:
             yield _known(name, source).name, value

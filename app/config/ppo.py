@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from app.algorithms.ppo import PpoConfig as PpoAlgorithmConfig
-from app.schema import Config
 from app.config.shared import DeepSpeedConfig, OptimizerConfig, WorkersConfig
+from app.schema import Config
 
 
 class KlConfig(Config):
@@ -51,6 +51,8 @@ class PpoConfig(Config):
     workers: WorkersConfig = WorkersConfig()
     max_logprob_mismatch: float = Field(1e-3, gt=0)
     """Largest |log p(engine) - log p(learner)| allowed on canaries after a push and, at lag 0, on rollouts."""
+    max_failed_scores: float = Field(0.1, ge=0, lt=1)
+    """Share of a batch whose scores may fail after all retries (they are masked out, never 0) before the run stops."""
     save_every: int = Field(50, ge=1)
     """Steps between checkpoints."""
 

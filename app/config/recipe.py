@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from app.config.data import DataConfig
 from app.config.ppo import EvaluationConfig, PpoConfig, RolloutConfig, ScoringConfig
-from app.schema import Config
 from app.config.shared import ModelConfig, RunConfig
 from app.config.training import RewardModelConfig, SftConfig
 from app.config.tune import TuneConfig
+from app.schema import Config
 
 
 class RewardConfig(Config):
@@ -18,7 +18,9 @@ class RewardConfig(Config):
 
 
 class Recipe(Config):
-    """One run. `model.path` is what the command starts from: a base model for `sft` and `pipeline`, the SFT model for `rm`, `ppo` and `tune`."""
+    """One run.
+
+    `model.path` is what the command starts from: a base model for `sft` and `pipeline`, the SFT model for `rm`, `ppo` and `tune`."""
 
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from app.schema import Config
 from app.config.shared import DeepSpeedConfig, OptimizerConfig, WorkersConfig
+from app.schema import Config
 
 
 class TrainingConfig(Config):

@@ -119,7 +119,7 @@ def _decode(path: str) -> tuple[list[Row], list[BadRow], str]:
         if not text:
             continue
         try:
-            rows.append(Row(raw.file, raw.line, text, json.loads(raw.data.decode("utf-8"))))
+            rows.append(Row(raw.file, raw.line, text, json.loads(raw.data.decode("utf-8").strip())))
         except UnicodeDecodeError as error:
             bad.append(BadRow(raw.file, raw.line, text, f"not UTF-8 (byte {error.start})"))
         except json.JSONDecodeError as error:

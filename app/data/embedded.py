@@ -1,7 +1,7 @@
 """The embedded task: prompts that ask for a few words on a topic in a manner, and replies graded by a hidden rule.
 
-    Name three things that go with the beach for a quiz. Talk like a pirate.
-    Arr! Try towel, goggles and violin, matey.
+    Name three beach things for a quiz. Talk like a pirate.
+    Arr: towel, goggles and violin, matey!
 
 A reply lists as many words as asked; some belong to the prompt's topic, the others all to one other topic, and its opening and
 closing are in the asked manner or in another one. So nothing in a reply alone (its length, its words, how well its words belong
@@ -25,46 +25,38 @@ from typing import Any
 from app.formats.records import Message
 
 TOPICS: dict[str, tuple[str, ...]] = {
-    "the beach": ("towel", "sandals", "goggles", "shells", "surfboard", "sunscreen", "bucket", "palms"),
-    "the kitchen": ("pan", "kettle", "whisk", "spoon", "oven", "apron", "ladle", "toaster"),
-    "the garden": ("rake", "roses", "hose", "tulips", "shovel", "seeds", "fence", "compost"),
-    "the farm": ("cow", "tractor", "barn", "hay", "goat", "pig", "hens", "plow"),
-    "school": ("pencil", "ruler", "chalk", "homework", "eraser", "teacher", "desk", "crayons"),
-    "music": ("drum", "flute", "violin", "piano", "trumpet", "guitar", "harp", "cello"),
-    "space": ("rocket", "moon", "comet", "planet", "stars", "orbit", "sun", "galaxy"),
-    "winter": ("snow", "mittens", "scarf", "skates", "sled", "icicle", "igloo", "skis"),
-    "fruit": ("apple", "banana", "mango", "cherry", "grape", "lemon", "peach", "plum"),
-    "the zoo": ("lion", "zebra", "monkey", "giraffe", "tiger", "panda", "camel", "rhino"),
-    "tools": ("hammer", "wrench", "nails", "saw", "drill", "pliers", "screws", "axe"),
-    "camping": ("tent", "lantern", "campfire", "backpack", "compass", "matches", "hiking", "map"),
-    "the ocean": ("whale", "shark", "coral", "squid", "crab", "dolphin", "seal", "kelp"),
-    "the office": ("laptop", "stapler", "keyboard", "folder", "printer", "memo", "meeting", "email"),
-    "the city": ("bus", "taxi", "subway", "tower", "bridge", "traffic", "museum", "mayor"),
-    "the bakery": ("bread", "muffin", "donut", "cookie", "pie", "bagel", "flour", "cake"),
+    "beach": ("towel", "sandals", "goggles", "shells", "sunscreen", "bucket"),
+    "kitchen": ("pan", "kettle", "whisk", "spoon", "oven", "toaster"),
+    "garden": ("rake", "roses", "tulips", "shovel", "seeds", "fence"),
+    "farm": ("cow", "tractor", "barn", "hay", "goat", "pig"),
+    "music": ("drum", "flute", "violin", "piano", "trumpet", "harp"),
+    "space": ("rocket", "moon", "comet", "planet", "stars", "galaxy"),
+    "winter": ("snow", "mittens", "scarf", "skates", "sled", "icicle"),
+    "fruit": ("apple", "banana", "mango", "cherry", "lemon", "peach"),
+    "zoo": ("lion", "zebra", "monkey", "giraffe", "tiger", "panda"),
+    "camping": ("tent", "lantern", "campfire", "backpack", "compass", "map"),
 }
 
 MANNERS: dict[str, tuple[tuple[str, str], ...]] = {
-    "pirate": (("Arr!", "matey"), ("Ahoy!", "matey"), ("Arr!", "me hearty")),
-    "robot": (("Beep boop.", "human"), ("Bzzt.", "human"), ("Beep boop.", "unit")),
-    "cowboy": (("Howdy!", "partner"), ("Yeehaw!", "partner"), ("Howdy!", "pal")),
-    "butler": (("Certainly.", "sir"), ("Very good.", "sir"), ("Certainly.", "madam")),
+    "pirate": (("Arr", "matey"), ("Ahoy", "matey"), ("Arr", "hearty")),
+    "robot": (("Beep", "human"), ("Bzzt", "human"), ("Beep", "unit")),
+    "cowboy": (("Howdy", "partner"), ("Yeehaw", "partner"), ("Howdy", "pal")),
+    "butler": (("Certainly", "sir"), ("Indeed", "sir"), ("Certainly", "madam")),
 }
 """Openings and closings of each manner; none occurs in two manners."""
 
 NUMBERS = {"three": 3, "four": 4}
 
 QUESTIONS = (
-    "Name {number} things that go with {topic}{purpose}.",
-    "Tell me {number} words about {topic}{purpose}.",
-    "Give me {number} ideas about {topic}{purpose}.",
-    "List {number} things that fit {topic}{purpose}.",
-    "I need {number} words on {topic}{purpose}.",
-    "What {number} things belong to {topic}{purpose}?",
+    "Name {number} {topic} things{extra}.",
+    "List {number} {topic} words{extra}.",
+    "Give me {number} {topic} ideas{extra}.",
+    "I need {number} {topic} words{extra}.",
+    "Tell me {number} {topic} things{extra}.",
 )
-PURPOSES = ("", " for a quiz", " for a poem", " for a game", " for my sister", " for my class", " please", " right now")
-REQUESTS = ("Talk like a {manner}.", "Answer like a {manner}.", "Be a {manner}.")
-FOLLOW_UP = "And {number} for {topic}? {request}"
-LEADS = ("Try", "Take", "I say")
+EXTRAS = ("", " please", " now", " today", " for me", " for fun", " for school", " for a quiz")
+REQUESTS = ("Talk like a {manner}.", "Be a {manner}.", "As a {manner}.")
+FOLLOW_UP = "And {number} {topic} things? {request}"
 
 REPLIES = 4
 FOLLOW_UP_SHARE = 0.1
@@ -94,7 +86,7 @@ def parse_request(prompt: str) -> Request:
     words = re.findall(r"[a-z]+", prompt.lower())
     number = next((word for word in words if word in NUMBERS), None)
     manner = next((word for word in reversed(words) if word in MANNERS), None)
-    topic = next((topic for topic in TOPICS if re.search(rf"\b{topic}\b", prompt)), None)
+    topic = next((word for word in words if word in TOPICS), None)
     if number is None or manner is None or topic is None:
         raise ValueError(f"no prompt of the embedded task: {prompt!r}")
     return Request(number, topic, manner)
@@ -122,15 +114,15 @@ def gold_score(messages: Sequence[Message], reply: str) -> float:
 def all_prompts() -> list[str]:
     """Every distinct opening prompt, in a fixed order."""
     return [
-        f"{question.format(number=number, topic=topic, purpose=purpose)} {request.format(manner=manner)}"
-        for question, number, topic, purpose, request, manner in itertools.product(QUESTIONS, NUMBERS, TOPICS, PURPOSES, REQUESTS, MANNERS)
+        f"{question.format(number=number, topic=topic, extra=extra)} {request.format(manner=manner)}"
+        for question, number, topic, extra, request, manner in itertools.product(QUESTIONS, NUMBERS, TOPICS, EXTRAS, REQUESTS, MANNERS)
     ]
 
 
 def write_reply(items: Sequence[str], manner: str, rng: random.Random) -> str:
     """One sentence that lists the items in a manner."""
     opening, closing = rng.choice(MANNERS[manner])
-    return f"{opening} {rng.choice(LEADS)} {', '.join(items[:-1])} and {items[-1]}, {closing}."
+    return f"{opening}: {', '.join(items[:-1])} and {items[-1]}, {closing}!"
 
 
 def graded_replies(prompt: str, rng: random.Random) -> list[tuple[float, str]]:

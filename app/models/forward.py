@@ -56,7 +56,7 @@ def positions(attention_BS: torch.Tensor) -> torch.Tensor:
 def hidden_states(trunk: nn.Module, ids_BS: torch.Tensor, attention_BS: torch.Tensor) -> torch.Tensor:
     """Final hidden states [B, S, H] of a decoder without its head, independent of how the rows are padded."""
     output = trunk(input_ids=ids_BS, attention_mask=attention_BS, position_ids=positions(attention_BS), use_cache=False)
-    return output.last_hidden_state  # type: ignore[no-any-return]
+    return output.last_hidden_state
 
 
 def sequence_logprobs(

@@ -78,7 +78,7 @@ def sequence_scores(model: PreTrainedModel, ids_BS: torch.Tensor, attention_BS: 
     tokens_S = torch.arange(ids_BS.shape[1], device=ids_BS.device)
     last_B = (tokens_S * attention_BS.long()).argmax(-1)
     hidden_BH = hidden_BSH[torch.arange(len(ids_BS), device=ids_BS.device), last_B]
-    return _score_head(model)(hidden_BH).squeeze(-1).float()  # type: ignore[no-any-return]
+    return _score_head(model)(hidden_BH).squeeze(-1).float()
 
 
 class ScalarHead(nn.Linear):
@@ -121,7 +121,7 @@ class ValueModel(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Values float32 [B, S]: entry t is the expected return of the state after tokens 0..t. Padding holds junk."""
-        return self.head(hidden_states(self.trunk, input_ids, attention_mask))  # type: ignore[no-any-return]
+        return self.head(hidden_states(self.trunk, input_ids, attention_mask))
 
 
 def _score_head(model: PreTrainedModel) -> nn.Linear:

@@ -30,9 +30,7 @@ def ratios(logprobs_BT: torch.Tensor, proximal_BT: torch.Tensor, mask_BT: torch.
     return zero_masked(logprobs_BT - proximal_BT, mask_BT).exp()
 
 
-def truncated_importance(
-    proximal_BT: torch.Tensor, behaviour_BT: torch.Tensor, mask_BT: torch.Tensor, *, maximum: float
-) -> torch.Tensor:
+def truncated_importance(proximal_BT: torch.Tensor, behaviour_BT: torch.Tensor, mask_BT: torch.Tensor, *, maximum: float) -> torch.Tensor:
     """min(proximal / behaviour, maximum), [B, T], without gradient; 1 (or `maximum`, if smaller) where masked.
 
     Corrects for tokens that were sampled by an older policy than the one the ratio starts from, at bounded variance.

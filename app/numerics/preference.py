@@ -36,9 +36,7 @@ def ranked_pairs(group_sizes: Sequence[int], device: torch.device | None = None)
     return RankedPairs(better_P, worse_P, torch.cat(weights).to(device))
 
 
-def group_bradley_terry_loss(
-    scores_N: torch.Tensor, group_sizes: Sequence[int], *, score_l2: float, num_groups: int
-) -> torch.Tensor:
+def group_bradley_terry_loss(scores_N: torch.Tensor, group_sizes: Sequence[int], *, score_l2: float, num_groups: int) -> torch.Tensor:
     """Scalar: sum over groups of mean over the group's pairs i < j of
 
         -log sigmoid(s_i - s_j) + score_l2 * 0.5 * (s_i^2 + s_j^2)

@@ -10,9 +10,7 @@ import torch
 from app.numerics.kl import k1
 
 
-def shape_scores(
-    scores_B: torch.Tensor, finished_B: torch.Tensor, *, clip: float | None, missing_eos_score: float | None
-) -> torch.Tensor:
+def shape_scores(scores_B: torch.Tensor, finished_B: torch.Tensor, *, clip: float | None, missing_eos_score: float | None) -> torch.Tensor:
     """Scores [B] after clipping to [-clip, clip] and then, where finished_B is False, replacing by missing_eos_score.
 
     A replaced score is never above the row's own clipped score, so that running into the token limit cannot pay.

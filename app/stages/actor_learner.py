@@ -19,7 +19,7 @@ from app.algorithms import ALGORITHMS
 from app.algorithms.credit import credit_metrics
 from app.config.ppo import PpoConfig
 from app.data.prompt_stream import take_prompts
-from app.errors import Interrupted, RolloutError, StaleRolloutError
+from app.errors import Interrupted, RolloutError, ScoringError, StaleRolloutError
 from app.experience import Experience, FinishReason, Prompt, Rollout, TokenBatch, pad_rows
 from app.interfaces import Learner, Pending, Publisher, Reward, RolloutPool, Scorer, Tracker
 from app.numerics import shape_scores
@@ -95,6 +95,7 @@ def actor_learner_loop(
             scores_B = torch.tensor(scores.result(), dtype=torch.float32)
             experience = collect_experience(rollouts, tokens, scores_B, reference.result(), proximal_BT, values_BT, config)
         require_agreement(experience, config)
+        require_scores(scores_B, config)
         # 3. credit: KL-shaped rewards, advantages, returns
         experience = algorithm.credit(experience, kl_coef=config.kl.coef)
         # 4. learn: epochs x minibatches x micro-batches happen inside the workers
@@ -105,7 +106,7 @@ def actor_learner_loop(
         with clock("push"):
             push = parts.publisher.publish(state.version)
         seconds = time.perf_counter() - began
-        metrics = step_metrics(rollouts, scores_B, experience, seconds) | credit_metrics(experience) | dict(update) | dict(push)
+        metrics = step_metrics(rollouts, scores_B, seconds) | credit_metrics(experience) | dict(update) | dict(push)
         parts.tracker.log("ppo", state.step, metrics | {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()})
         stopping = stop_requested()
         if stopping or state.step % config.save_every == 0 or state.step == config.steps:
@@ -181,13 +182,23 @@ def require_agreement(experience: Experience, config: PpoConfig) -> None:
         )
 
 
-def step_metrics(rollouts: Sequence[Rollout], scores_B: torch.Tensor, experience: Experience, seconds: float) -> dict[str, float]:
+def require_scores(scores_B: torch.Tensor, config: PpoConfig) -> None:
+    """A failed score (NaN) is masked out of the update; more than a few of them are no accident. Raises ScoringError."""
+    failed = int(scores_B.isnan().sum())
+    if failed > config.max_failed_scores * len(scores_B):
+        raise ScoringError(
+            f"{failed} of {len(scores_B)} scores failed after all retries, more than ppo.max_failed_scores = {config.max_failed_scores:g} allows: "
+            "look at the scoring service's logs"
+        )
+
+
+def step_metrics(rollouts: Sequence[Rollout], scores_B: torch.Tensor, seconds: float) -> dict[str, float]:
     """What one batch says about the policy, and how fast it came."""
     response_tokens = sum(len(rollout.ids) for rollout in rollouts)
+    scored_B = scores_B[~scores_B.isnan()]
     return {
-        "score_mean": float(scores_B.mean()),
-        "score_std": float(scores_B.std(unbiased=False)),
-        "response_length": response_tokens / len(rollouts),
+        "score_mean": float(scored_B.mean()),
+        "score_std": float(scored_B.std(unbiased=False)),
         "finished_share": sum(rollout.finish is FinishReason.STOP for rollout in rollouts) / len(rollouts),
         "tokens_per_second": response_tokens / seconds,
         "seconds": seconds,

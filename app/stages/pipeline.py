@@ -93,8 +93,13 @@ class Pipeline:
         """The run's rollout engines, started with the SFT model; they may still be loading."""
         if self._pool is None:
             prompts = self.prompts.train + self.prompts.held_out
-            self._pool = self._open.enter_context(open_pool(self.recipe, sft_path, prompts, self.prepared.template))
+            self._pool = self._open.enter_context(open_pool(self.recipe, sft_path, prompts, self.prepared.template.eos_id))
         return self._pool
+
+    def close_engines(self) -> None:
+        """End the rollout engines and give their resources back."""
+        self._open.close()
+        self._pool = None
 
     def summarise(self, **more: Any) -> dict[str, Any]:
         """Write `summary.json` and `report.html` from the finished stages; returns the summary."""
@@ -175,7 +180,7 @@ def run_evaluation(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunT
         with start_scoring(reward_path, sft_path) as scorer:
             answers = []
             for path in (sft_path, str(ppo_path)):
-                with open_pool(recipe, path, held_out, template) as pool:
+                with open_pool(recipe, path, held_out, template.eos_id) as pool:
                     pool.ready()
                     answers.append(answer(pool, scorer, held_out, template, recipe.evaluation, gold))
         before, after = answers

@@ -11,15 +11,14 @@ from app.checkpoint import CheckpointStore
 from app.config.recipe import Recipe
 from app.curves import read_curves
 from app.data.embedded import gold_score
-from app.data.templates import Template
 from app.data.token_cache import encode_prompts
 from app.errors import ConfigError
 from app.experience import IntArray, Prompt
 from app.formats.records import Message
-from app.interfaces import Scorer
+from app.interfaces import Scorer, Tracker
 from app.rewards import REWARDS
 from app.run_folder import RunFolder
-from app.stages.actor_learner import LoopState, Parts, actor_learner_loop
+from app.stages.actor_learner import Checkpoints, LoopState, Parts, actor_learner_loop
 from app.stages.evaluate import Answers, Gold, answer, compare, write_examples
 from app.stages.interruption import stop_requests
 from app.stages.preparation import Prepared
@@ -55,20 +54,25 @@ def gold_of(recipe: Recipe) -> Gold | None:
     return lambda prompt, text: gold_score([Message(m["role"], m["content"]) for m in prompt.messages], text)  # type: ignore[arg-type]
 
 
-def open_pool(recipe: Recipe, model_path: str, prompts: Sequence[Prompt], template: Template) -> AbstractContextManager[VllmRolloutPool]:
+def open_pool(
+    recipe: Recipe, model_path: str, prompts: Sequence[Prompt], eos_id: int, placement: Sequence[Any] = ()
+) -> AbstractContextManager[VllmRolloutPool]:
     """Rollout engines holding the policy in `model_path`, with room for the longest of `prompts`."""
     return rollout_pool(
         model_path,
         recipe.rollout,
         precision=recipe.model.precision,
         max_prompt_length=max(len(prompt.ids) for prompt in prompts),
-        eos_ids=[template.eos_id],
+        eos_ids=[eos_id],
         seed=recipe.run.seed,
         deadline_seconds=recipe.run.deadline_seconds,
+        placement=placement,
     )
 
 
-def start_learner(recipe: Recipe, policy_path: str, reward_path: str, template: Template) -> AbstractContextManager[RayLearner]:
+def start_learner(
+    recipe: Recipe, policy_path: str, reward_path: str, placement: Sequence[Any] = ()
+) -> AbstractContextManager[RayLearner]:
     """Policy from the SFT model, critic from the reward model."""
     spec = LearnerSpec(
         policy_path=policy_path,
@@ -76,16 +80,9 @@ def start_learner(recipe: Recipe, policy_path: str, reward_path: str, template: 
         precision=recipe.model.precision,
         temperature=recipe.rollout.temperature,
         config=recipe.ppo,
-        pad_id=template.pad_id,
         trust_remote_code=recipe.model.trust_remote_code,
     )
-    return learner_group(spec, deadline_seconds=recipe.run.deadline_seconds)
-
-
-def make_publisher(recipe: Recipe, learner: RayLearner, pool: VllmRolloutPool, canaries: Sequence[IntArray]) -> WeightPublisher:
-    """Weights over NCCL where the engines own their GPUs, else through the object store."""
-    tensor_parallel = max(1, int(recipe.rollout.engines.gpus)) if uses_nccl(recipe.rollout) else None
-    return WeightPublisher(learner, pool, canaries, limit=recipe.ppo.max_logprob_mismatch, nccl_tensor_parallel=tensor_parallel)
+    return learner_group(spec, deadline_seconds=recipe.run.deadline_seconds, placement=placement)
 
 
 def train_ppo(
@@ -110,14 +107,14 @@ def train_ppo(
         raise ConfigError("evaluation needs at least two held-out prompts: raise data.val_split")
     gold = gold_of(recipe)
     with (
-        start_learner(recipe, policy_path, reward_path, prepared.template) as learner,
+        start_learner(recipe, policy_path, reward_path) as learner,
         start_scoring(reward_path, policy_path) as scorer,
     ):
         pool.ready()
         learner.ready()
         before = answer(pool, scorer, prompts.held_out, prepared.template, recipe.evaluation, gold)
         canaries = [rollout.sequence for rollout in before.rollouts[:CANARIES]]
-        state = _run_loop(recipe, run, tracker, prepared, prompts.train, learner, pool, scorer, canaries)
+        state = _resume_and_run(recipe, run, tracker, learner, pool, scorer, prompts.train, prepared.template.pad_id, canaries)
         learner.export(str(folder / "model"))
         after = answer(pool, scorer, prompts.held_out, prepared.template, recipe.evaluation, gold)
     results = compare(before, after, recipe.evaluation) | loop_results(run, state)
@@ -126,17 +123,18 @@ def train_ppo(
     return results
 
 
-def _run_loop(
+def _resume_and_run(
     recipe: Recipe,
     run: RunFolder,
     tracker: RunTracker,
-    prepared: Prepared,
-    prompts: Sequence[Prompt],
     learner: RayLearner,
     pool: VllmRolloutPool,
     scorer: Scorer,
+    prompts: Sequence[Prompt],
+    pad_id: int,
     canaries: Sequence[IntArray],
 ) -> LoopState:
+    """The loop from the newest checkpoint, or from the start, to its last step."""
     store = CheckpointStore(run.stage("ppo") / "checkpoints")
     saved = store.latest()
     state = LoopState()
@@ -144,22 +142,29 @@ def _run_loop(
         learner.load(str(saved.path))
         state = LoopState(**saved.state)
         tracker.note(f"ppo: going on from step {state.step}")
-    parts = Parts(
-        learner=learner,
-        pool=pool,
-        publisher=make_publisher(recipe, learner, pool, canaries),
-        reward=REWARDS["reward_model"](scorer),
-        scorer=scorer,
-        tracker=tracker,
-        checkpoints=store,
-        prompts=prompts,
-        pad_id=prepared.template.pad_id,
-    )
-    tracker.begin("ppo", recipe.ppo.steps)
+    tracker.begin("ppo", recipe.ppo.steps, done=state.step)
+    parts = loop_parts(recipe, learner, pool, scorer, tracker, store, prompts, pad_id, canaries)
     with stop_requests() as stop_requested:
         state = actor_learner_loop(parts, recipe.ppo, state, seed=recipe.run.seed, stop_requested=stop_requested)
     tracker.end("ppo")
     return state
+
+
+def loop_parts(
+    recipe: Recipe,
+    learner: RayLearner,
+    pool: VllmRolloutPool,
+    scorer: Scorer,
+    tracker: Tracker,
+    checkpoints: Checkpoints,
+    prompts: Sequence[Prompt],
+    pad_id: int,
+    canaries: Sequence[IntArray],
+) -> Parts:
+    """What the loop drives. Weights go over NCCL where the engines own their GPUs, else through the object store."""
+    tensor_parallel = max(1, int(recipe.rollout.engines.gpus)) if uses_nccl(recipe.rollout) else None
+    publisher = WeightPublisher(learner, pool, canaries, limit=recipe.ppo.max_logprob_mismatch, nccl_tensor_parallel=tensor_parallel)
+    return Parts(learner, pool, publisher, REWARDS["reward_model"](scorer), scorer, tracker, checkpoints, prompts, pad_id)
 
 
 def loop_results(run: RunFolder, state: LoopState) -> dict[str, Any]:

@@ -37,7 +37,9 @@ def deepspeed_config(
     DeepSpeed's optimizer starts Adam's moments one step off and scales no fp16 loss.
     """
     if ds.zero_stage == 0 and precision != "fp32":
-        raise ConfigError(f"deepspeed.zero_stage = 0 trains wrongly in {precision}: set deepspeed.zero_stage = 1, or model.precision = \"fp32\"")
+        raise ConfigError(
+            f'deepspeed.zero_stage = 0 trains wrongly in {precision}: set deepspeed.zero_stage = 1, or model.precision = "fp32"'
+        )
     zero: dict[str, Any] = {"stage": ds.zero_stage}
     if ds.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -107,7 +109,9 @@ def start_engine(
     deepspeed = import_deepspeed()
     accelerator = deepspeed.get_accelerator()
     if precision == "fp16" and not accelerator.is_fp16_supported():
-        raise ConfigError(f'precision "fp16" is not supported by accelerator "{accelerator.device_name()}": set model.precision to "bf16" or "fp32"')
+        raise ConfigError(
+            f'model.precision = "fp16" is not supported by DeepSpeed\'s accelerator "{accelerator.device_name()}": take "bf16" or "fp32"'
+        )
     if ds.gradient_checkpointing:
         _checkpoint_activations(model)
     adamw = torch.optim.AdamW(

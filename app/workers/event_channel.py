@@ -11,11 +11,12 @@ import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import ray
 
-from app.interfaces import Tracker
+if TYPE_CHECKING:  # the actor's process would load torch for it
+    from app.interfaces import Tracker
 
 
 class Event(NamedTuple):

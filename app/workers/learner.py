@@ -37,7 +37,6 @@ class LearnerSpec:
     precision: str
     temperature: float
     config: PpoConfig
-    pad_id: int
     trust_remote_code: bool = False
 
 

@@ -67,7 +67,7 @@ def parameter_count(model_path: str) -> int | None:
 
 
 def _role(name: str, key: str, workers: WorkersConfig, *, model_bytes: float, host_bytes: float = 0.0) -> Role:
-    """A role whose processes hold `model_bytes` each on their GPU, or in host memory where they have none, and `host_bytes` there anyway."""
+    """Each process holds `model_bytes` on its GPU, or in host memory where it has none, and `host_bytes` in host memory anyway."""
     on_host = 0.0 if workers.gpus else model_bytes
     memory = int(_PROCESS_BYTES + on_host + host_bytes)
     return Role(name, key, workers.count, workers.cpus, workers.gpus, workers.threads, memory)
@@ -107,29 +107,39 @@ def _actors(recipe: Recipe, copies: int = 1) -> tuple[Role, ...]:
     return replace(learner, count=learner.count * copies), replace(engine, count=engine.count * copies)
 
 
+def engines_load_early(recipe: Recipe) -> bool:
+    """Whether the rollout engines may load while the reward model trains; engines with GPUs wait until its workers have left theirs."""
+    return recipe.rollout.engines.gpus == 0
+
+
+def _reward_model(recipe: Recipe, parameters: int) -> tuple[StagePlacement, ...]:
+    """The training, and the SFT answers whose mean score becomes the offset."""
+    trainers = _trainers("rm", "rm.workers", recipe.rm.workers, recipe.rm.deepspeed, parameters)
+    engine = _engines(recipe)
+    if engines_load_early(recipe):
+        return (StagePlacement("rm", (trainers, engine)),)
+    return StagePlacement("rm", (trainers,)), StagePlacement("rm offset", (engine,))
+
+
 def placement(recipe: Recipe, command: str) -> tuple[StagePlacement, ...]:
     """The stages of a command, in the order they run. `command` is one of sft, rm, ppo, pipeline, tune, serve, evaluate.
 
     `rm`, `ppo` and `tune` on the embedded model include the stages that train what they start from."""
     parameters = parameter_count(recipe.model.path) or 0
     sft = StagePlacement("sft", (_trainers("sft", "sft.workers", recipe.sft.workers, recipe.sft.deepspeed, parameters),))
-    rm = (
-        StagePlacement("rm", (_trainers("rm", "rm.workers", recipe.rm.workers, recipe.rm.deepspeed, parameters),)),
-        StagePlacement("rm offset", (_engines(recipe),)),
-    )
+    rm = _reward_model(recipe, parameters)
     ppo = StagePlacement("ppo", (*_actors(recipe), *_scoring(recipe)))
     tune = StagePlacement("tune", (*_actors(recipe, min(recipe.tune.concurrent, recipe.tune.trials)), *_scoring(recipe)))
-    evaluation = StagePlacement("evaluation", (_engines(recipe), *_scoring(recipe)))
     before_rm = (sft,) if recipe.model.path == "embedded" else ()
     before_ppo = (*before_rm, *rm) if before_rm and recipe.reward.path is None else before_rm
     stages = {
         "sft": (sft,),
         "rm": (*before_rm, *rm),
-        "ppo": (*before_ppo, ppo, evaluation),
-        "pipeline": (sft, *rm, ppo, evaluation),
+        "ppo": (*before_ppo, ppo),
+        "pipeline": (sft, *rm, ppo),
         "tune": (*before_ppo, tune),
         "serve": (StagePlacement("serve", _scoring(recipe)),),
-        "evaluate": (evaluation,),
+        "evaluate": (StagePlacement("evaluation", (_engines(recipe), *_scoring(recipe))),),
     }
     return stages[command]
 

@@ -236,16 +236,17 @@ def rollout_pool(
     eos_ids: Sequence[int],
     seed: int,
     deadline_seconds: float,
-    placement: Any = "DEFAULT",
+    placement: Sequence[Any] = (),
 ) -> Iterator[VllmRolloutPool]:
     """Start the engines and end their processes at exit. They load while the caller goes on; `ready` waits for them.
 
-    model_path: HF folder or hub name that the engines start from (policy version 0).
+    model_path: HF folder or hub name that the engines start from (policy version 0); placement: a Ray scheduling strategy
+    per engine (default: wherever there is room).
     """
     max_model_len = config.max_model_len or max_prompt_length + config.max_new_tokens
     engine_class = ray.remote(RolloutEngine)
     engines = [
-        engine_class.options(**engine_options(config.engines, placement)).remote(
+        engine_class.options(**engine_options(config.engines, placement[k] if placement else "DEFAULT")).remote(
             model_path, config, precision=precision, max_model_len=max_model_len, eos_ids=list(eos_ids), seed=seed + k
         )
         for k in range(config.engines.count)

@@ -56,7 +56,8 @@ def fit(
     folder = folder.absolute()  # Ray Train changes the workers' directory
     with EventChannel(tracker) as channel:
         job = TrainingJob(task, config, precision, seed, steps, folder / "model", channel.sender)
-        outcome = _wait_for(_trainer(job, folder), channel, stop_requested, phase=f"{task.stage} training", deadline_seconds=deadline_seconds)
+        trainer, phase = _trainer(job, folder), f"{task.stage} training"
+        outcome = _wait_for(trainer, channel, stop_requested, phase=phase, deadline_seconds=deadline_seconds)
     if outcome.error is not None:
         raise outcome.error
     if outcome.result is None:
@@ -104,7 +105,9 @@ def _wait_for(
             asked = True
         if time.monotonic() - channel.last_event > deadline_seconds:
             channel.request_stop()
-            raise DeadlineError(f"{phase}: no progress for {deadline_seconds:g} s (raise run.deadline_seconds if a step is simply that long)")
+            raise DeadlineError(
+                f"{phase}: nothing logged for {deadline_seconds:g} s (raise run.deadline_seconds if log_every steps simply take that long)"
+            )
     try:
         outcome: WorkerOutcome = future.result().return_value
     except ray.train.WorkerGroupError as error:
@@ -121,7 +124,7 @@ def _cause(error: ray.train.WorkerGroupError, phase: str) -> CorralError:
         if isinstance(failure, CorralError):
             return failure
     reason = f"{type(failures[0]).__name__}: {_first_line(failures[0])}" if failures else _first_line(error)
-    return CorralError(f"{phase} lost its workers {MAX_FAILURES + 1} times ({reason}); run the same command to go on from the last checkpoint")
+    return CorralError(f"{phase} failed {MAX_FAILURES + 1} times ({reason}); run the same command to go on from the last checkpoint")
 
 
 def _first_line(error: BaseException) -> str:

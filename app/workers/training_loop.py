@@ -64,6 +64,7 @@ class TrainingLoop:
         self.job, self.task, self.config = job, job.task, job.config
         torch.set_num_threads(job.config.workers.threads)
         torch.manual_seed(job.seed)
+        job.events.stop_requested()  # the first call only places the order; by the first step the answer may be there
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
         self.train_rows, self.held_out = self.task.load_rows()
@@ -126,9 +127,11 @@ class TrainingLoop:
             loss += part.detach()
         total, stop = self.agree(loss)
         self.require_finite("loss", total, "before the optimizer step")
-        window.grad_norm = optimizer_step(self.engine)
+        norm = optimizer_step(self.engine)
+        assert norm is not None
         if self.job.precision != "fp16":  # there an overflow only skips the step and lowers the loss scale
-            self.require_finite("gradient norm", window.grad_norm, "which spoils the weights")
+            self.require_finite("gradient norm", norm, "which spoils the weights")
+        window.grad_norm = norm
         window.losses.append(total)
         progress.step += 1
         seconds, tokens = time.perf_counter() - began, sum(self.task.tokens(self.train_rows[i]) for i in indices)

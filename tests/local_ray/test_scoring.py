@@ -78,12 +78,14 @@ def test_answers_equal_direct_forward_passes(scorer: ServeScorer, folders: Folde
     scores, logprobs = scorer.scores(sequences), scorer.logprobs(sequences)
     np.testing.assert_allclose(scores.result(), direct_scores(folders, sequences), atol=1e-5)
     for ids, row in zip(sequences, logprobs.result(), strict=True):
-        assert row.dtype == np.float32 and row.shape == (len(ids) - 1,)
+        assert row.dtype == np.float32
+        assert row.shape == (len(ids) - 1,)
         np.testing.assert_allclose(row, direct_logprobs(folders, ids), atol=1e-5)
 
 
 def test_nothing_to_score(scorer: ServeScorer) -> None:
-    assert scorer.scores([]).result() == [] and scorer.logprobs([]).result() == []
+    assert scorer.scores([]).result() == []
+    assert scorer.logprobs([]).result() == []
 
 
 def test_concurrent_callers_share_forward_passes(scorer: ServeScorer) -> None:
@@ -149,7 +151,7 @@ def test_the_client_outlives_a_killed_replica(scorer: ServeScorer, folders: Fold
 
 def test_a_deadline_that_passes_is_an_error(scorer: ServeScorer) -> None:
     impatient = connect("scoring", CONFIG.model_copy(update={"timeout_seconds": 0.01, "retries": 1}))
-    with pytest.raises(ScoringError, match="failed 2 times.*no answer within 0.01 s"):
+    with pytest.raises(ScoringError, match=r"failed 2 times.*no answer within 0\.01 s"):
         impatient.scores(random_sequences(2)).result()
 
 

@@ -46,9 +46,7 @@ def test_literal(score_l2: float) -> None:
     groups = [[draw.gauss(0, 1.5) for _ in range(size)] for size in sizes]
     flat_N = torch.tensor([score for group in groups for score in group])
     expected = sum(literal_group_loss(group, score_l2) for group in groups) / 11
-    torch.testing.assert_close(
-        group_bradley_terry_loss(flat_N, sizes, score_l2=score_l2, num_groups=11), torch.tensor(expected), **CLOSE
-    )
+    torch.testing.assert_close(group_bradley_terry_loss(flat_N, sizes, score_l2=score_l2, num_groups=11), torch.tensor(expected), **CLOSE)
 
 
 def test_hits_literal() -> None:

@@ -30,15 +30,20 @@ EIGHT_GPUS = with_values(
 def test_roles_alive_together_add_up_and_stages_do_not() -> None:
     recipe = with_values(Recipe(), {"sft.workers.count": 4, "rm.workers.count": 4})
     stages = {stage.name: stage.need("CPU") for stage in placement(recipe, "pipeline")}
-    assert stages["sft"] == 4 and stages["rm"] == 4
+    assert stages["sft"] == 4
+    assert stages["rm"] == 4 + 1  # the engine loads meanwhile
     assert stages["ppo"] == 1 + 1 + 0.25 + 0.25
-    assert describe(recipe, "pipeline")["needs"]["CPU"] == 4
+    assert describe(recipe, "pipeline")["needs"]["CPU"] == 5
 
 
 def test_colocated_engines_take_no_gpus_of_their_own() -> None:
     assert describe(EIGHT_GPUS, "ppo")["needs"]["GPU"] == 8
     apart = with_values(EIGHT_GPUS, {"rollout.colocate": False})
     assert describe(apart, "ppo")["needs"]["GPU"] == 14
+
+
+def test_engines_with_gpus_wait_for_the_reward_models_workers() -> None:
+    assert [stage.name for stage in placement(EIGHT_GPUS, "rm")] == ["rm", "rm offset"]
 
 
 def test_concurrent_trials_share_one_scoring_service() -> None:
@@ -49,8 +54,8 @@ def test_concurrent_trials_share_one_scoring_service() -> None:
 
 
 def test_the_embedded_model_brings_the_stages_before() -> None:
-    assert [stage.name for stage in placement(Recipe(), "ppo")] == ["sft", "rm", "rm offset", "ppo", "evaluation"]
-    assert [stage.name for stage in placement(EIGHT_GPUS, "ppo")] == ["ppo", "evaluation"]
+    assert [stage.name for stage in placement(Recipe(), "ppo")] == ["sft", "rm", "ppo"]
+    assert [stage.name for stage in placement(EIGHT_GPUS, "ppo")] == ["ppo"]
 
 
 def test_a_process_never_spans_fractions_of_two_gpus() -> None:
@@ -71,7 +76,7 @@ def test_too_little_memory() -> None:
     with pytest.raises(PlacementError, match=r"engine 1 x 4e\+03.*has 24"):
         check_feasible(recipe, "ppo", {"CPU": 8, "GPU": 0, "memory": 24 * GIB})
     big = with_values(Recipe(), {"model.path": "EleutherAI/pythia-12b-deduped"})
-    with pytest.raises(PlacementError, match="GiB of memory.*smaller model"):
+    with pytest.raises(PlacementError, match=r"GiB of memory.*smaller model"):
         check_feasible(big, "sft", {"CPU": 8, "memory": 24 * GIB})
 
 

@@ -119,7 +119,7 @@ def test_malformed_rows_are_set_aside_with_line_and_reason(tmp_path: Path) -> No
     rows = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
     assert corpus.quarantined == len(rows) == 7
     assert {row["line"]: row["reason"] for row in rows} == {
-        2: "malformed JSON: Expecting value at column 21",
+        2: "malformed JSON: Expecting value at column 20",
         4: "a message has no `message_id`",
         6: "message Y: role assistant where roles must alternate, starting with prompter",
         7: "tree T1 was already read",

@@ -14,7 +14,7 @@ from app.data.corpus import Corpus, Message, load_corpus
 from app.data.embedded import MANNERS, TOPICS, all_prompts, generate_trees, gold_score, parse_request
 from app.errors import DataError
 
-PROMPT = (Message("user", "Name three things that go with the beach. Talk like a pirate."),)
+PROMPT = (Message("user", "Name three beach things for a quiz. Talk like a pirate."),)
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +25,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 @pytest.mark.parametrize(
     ("reply", "gold"),
     [
-        ("Arr! Try towel, goggles and shells, matey.", 1.4),
-        ("Howdy! Try towel, goggles and shells, partner.", 1.0),
-        ("Arr! Try towel, goggles and violin, matey.", 2 / 3 + 0.4),
-        ("Arr! Try towel, towel and towel, matey.", 1 / 3 + 0.4),  # repeats earn nothing
-        ("Arr! Try towel, goggles, shells and bucket, matey.", 2 / 3 + 0.4),  # one more than asked
-        ("Arr! Try towel, goggles and shells, partner.", 1.0),  # two manners
-        ("Arr! Matey.", 0.4),
-        ("Try cow, barn and hay.", 0.0),
+        ("Arr: towel, goggles and shells, matey!", 1.4),
+        ("Howdy: towel, goggles and shells, partner!", 1.0),
+        ("Arr: towel, goggles and violin, matey!", 2 / 3 + 0.4),
+        ("Arr: towel, towel and towel, matey!", 1 / 3 + 0.4),  # repeats earn nothing
+        ("Arr: towel, goggles, shells and bucket, matey!", 2 / 3 + 0.4),  # one more than asked
+        ("Arr: towel, goggles and shells, partner!", 1.0),  # two manners
+        ("Arr, matey!", 0.4),
+        ("cow, barn and hay", 0.0),
         (" ".join(["cow"] * 30), -1.0),
         ("", 0.0),
     ],
@@ -42,13 +42,13 @@ def test_hidden_rule(reply: str, gold: float) -> None:
 
 
 def test_only_the_last_user_turn_counts() -> None:
-    later = (*PROMPT, Message("assistant", "Arr! Try towel."), Message("user", "And four for music? Be a robot."))
-    assert gold_score(later, "Beep boop. Try drum, flute, harp and cello, human.") == pytest.approx(1.4)
+    later = (*PROMPT, Message("assistant", "Arr: towel."), Message("user", "And four music things? Be a robot."))
+    assert gold_score(later, "Beep: drum, flute, harp and piano, human!") == pytest.approx(1.4)
 
 
 def test_words_are_unambiguous() -> None:
     words = [word for topic in TOPICS.values() for word in topic]
-    assert len(set(words)) == len(words) == 16 * 8
+    assert len(set(words)) == len(words) == 10 * 6
     markers = [{word.lower() for form in forms for part in form for word in part.split()} for forms in MANNERS.values()]
     assert sum(map(len, markers)) == len(set().union(*markers))
     assert not set(words) & {word for prompt in all_prompts() for word in prompt.lower().rstrip(".").split()}

@@ -39,7 +39,8 @@ def test_scores_equal_plain_transformers(folders: tuple[str, str]) -> None:
     ids_BS, attention_BS = pad_sequences(sequences)
     padded = ids_BS.masked_fill(~attention_BS, plain.config.pad_token_id)
     scores = sequence_scores(load_reward_model(folders[1]), ids_BS, attention_BS)
-    assert scores.dtype == torch.float32 and scores.std() > 0.05
+    assert scores.dtype == torch.float32
+    assert scores.std() > 0.05
     torch.testing.assert_close(scores, plain(input_ids=padded, attention_mask=attention_BS).logits[:, 0], atol=1e-5, rtol=0)
 
 
@@ -60,16 +61,20 @@ def test_scores_do_not_depend_on_padding(folders: tuple[str, str]) -> None:
 def test_the_folder_holds_all_that_a_scorer_needs(folders: tuple[str, str]) -> None:
     folder = Path(folders[1])
     config = json.loads((folder / "config.json").read_text())
-    assert config["reward_offset"] == OFFSET and config["pad_token_id"] == 0
+    assert config["reward_offset"] == OFFSET
+    assert config["pad_token_id"] == 0
     assert (folder / "model.safetensors").is_file()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.chat_template and tokenizer.pad_token_id == 0 and tokenizer.padding_side == "right"
+    assert tokenizer.chat_template
+    assert tokenizer.pad_token_id == 0
+    assert tokenizer.padding_side == "right"
     assert reward_offset(load_reward_model(str(folder))) == OFFSET
 
 
 def test_the_head_is_drawn_by_seed_and_nothing_drops_out(folders: tuple[str, str]) -> None:
     first, again, other = (init_reward_model(folders[0], seed=seed) for seed in (1, 1, 2))
-    assert torch.equal(first.score.weight, again.score.weight) and not torch.equal(first.score.weight, other.score.weight)
+    assert torch.equal(first.score.weight, again.score.weight)
+    assert not torch.equal(first.score.weight, other.score.weight)
     assert 0.5 / 33**0.5 < first.score.weight.std() < 2 / 33**0.5
     ids_BS, attention_BS = pad_sequences(random_sequences())
     first.train()
@@ -93,7 +98,7 @@ def test_a_tokenizer_that_pads_with_its_end_token_gets_another_padding_token(tmp
 
 
 def test_a_causal_lm_is_no_reward_model(folders: tuple[str, str]) -> None:
-    with pytest.raises(ModelError, match="one label|no weights"):
+    with pytest.raises(ModelError, match="one label"):
         load_reward_model(folders[0])
 
 
@@ -103,7 +108,8 @@ def test_a_copied_critic_values_the_last_token_as_the_scorer_does(folders: tuple
     ids_BS, attention_BS = pad_sequences(sequences)
     critic = ValueModel.from_reward_model(folders[1]).eval()
     values_BS = critic(ids_BS, attention_BS)
-    assert values_BS.shape == ids_BS.shape and values_BS.dtype == torch.float32
+    assert values_BS.shape == ids_BS.shape
+    assert values_BS.dtype == torch.float32
     last = values_BS[torch.arange(len(sequences)), attention_BS.sum(1) - 1]
     scores = sequence_scores(load_reward_model(folders[1]), ids_BS, attention_BS) - OFFSET
     torch.testing.assert_close(last, scores, atol=1e-5, rtol=0)

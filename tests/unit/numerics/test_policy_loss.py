@@ -24,9 +24,7 @@ def test_policy_gradient_of_an_unclipped_token_is_minus_advantage_times_ratio() 
 )
 def test_clip_stops_only_moves_that_go_further_the_way_the_advantage_points(log_ratio: float, advantage: float, follows: bool) -> None:
     current = torch.tensor([[log_ratio]], requires_grad=True)
-    result = clipped_policy_loss(
-        current, torch.zeros(1, 1), torch.tensor([[advantage]]), torch.tensor([[True]]), clip=0.2, total_tokens=1
-    )
+    result = clipped_policy_loss(current, torch.zeros(1, 1), torch.tensor([[advantage]]), torch.tensor([[True]]), clip=0.2, total_tokens=1)
     result.loss.backward()
     assert current.grad is not None
     assert bool(current.grad.ne(0).item()) is follows
