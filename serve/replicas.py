@@ -35,7 +35,8 @@ class SequenceReplica:
 
     def __init__(self, model: PreTrainedModel, name: str, config: ScoringConfig, workers: WorkersConfig) -> None:
         self._device = torch.device("cuda" if workers.gpus > 0 else "cpu")
-        self._model = model.to(self._device)
+        torch.nn.Module.to(model, self._device)  # in place
+        self._model = model
         self._name = name
         self._max_batch_tokens = config.max_batch_tokens
         text_config = model.config.get_text_config()

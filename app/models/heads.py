@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -100,7 +100,7 @@ class ValueModel(nn.Module):
     def from_reward_model(cls, path: str, *, trust_remote_code: bool = False) -> ValueModel:
         """Starts as the reward model: the value at a sequence's last token is its score (logit - reward_offset)."""
         reward_model = load_reward_model(path, trust_remote_code=trust_remote_code)
-        model = cls(reward_model.base_model)
+        model = cls(cast(PreTrainedModel, reward_model.base_model))
         with torch.no_grad():
             model.head.weight.copy_(_score_head(reward_model).weight)
             model.head.bias.fill_(-reward_offset(reward_model))

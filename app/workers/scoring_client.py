@@ -16,7 +16,7 @@ import numpy as np
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle, DeploymentResponse
+from ray.serve.handle import DeploymentHandle
 
 from app.config.ppo import ScoringConfig
 from app.errors import ScoringError
@@ -130,7 +130,7 @@ class _Request:
     deployment: str
     rows: list[int]
     sequences: Sequence[IntArray]
-    response: DeploymentResponse[FloatArray] | None = None
+    response: Any = None  # a DeploymentResponse once sent
     failure: Exception | None = None
 
     def send(self) -> None:

@@ -42,6 +42,7 @@ class Window:
 
     losses: list[float] = field(default_factory=list)
     grad_norm: float = 0.0
+    lr: float = 0.0
     tokens: int = 0
     seconds: float = 0.0
 
@@ -127,6 +128,7 @@ class TrainingLoop:
             loss += part.detach()
         total, stop = self.agree(loss)
         self.require_finite("loss", total, "before the optimizer step")
+        window.lr = self.engine.get_lr()[0]
         norm = optimizer_step(self.engine)
         assert norm is not None
         if self.job.precision != "fp16":  # there an overflow only skips the step and lowers the loss scale
@@ -191,7 +193,7 @@ class TrainingLoop:
             "loss": sum(window.losses) / len(window.losses),
             "grad_norm": window.grad_norm,
             "tokens_per_second": window.tokens / window.seconds,
-            "lr": self.engine.get_lr()[0],
+            "lr": window.lr,
             "epoch": step * self.config.batch_size / len(self.train_rows),
         }
         self.job.events.log(self.task.stage, step, metrics)

@@ -25,10 +25,9 @@ def cluster() -> dict[str, Any]:
 
 
 def test_a_cpu_head_and_eight_gpu_workers(cluster: dict[str, Any]) -> None:
-    types = cluster["available_node_types"]
-    head = types.pop(cluster["head_node_type"])
-    assert head["resources"].get("GPU", 0) == 0
-    assert [node["resources"]["GPU"] for node in types.values()] == [8]
+    gpus = {name: node["resources"].get("GPU", 0) for name, node in cluster["available_node_types"].items()}
+    assert gpus.pop(cluster["head_node_type"]) == 0
+    assert list(gpus.values()) == [8]
 
 
 def test_the_smallest_cluster_fits_the_pythia_recipes(cluster: dict[str, Any]) -> None:

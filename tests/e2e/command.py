@@ -1,0 +1,70 @@
+"""`python -m jobs ...` as a user's shell would run it, with its whole process tree in view."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = "tests/e2e"
+RUN_SECONDS = 900
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's environment without a Ray that tests of other folders may have pointed to."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "OMP_"))}
+    return kept | more
+
+
+def start(arguments: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """The command in the background, output and errors in `log`."""
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            [sys.executable, "-m", "jobs", *arguments], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=dict(env or environment())
+        )
+
+
+def run(arguments: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> tuple[int, str]:
+    """(exit code, output) of the command."""
+    process = start(arguments, log, env)
+    code = process.wait(RUN_SECONDS)
+    return code, log.read_text()
+
+
+def wait_for(text: str, log: Path, process: subprocess.Popen[bytes]) -> None:
+    """Wait until the command has printed `text`; fails when it ends first."""
+    deadline = time.monotonic() + RUN_SECONDS
+    while text not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, f"{text!r} did not appear:\n{log.read_text()}"
+        time.sleep(0.2)
+
+
+def interrupt(process: subprocess.Popen[bytes], number: signal.Signals) -> int:
+    """Send a signal, wait for the command to end, and require that no process of its tree is left. Returns the exit code."""
+    tree = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    code = process.wait(RUN_SECONDS)
+    require_gone(tree)
+    return code
+
+
+def require_gone(tree: Sequence[psutil.Process], seconds: float = 30) -> None:
+    """Every process of the list ends by itself."""
+    _, alive = psutil.wait_procs(tree, timeout=seconds)
+    assert not alive, [(process.pid, process.name()) for process in alive]
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = RUN_SECONDS) -> None:
+    """Wait for a condition."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen within {seconds:g} s"
+        time.sleep(0.2)

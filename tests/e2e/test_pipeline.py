@@ -1,0 +1,123 @@
+"""The main job on the real stack: interrupted, resumed, finished; what it leaves; and what it learns."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from tests.e2e.command import HERE, interrupt, run, start, wait_for
+
+RECIPE = f"{HERE}/shrunken.toml"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run folder: stopped by SIGTERM in the middle of PPO, then finished by the same command."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    log = folder / "first.log"
+    log.touch()
+    command = ["pipeline", RECIPE, f"--run.dir={folder / 'run'}"]
+    process = start(command, log)
+    wait_for("ppo  2/16", log, process)
+    assert interrupt(process, signal.SIGTERM) == 130, log.read_text()
+    assert "a checkpoint is saved, the same command goes on from it" in log.read_text()
+    code, output = run(command, folder / "second.log")
+    assert code == 0, output
+    assert "sft: already finished" in output
+    assert "ppo: going on from step" in output
+    yield folder / "run"
+
+
+@pytest.fixture(scope="module")
+def summary(finished: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((finished / "summary.json").read_text())
+    return loaded
+
+
+def test_summary_has_what_tools_rely_on(summary: dict[str, Any]) -> None:
+    assert {"pair_accuracy", "length_baseline", "reward_offset"} <= set(summary["rm"])
+    assert {"reward_before", "reward_after", "gold_before", "gold_after", "gold_gain", "win_rate", "kl"} <= set(summary["ppo"])
+    for name in ("gold_gain", "win_rate", "reward_after"):
+        interval = summary["ppo"][name]
+        assert interval["low"] <= interval["mean"] <= interval["high"]
+    assert summary["ppo"]["steps"] == 16
+    assert summary["ppo"]["tokens_per_second"] > 0
+    assert set(summary["seconds"]) == {"sft", "rm", "ppo"}
+    assert 2**30 < summary["peak_memory"] < 8 * 2**30
+
+
+def test_engine_and_learner_agree_after_every_push(summary: dict[str, Any]) -> None:
+    assert 0 < summary["ppo"]["max_logprob_mismatch"] <= 1e-3
+
+
+def test_it_learns(summary: dict[str, Any]) -> None:
+    assert summary["sft"]["eval_loss_after"] < 0.5 * summary["sft"]["eval_loss_before"]
+    assert summary["rm"]["pair_accuracy"] > summary["rm"]["length_baseline"] + 0.15
+    assert summary["ppo"]["reward_after"]["mean"] > summary["ppo"]["reward_before"]["mean"]
+    assert summary["ppo"]["gold_gain"]["low"] > 0
+
+
+def test_sft_answers_score_about_zero(summary: dict[str, Any]) -> None:
+    spread = summary["ppo"]["reward_before"]["high"] - summary["ppo"]["reward_before"]["low"]
+    assert abs(summary["ppo"]["reward_before"]["mean"]) < 3 * spread
+
+
+def test_plain_transformers_loads_every_model(finished: Path) -> None:
+    for stage in ("sft", "ppo"):
+        model = AutoModelForCausalLM.from_pretrained(finished / stage / "model")
+        tokenizer = AutoTokenizer.from_pretrained(finished / stage / "model")
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        assert torch.isfinite(model(ids).logits).all()
+    reward = AutoModelForSequenceClassification.from_pretrained(finished / "rm" / "model")
+    assert reward(ids).logits.shape == (1, 1)
+    assert reward.config.reward_offset != 0
+
+
+def test_lineage(finished: Path) -> None:
+    stages = {stage: json.loads((finished / stage / "manifest.json").read_text()) for stage in ("sft", "rm", "ppo")}
+    assert stages["rm"]["parents"]["sft"] == stages["sft"]["sha256"]
+    assert stages["ppo"]["parents"] == {
+        "data": stages["sft"]["parents"]["data"],
+        "sft": stages["sft"]["sha256"],
+        "rm": stages["rm"]["sha256"],
+    }
+
+
+def test_report_and_metrics(finished: Path) -> None:
+    report = (finished / "report.html").read_text()
+    assert "http://" not in report.replace("http://www.w3.org", "")
+    assert "https://" not in report
+    steps = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert sorted({row["step"] for row in steps if row["stage"] == "ppo"}) == list(range(1, 17))
+    assert list((finished / "tensorboard").iterdir())
+
+
+def test_a_finished_run_is_left_alone(finished: Path, tmp_path: Path) -> None:
+    before = (finished / "ppo" / "manifest.json").read_bytes()
+    code, output = run(["pipeline", RECIPE, f"--run.dir={finished}"], tmp_path / "log")
+    assert code == 0, output
+    assert "ppo: already finished" in output
+    assert (finished / "ppo" / "manifest.json").read_bytes() == before
+
+
+def test_another_config_is_refused(finished: Path, tmp_path: Path) -> None:
+    code, output = run(["pipeline", RECIPE, f"--run.dir={finished}", "--ppo.kl.coef=0.5"], tmp_path / "log")
+    assert code == 2
+    assert output.splitlines()[-1].startswith("corral: error: run folder")
+    assert "ppo.kl.coef" in output
+
+
+def test_evaluate_again(finished: Path, tmp_path: Path, summary: dict[str, Any]) -> None:
+    code, output = run(["evaluate", RECIPE, f"--run.dir={finished}"], tmp_path / "log")
+    assert code == 0, output
+    again = json.loads((finished / "summary.json").read_text())["evaluation"]
+    # the same prompts and seeds: the SFT model's answers are the same, those of the exported PPO model nearly
+    assert again["gold_before"] == summary["ppo"]["gold_before"]
+    assert again["gold_after"]["mean"] == pytest.approx(summary["ppo"]["gold_after"]["mean"], abs=0.05)

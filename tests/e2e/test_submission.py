@@ -1,0 +1,127 @@
+"""The main job on a Ray that was started with `ray start --head`, over the job server and with token authentication."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = "jobs/recipes/tiny/pipeline.toml"
+SHRUNKEN = (
+    "--data.embedded.trees=64",
+    "--sft.max_steps=2",
+    "--rm.max_steps=2",
+    "--rm.offset_samples=8",
+    "--ppo.steps=1",
+    "--ppo.batch_size=8",
+    "--ppo.micro_batch_size=4",
+    "--ppo.epochs=1",
+    "--evaluation.prompts=8",
+    "--evaluation.bootstrap=100",
+)
+PORT_OPTIONS = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port", "metrics-export-port")
+
+
+@dataclass(frozen=True)
+class Head:
+    address: str
+    environment: dict[str, str]
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def wait_for_dashboard(address: str, token: str, seconds: float) -> None:
+    request = urllib.request.Request(f"{address}/api/version", headers={"Authorization": f"Bearer {token}"})
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            if time.monotonic() > end:
+                raise
+            time.sleep(1.0)
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # Ray's sockets need a short path
+    token = secrets.token_hex(16)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment = kept | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_TMPDIR": folder, "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}"}
+    ports = dict(zip(PORT_OPTIONS, free_ports(len(PORT_OPTIONS)), strict=True))
+    options = [f"--{name}={port}" for name, port in ports.items()]
+    process = subprocess.Popen(
+        ["ray", "start", "--head", "--block", "--num-cpus=4", "--object-store-memory=300000000", "--disable-usage-stats", *options],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    address = f"http://127.0.0.1:{ports['dashboard-port']}"
+    try:
+        wait_for_dashboard(address, token, 120)
+        yield Head(address, environment)
+    finally:
+        process.send_signal(signal.SIGTERM)  # --block takes its Ray processes along; `ray stop` would end those of others
+        process.wait(timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_run(folder: Path) -> None:
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["ppo"]["steps"] == 1
+    assert set(summary["ppo"]["gold_gain"]) == {"mean", "low", "high"}
+    for stage in ("sft", "rm", "ppo"):
+        assert (folder / stage / "model" / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_corral_submit(head: Head, tmp_path: Path) -> None:
+    run = tmp_path / "submitted"
+    command = [sys.executable, "-m", "jobs", "submit", RECIPE, f"--address={head.address}", f"--run.dir={run}", *SHRUNKEN]
+    done = subprocess.run(command, cwd=ROOT, env=head.environment, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert f"{run}/summary.json" in done.stdout
+    check_run(run)
+
+
+@pytest.mark.slow
+def test_plain_ray_job_submit(head: Head, tmp_path: Path) -> None:
+    run = tmp_path / "plain"
+    job = ["python", "-m", "jobs", "pipeline", RECIPE, f"--run.dir={run}", *SHRUNKEN]
+    command = ["ray", "job", "submit", f"--address={head.address}", "--working-dir=.", "--", *job]
+    done = subprocess.run(command, cwd=ROOT, env=head.environment, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    check_run(run)
+
+
+@pytest.mark.slow
+def test_a_failed_job_fails_the_submission(head: Head, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "jobs", "submit", RECIPE, f"--address={head.address}", f"--run.dir={tmp_path / 'run'}", "--sft.workers.gpus=1"]
+    done = subprocess.run(command, cwd=ROOT, env=head.environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 2, done.stdout[-3000:]
+    assert "needs 2 GPUs" in done.stdout

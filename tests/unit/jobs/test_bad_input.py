@@ -1,0 +1,162 @@
+"""Bad input stops a command with one line and exit code 2, before Ray starts and before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.main import main
+
+RECIPES = Path(__file__).resolve().parents[3] / "jobs" / "recipes"
+TINY = str(RECIPES / "tiny" / "pipeline.toml")
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Refused:
+    """Runs a command that must fail with code 2 and one line, without Ray; returns the line."""
+    import ray
+    import transformers
+
+    def started(*_: Any, **__: Any) -> None:
+        pytest.fail("Ray was started, or a model loaded")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", started)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", started)
+
+    def run(*argv: str) -> str:
+        assert main(argv) == 2
+        error = capfd.readouterr().err
+        assert error.startswith("corral: error: ")
+        assert error.count("\n") == 1
+        return error
+
+    return run
+
+
+def tree(number: int, replies: int) -> dict[str, Any]:
+    """An exported conversation tree: a question with ranked replies."""
+
+    def message(name: str, role: str, parent: str | None, **more: Any) -> dict[str, Any]:
+        common = {"message_id": name, "parent_id": parent, "text": f"{role} {name}", "role": role, "lang": "en", "review_result": True}
+        return {**common, "deleted": False, "synthetic": False, "replies": [], **more}
+
+    root = message(f"q{number}", "prompter", None)
+    root["replies"] = [message(f"q{number}a{rank}", "assistant", root["message_id"], rank=rank) for rank in range(replies)]
+    return {"message_tree_id": root["message_id"], "tree_state": "ready_for_export", "prompt": root}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Callable[..., str]:
+    def write(*lines: str) -> str:
+        path = tmp_path / "trees.jsonl"
+        path.write_text("\n".join(lines) + "\n")
+        return str(path)
+
+    return write
+
+
+def model_folder(path: Path, *, tokenizer: bool = True, template: bool = True) -> str:
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    (path / "model.safetensors").write_bytes(b"")
+    if tokenizer:
+        (path / "tokenizer.json").write_text("{}")
+        (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"} if template else {}))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--ppo.kl.coeff=1"], ["ppo.kl.coeff", "did you mean ppo.kl.coef?"]),
+        (["--ppo.steps=many"], ["ppo.steps", "integer"]),
+        (["--run.dri", "x"], ["did you mean run.dir?"]),
+        (["--ppo.steps"], ["has no value"]),
+        (["--dry-rum"], ["unknown key dry-rum"]),
+        (["another.toml"], ["another.toml"]),
+    ],
+)
+def test_options(refused: Refused, words: list[str], parts: list[str]) -> None:
+    error = refused("pipeline", TINY, *words)
+    assert all(part in error for part in parts), error
+
+
+def test_recipes(refused: Refused, tmp_path: Path) -> None:
+    assert "did you mean" in refused("pipeline", TINY.replace("pipeline", "pipelin"))
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[run]\ndir = \n")
+    error = refused("pipeline", str(broken))
+    assert "broken.toml" in error
+    assert "line 2" in error
+
+
+def test_commands(refused: Refused) -> None:
+    assert "'pip'" in refused("pip", TINY)
+    assert "--help" in refused("pipeline")
+    assert "--help" in refused()
+
+
+def test_too_few_gpus_are_found_before_any_file_is_read(refused: Refused, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    error = refused("ppo", str(RECIPES / "pythia" / "ppo-12b.toml"), f"--run.dir={run}", "--data.path=/nowhere.jsonl")
+    assert "needs 8 GPUs" in error
+    assert not run.exists()
+
+
+def test_too_little_memory(refused: Refused, tmp_path: Path) -> None:
+    error = refused("pipeline", TINY, "--rollout.kv_cache_gib=9000", f"--run.dir={tmp_path / 'run'}")
+    assert "GiB of memory" in error
+
+
+def test_missing_data(refused: Refused, tmp_path: Path) -> None:
+    assert "nowhere.jsonl" in refused("sft", TINY, "--data.path=/nowhere.jsonl", f"--run.dir={tmp_path / 'run'}")
+
+
+def test_a_malformed_line_is_named_when_strict(refused: Refused, data: Callable[..., str], tmp_path: Path) -> None:
+    path = data(json.dumps(tree(1, 2)), "{broken", json.dumps(tree(2, 2)))
+    error = refused("sft", TINY, f"--data.path={path}", "--data.strict=true", f"--run.dir={tmp_path / 'run'}")
+    assert f"{path}:2: malformed JSON" in error
+
+
+def test_no_ranked_replies(refused: Refused, data: Callable[..., str], tmp_path: Path) -> None:
+    path = data(*(json.dumps(tree(number, 1)) for number in range(20)))
+    assert "ranked" in refused("rm", TINY, f"--data.path={path}", f"--run.dir={tmp_path / 'run'}")
+
+
+def test_no_prompts(refused: Refused, data: Callable[..., str], tmp_path: Path) -> None:
+    path = data("")
+    assert path in refused("ppo", TINY, f"--data.path={path}", f"--run.dir={tmp_path / 'run'}")
+
+
+def test_incomplete_models(refused: Refused, tmp_path: Path) -> None:
+    run = f"--run.dir={tmp_path / 'run'}"
+    bare = model_folder(tmp_path / "bare", tokenizer=False)
+    untemplated = model_folder(tmp_path / "untemplated", template=False)
+    assert "no tokenizer" in refused("sft", TINY, f"--model.path={bare}", run)
+    assert "chat template" in refused("rm", TINY, f"--model.path={untemplated}", run)
+    assert "no such folder" in refused("sft", TINY, f"--model.path={tmp_path / 'nowhere'}", run)
+    whole = model_folder(tmp_path / "whole")
+    assert "reward.path is not set" in refused("ppo", TINY, f"--model.path={whole}", run)
+    assert "no tokenizer" in refused("ppo", TINY, f"--model.path={whole}", f"--reward.path={bare}", run)
+    assert "no PPO model" in refused("evaluate", TINY, run)
+    assert "SFT model" in refused("serve", TINY, f"--reward.path={whole}", run)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_of_another_config_is_left_alone(refused: Refused, tmp_path: Path) -> None:
+    from app.config.loading import load_recipe
+    from app.run_folder import RunFolder
+
+    folder = tmp_path / "run"
+    RunFolder.open(load_recipe(TINY, [f"--run.dir={folder}"]), "pipeline")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    error = refused("pipeline", TINY, f"--run.dir={folder}", "--ppo.steps=7")
+    assert "ppo.steps" in error
+    assert "--run.dir" in error
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

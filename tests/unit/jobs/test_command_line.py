@@ -1,0 +1,118 @@
+"""The command line: help, dry runs, overrides, signals, submission."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from app.config.loading import load_recipe
+from app.errors import Interrupted
+from jobs import interrupts, submission
+from jobs.main import RECIPE_COMMANDS, TOOLS, main, split_overrides
+
+RECIPES = Path(__file__).resolve().parents[3] / "jobs" / "recipes"
+TINY = str(RECIPES / "tiny" / "pipeline.toml")
+
+
+@pytest.mark.parametrize("command", RECIPE_COMMANDS)
+def test_help_lists_the_keys_the_command_reads(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert f"corral {command}" in text
+    for section in RECIPE_COMMANDS[command].sections:
+        assert f"--{section}." in text
+
+
+@pytest.mark.parametrize("command", TOOLS)
+def test_help_of_tools(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"corral {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", RECIPE_COMMANDS)
+def test_dry_run_prints_a_recipe_that_reads_back(command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main([command, TINY, "--dry-run", "--run.seed", "7"]) == 0
+    text = capsys.readouterr().out
+    assert tomllib.loads(text)["run"]["seed"] == 7
+    assert f"# corral {command}: derived sizes" in text
+    assert "# needs" in text
+    printed = tmp_path / "printed.toml"
+    printed.write_text(text)
+    assert load_recipe(printed) == load_recipe(TINY, ["--run.seed=7"])
+
+
+def test_dry_run_of_a_recipe_for_a_larger_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ppo", str(RECIPES / "pythia" / "ppo-12b.toml"), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "8 GPUs" in text
+    assert "accumulation 8" in text
+
+
+def test_overrides_may_stand_before_the_recipe() -> None:
+    words = ["ppo", "--run.dir", "x", "a.toml", "--dry-run", "--ppo.kl.coef=1", "--ppo.kl.coef", "-2"]
+    assert split_overrides(words) == (["ppo", "a.toml", "--dry-run"], ["--run.dir", "x", "--ppo.kl.coef=1", "--ppo.kl.coef", "-2"])
+
+
+def test_sigterm_is_an_interrupt_and_cleaning_up_is_not_disturbed() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with interrupts.installed():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        with interrupts.shielded():
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_interrupted_run_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(_: object) -> None:
+        raise Interrupted("stopped; the same command goes on")
+
+    monkeypatch.setitem(RECIPE_COMMANDS, "sft", type("Stub", (), {"run": staticmethod(stop), "sections": (), **TEXTS})())
+    assert main(["sft", TINY]) == 130
+    assert capsys.readouterr().err == "corral: error: stopped; the same command goes on\n"
+
+
+TEXTS = {"purpose": "", "details": "", "example": ""}
+
+
+def test_submit_names_the_job(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(RECIPES.parents[1])
+    recipe = "jobs/recipes/tiny/pipeline.toml"
+    assert main(["submit", recipe, "--dry-run"]) == 0
+    assert capsys.readouterr().out == f"python -m jobs pipeline {recipe} --run.dir={Path.cwd() / 'runs/demo'}\n"
+    assert main(["submit", "sft", recipe, "--dry-run", "--run.dir", "/shared/a", "--sft.epochs=1"]) == 0
+    assert capsys.readouterr().out.startswith(f"python -m jobs sft {recipe} --run.dir /shared/a --sft.epochs=1")
+    assert main(["submit", "nothing", recipe]) == 2
+
+
+def test_submit_packs_the_code_and_nothing_large() -> None:
+    assert "/data" in submission.EXCLUDES
+    assert not {"data", "app", "jobs", "serve"} & set(submission.EXCLUDES)  # unanchored, `data` would leave out app/data
+
+
+def test_submit_without_a_cluster(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert main(["submit", TINY, "--address", "http://127.0.0.1:9"]) == 2
+    error = capsys.readouterr().err
+    assert "http://127.0.0.1:9" in error
+    assert error.count("\n") == 1
+
+
+def test_doctor_reports_a_recipe_that_does_not_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from jobs import doctor
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(doctor, "imports", lambda: doctor.Check("imports", "not now"))
+    assert main(["doctor", str(RECIPES / "pythia" / "ppo-12b.toml"), "--for", "ppo"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED recipe: stage ppo needs 8 GPUs" in out
+    assert f"ok     cores: {len(os.sched_getaffinity(0))}" in out
