@@ -5,7 +5,7 @@
 
 A reply lists as many words as asked; some belong to the prompt's topic, the others all to one other topic, and its opening and
 closing are in the asked manner or in another one. So nothing in a reply alone (its length, its words, how well its words belong
-together) says how good it is: only prompt and reply together do. Replies of every grade are equally frequent.
+together) says how good it is: only prompt and reply together do. Good and bad replies mirror each other in frequency.
 The gold score below is the hidden rule. It ranks the replies of a tree and, later, measures models; no training reads it.
 """
 
@@ -61,6 +61,8 @@ FOLLOW_UP = "And {number} {topic} things? {request}"
 REPLIES = 4
 FOLLOW_UP_SHARE = 0.1
 MANNER_WEIGHT = 0.4
+MIN_GAP = 0.24
+"""Replies of one tree differ by at least this much in gold: people, too, rank what they can tell apart."""
 
 _TOPIC_OF = {word: topic for topic, words in TOPICS.items() for word in words}
 _MANNER_OF = {
@@ -126,13 +128,14 @@ def write_reply(items: Sequence[str], manner: str, rng: random.Random) -> str:
 
 
 def graded_replies(prompt: str, rng: random.Random) -> list[tuple[float, str]]:
-    """`REPLIES` replies of distinct gold scores to a prompt, best first, as (gold, text).
+    """`REPLIES` replies of clearly different gold scores to a prompt, best first, as (gold, text).
 
-    Each combination of words on the topic (0 .. asked) and right or wrong manner is equally likely.
+    The combinations of words on the topic (0 .. asked) and right or wrong manner are drawn from all sets of them that keep
+    `MIN_GAP`, which are symmetric: for every set there is one with good and bad exchanged.
     """
     request = parse_request(prompt)
     asked = NUMBERS[request.number]
-    grades = rng.sample(list(itertools.product(range(asked + 1), (True, False))), REPLIES)
+    grades = rng.choice(grade_sets(asked))
     out = []
     for on_topic, right_manner in grades:
         other = rng.choice([topic for topic in TOPICS if topic != request.topic])
@@ -142,6 +145,20 @@ def graded_replies(prompt: str, rng: random.Random) -> list[tuple[float, str]]:
         reply = write_reply(items, manner, rng)
         out.append((gold_score((Message("user", prompt),), reply), reply))
     return sorted(out, reverse=True)
+
+
+@lru_cache
+def grade_sets(asked: int) -> list[tuple[tuple[int, bool], ...]]:
+    """All sets of `REPLIES` grades (words on the topic, manner right) whose gold scores keep `MIN_GAP`."""
+
+    def gold(grade: tuple[int, bool]) -> float:
+        return grade[0] / asked + MANNER_WEIGHT * grade[1]
+
+    sets = []
+    for grades in itertools.combinations(sorted(itertools.product(range(asked + 1), (False, True)), key=gold), REPLIES):
+        if all(gold(better) - gold(worse) >= MIN_GAP for worse, better in itertools.pairwise(grades)):
+            sets.append(grades)
+    return sets
 
 
 def generate_trees(trees: int, seed: int) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -60,11 +60,3 @@ def require_gone(tree: Sequence[psutil.Process], seconds: float = 30) -> None:
     """Every process of the list ends by itself."""
     _, alive = psutil.wait_procs(tree, timeout=seconds)
     assert not alive, [(process.pid, process.name()) for process in alive]
-
-
-def until(condition: Callable[[], bool], what: str, seconds: float = RUN_SECONDS) -> None:
-    """Wait for a condition."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen within {seconds:g} s"
-        time.sleep(0.2)

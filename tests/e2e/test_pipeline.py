@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from app.config.loading import load_recipe
+from app.data.baselines import bag_of_words_baseline, best_constant_answer, pair_accuracy
+from app.data.corpus import load_corpus
+from app.data.embedded import gold_score
+from app.data.templates import build_template
+from app.data.token_cache import encode_groups
+from app.formats.records import Message
+from app.models.forward import pad_sequences
+from app.models.heads import load_reward_model, sequence_scores
+from app.models.load import load_tokenizer
 from tests.e2e.command import HERE, interrupt, run, start, wait_for
 
 RECIPE = f"{HERE}/shrunken.toml"
@@ -62,6 +73,30 @@ def test_it_learns(summary: dict[str, Any]) -> None:
     assert summary["rm"]["pair_accuracy"] > summary["rm"]["length_baseline"] + 0.15
     assert summary["ppo"]["reward_after"]["mean"] > summary["ppo"]["reward_before"]["mean"]
     assert summary["ppo"]["gold_gain"]["low"] > 0
+
+
+def test_the_task_is_worth_learning(finished: Path, summary: dict[str, Any]) -> None:
+    """The reward model reads the prompt: with prompts exchanged it is lost, and the answer's words alone do not tell."""
+    recipe = load_recipe(RECIPE)
+    corpus = load_corpus(recipe.data, seed=recipe.run.seed, folder=finished / "data")
+    groups = corpus.validation.groups
+    template = build_template("auto", load_tokenizer(finished / "rm" / "model"))
+    model = load_reward_model(str(finished / "rm" / "model"))
+
+    def accuracy(prefixes: Sequence[tuple[Message, ...]]) -> float:
+        moved = [replace(group, prefix=prefix) for group, prefix in zip(groups, prefixes, strict=True)]
+        scores = []
+        for row in encode_groups(moved, template, recipe.data.max_length):
+            with torch.no_grad():
+                scores.append(sequence_scores(model, *pad_sequences(row.sequences)).tolist())
+        return pair_accuracy(scores)
+
+    own = [group.prefix for group in groups]
+    assert accuracy(own) == pytest.approx(summary["rm"]["pair_accuracy"], abs=2e-3)
+    assert accuracy(own[7:] + own[:7]) <= 0.60
+    assert bag_of_words_baseline(corpus.train.groups, groups) <= summary["rm"]["pair_accuracy"] - 0.10
+    answers = [reply for group in groups[:50] for reply in group.replies]
+    assert best_constant_answer(groups, answers, gold_score)[1] < summary["ppo"]["gold_before"]["mean"]
 
 
 def test_sft_answers_score_about_zero(summary: dict[str, Any]) -> None:

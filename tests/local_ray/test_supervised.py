@@ -184,7 +184,6 @@ def test_accumulation_with_a_stop_in_the_middle_trains_like_one_batch(sft: SftRu
 
 def test_reward_model_learns_the_ranking(sft: SftRun, prepared: Prepared) -> None:
     run, model = sft.folder, sft.folder.path / "rm" / "model"
-    assert train_sft(sft.recipe, run, Curve(), prepared) == sft.results, "a finished stage is not trained again"
     results = train_reward_model(sft.recipe, run, Curve(), prepared, sft_path=str(run.path / "sft" / "model"))
     assert results["pair_accuracy"] >= 0.9
     assert results["best_vs_worst"] >= 0.9

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.data.batch_order import evaluation_batches, micro_batches, step_rows, total_steps
@@ -19,6 +19,7 @@ def test_total_steps_of_100_rows(epochs: float, batch_size: int, max_steps: int 
     assert total_steps(100, epochs=epochs, batch_size=batch_size, max_steps=max_steps) == expected
 
 
+@settings(deadline=None)
 @given(rows=st.integers(1, 40), batch_size=st.integers(1, 50), seed=st.integers(0, 5))
 def test_every_epoch_holds_every_row_once(rows: int, batch_size: int, seed: int) -> None:
     stream = [row for step in range(2 * rows) for row in step_rows(step, rows=rows, batch_size=batch_size, seed=seed)]
@@ -34,6 +35,7 @@ def test_order_depends_on_seed_and_epoch() -> None:
     assert len({tuple(epoch(1, 0)), tuple(epoch(1, 1)), tuple(epoch(2, 0))}) == 3
 
 
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 99), min_size=24, max_size=24), world_size=st.sampled_from([1, 2, 3]), micro=st.sampled_from([1, 2, 4])
 )
@@ -57,6 +59,7 @@ def test_uneven_shares_are_refused() -> None:
         micro_batches(range(6), [1] * 6, micro_batch_size=2, rank=0, world_size=2)
 
 
+@settings(deadline=None)
 @given(rows=st.integers(1, 30), world_size=st.integers(1, 4), micro=st.integers(1, 5))
 def test_evaluation_sees_every_row_once_in_equally_many_batches(rows: int, world_size: int, micro: int) -> None:
     lengths = [i % 7 for i in range(rows)]
