@@ -63,6 +63,8 @@ def running_ray(logs: Path) -> Iterator[None]:
         session_logs = None
     else:
         os.environ.update({name: value for name, value in WORKER_ENV.items() if name not in os.environ})
+        if not local_gpus():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for accelerators and warn that it found none
         # the dashboard stays on: without it Ray Train's cleaner logs an error every second
         context = ray.init(
             address="local",

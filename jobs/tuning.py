@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
 
 from jobs.command import Command
 from jobs.session import session
@@ -17,7 +22,25 @@ def run(recipe: Recipe) -> None:
         from app.stages.tune import run_tune
         from jobs.scoring_service import scoring_service
 
-        run_tune(recipe, frame.run, frame.corpus, frame.tracker, scoring_service(recipe))
+        results = run_tune(recipe, frame.run, frame.corpus, frame.tracker, scoring_service(recipe))["tune"]
+    show(results, recipe.ppo.steps)
+
+
+def show(results: Mapping[str, Any], steps: int) -> None:
+    """The trials as a table, best first, and the best configuration as options to copy."""
+    console = Console()
+    names = list(results["best_config"])
+    table = Table("trial", "objective", "score", "KL", "steps", *names)
+    for row in sorted(results["trials"], key=lambda row: -math.inf if row["objective"] is None else row["objective"], reverse=True):
+        numbers = ["failed" if row[name] is None else f"{row[name]:.3f}" for name in ("objective", "score", "kl")]
+        ended = f"{row['steps']}/{steps}" + (" stopped by ASHA" if row["stopped_early"] else "")
+        table.add_row(row["trial"], *numbers, ended, *(_short(row["config"][name]) for name in names))
+    console.print(table)
+    console.print("best: " + " ".join(f"--{name}={value}" for name, value in results["best_config"].items()), soft_wrap=True, highlight=False)
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 COMMAND = Command(

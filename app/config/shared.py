@@ -58,7 +58,7 @@ class OptimizerConfig(Config):
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape after warm-up; linear and cosine end at 0 on the last step."""
+    """Shape after warm-up; linear and cosine reach 0 just after the last step."""
     warmup_steps: int = Field(0, ge=0)
     """Optimizer steps of linear warm-up from 0."""
     max_grad_norm: float = Field(1.0, gt=0)

@@ -37,8 +37,10 @@ def _length_accuracy(groups: Sequence[RankedGroup]) -> float:
 
 def bag_of_words_baseline(train: Sequence[RankedGroup], validation: Sequence[RankedGroup], *, steps: int = 300, l2: float = 1e-3) -> float:
     """Pair accuracy on `validation` of a logistic ranker over the word counts of the reply alone, fitted on the pairs of `train`."""
-    vocabulary = {word: index for index, word in enumerate(sorted({word for group in train for reply in group.replies for word in _words(reply)}))}
-    differences = np.array([_vector(better, vocabulary) - _vector(worse, vocabulary) for group in train for better, worse in _pairs(group.replies)])
+    words = sorted({word for group in train for reply in group.replies for word in _words(reply)})
+    vocabulary = {word: index for index, word in enumerate(words)}
+    pairs = (pair for group in train for pair in _pairs(group.replies))
+    differences = np.array([_vector(better, vocabulary) - _vector(worse, vocabulary) for better, worse in pairs])
     weights = np.zeros(len(vocabulary))
     momentum = np.zeros_like(weights)
     for _ in range(steps):

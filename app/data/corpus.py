@@ -16,7 +16,18 @@ from app.errors import DataError
 from app.formats import FORMATS, detect_format
 from app.formats.records import BadRow, Filters, Message, PromptItem, RankedGroup, Row, Thread, TreeRecords
 
-__all__ = ["Corpus", "Message", "PromptItem", "RankedGroup", "Split", "Thread", "load_corpus", "require_groups", "require_prompts", "require_threads"]
+__all__ = [
+    "Corpus",
+    "Message",
+    "PromptItem",
+    "RankedGroup",
+    "Split",
+    "Thread",
+    "load_corpus",
+    "require_groups",
+    "require_prompts",
+    "require_threads",
+]
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,8 @@ def load_corpus(config: DataConfig, *, seed: int, folder: Path) -> Corpus:
         raise DataError(f"{first.file}:{first.line}: {first.reason}; mend the row, or set data.strict = false to leave it out")
     _write_quarantine(folder / "quarantine.jsonl", bad)
     if not trees:
-        raise DataError(f"data.path = {config.path}: none of {len(bad)} rows can be used (first: {bad[0].reason}); see {folder / 'quarantine.jsonl'}")
+        reason = f"none of {len(bad)} rows can be used (first: {bad[0].reason})"
+        raise DataError(f"data.path = {config.path}: {reason}; see {folder / 'quarantine.jsonl'}")
     if config.path == "embedded":
         trees = [replace(tree, groups=tuple(_with_gold(group) for group in tree.groups)) for tree in trees]
     train, validation = split_trees(trees, config.val_split, seed)

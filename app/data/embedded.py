@@ -154,11 +154,12 @@ def grade_sets(asked: int) -> list[tuple[tuple[int, bool], ...]]:
     def gold(grade: tuple[int, bool]) -> float:
         return grade[0] / asked + MANNER_WEIGHT * grade[1]
 
-    sets = []
-    for grades in itertools.combinations(sorted(itertools.product(range(asked + 1), (False, True)), key=gold), REPLIES):
-        if all(gold(better) - gold(worse) >= MIN_GAP for worse, better in itertools.pairwise(grades)):
-            sets.append(grades)
-    return sets
+    grades = sorted(itertools.product(range(asked + 1), (False, True)), key=gold)
+    return [
+        chosen
+        for chosen in itertools.combinations(grades, REPLIES)
+        if all(gold(better) - gold(worse) >= MIN_GAP for worse, better in itertools.pairwise(chosen))
+    ]
 
 
 def generate_trees(trees: int, seed: int) -> Iterator[dict[str, Any]]:

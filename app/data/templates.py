@@ -150,13 +150,15 @@ def build_template(name: Literal["auto", "oasst", "chat"], tokenizer: PreTrained
         name = "oasst" if has_roles else "chat"
     if name == "oasst":
         if not has_roles:
-            raise ModelError(f"tokenizer {tokenizer.name_or_path}: no token {OASST_TOKENS[0]}; start from a model trained with data.template = 'oasst'")
+            raise ModelError(
+                f"tokenizer {tokenizer.name_or_path}: no token {OASST_TOKENS[0]}; start from a model trained with the oasst template"
+            )
         tokenizer.chat_template = OASST_CHAT_TEMPLATE
     elif not tokenizer.chat_template:
         raise ModelError(f"tokenizer {tokenizer.name_or_path}: no chat template; set data.template = 'oasst' or choose a chat model")
     eos_id = _turn_ending(tokenizer)
     if not _set_padding(tokenizer, (eos_id,)):
-        raise ModelError(f"tokenizer {tokenizer.name_or_path}: no padding token other than its end token; add one of {', '.join(PAD_TOKENS[:4])}")
+        raise ModelError(f"tokenizer {tokenizer.name_or_path}: no padding token beside its end token; add one, such as {PAD_TOKENS[0]}")
     return Template(name, tokenizer, eos_id, int(tokenizer.pad_token_id))
 
 
@@ -174,5 +176,8 @@ def _turn_ending(tokenizer: PreTrainedTokenizerBase) -> int:
     special = set(tokenizer.all_special_ids)
     found = next((int(token) for token in ending if token in special), None)
     if found is None:
-        raise ModelError(f"tokenizer {tokenizer.name_or_path}: its chat template ends an assistant turn without a special token; use data.template = 'oasst'")
+        raise ModelError(
+            f"tokenizer {tokenizer.name_or_path}: its chat template ends an assistant turn without a special token; "
+            "set data.template = 'oasst'"
+        )
     return found

@@ -86,7 +86,8 @@ _INTS = pa.list_(pa.int32())
 
 def write_threads(rows: Sequence[SftRow], file: Path) -> None:
     """Columns ids list<int32>, loss_mask list<bool>."""
-    _write(file, {"ids": pa.array([row.ids for row in rows], _INTS), "loss_mask": pa.array([row.loss_mask for row in rows], pa.list_(pa.bool_()))})
+    masks = pa.array([row.loss_mask for row in rows], pa.list_(pa.bool_()))
+    _write(file, {"ids": pa.array([row.ids for row in rows], _INTS), "loss_mask": masks})
 
 
 def read_threads(file: Path) -> list[SftRow]:

@@ -1,4 +1,4 @@
-"""GGUF models: converted once to a safetensors folder in a cache, because a model loaded from GGUF cannot be trained on and saved as it is."""
+"""GGUF models: converted once to a cached safetensors folder, because a model loaded from GGUF cannot be saved as it is."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def check_model_folder(path: str | Path, *, chat_template: bool = True) -> None:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ModelError(f"model {path}: no tokenizer; save it there with tokenizer.save_pretrained({str(path)!r})")
     if chat_template and not _has_chat_template(folder):
-        raise ModelError(f"model {path}: its tokenizer has no chat template; run `corral sft` on it first, or set tokenizer.chat_template and save it")
+        raise ModelError(f"model {path}: its tokenizer has no chat template; run `corral sft` on it first, or save one with it")
 
 
 def _missing_weights(folder: Path) -> str | None:

@@ -111,7 +111,7 @@ def search_space(config: TuneConfig) -> dict[str, Any]:
 
 
 def run_tune(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker, start_scoring: StartScoring) -> dict[str, Any]:
-    """`corral tune`: search, print nothing, write `summary.json` with `tune.trials`, `tune.best` and `tune.best_config`; returns the summary.
+    """`corral tune`: search and write `summary.json` with `tune.trials`, `tune.best` and `tune.best_config`; returns the summary.
 
     Raises ConfigError for an empty space and CorralError when every trial failed.
     """
@@ -131,9 +131,6 @@ def run_tune(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker
             raise CorralError(f"all {len(rows)} trials failed, the first with: {rows[0]['error']}; their logs are under {run.path / 'tune'}")
         best = max(done, key=lambda row: float(row["objective"]))
         results = {"trials": rows, "best": best, "best_config": best["config"], "metric": "objective"}
-        for row in rows:
-            tracker.note(describe_trial(row, recipe.ppo.steps))
-        tracker.note(f"tune: best is {best['trial']}: " + " ".join(f"--{key}={value}" for key, value in best["config"].items()))
         return pipeline.summarise(tune=results)
 
 
@@ -172,12 +169,3 @@ def trial_row(result: Any, steps: int) -> dict[str, Any]:
         "kl": metrics.get("kl"),
         "error": None if result.error is None else str(result.error).strip().splitlines()[-1],
     }
-
-
-def describe_trial(row: Mapping[str, Any], steps: int) -> str:
-    """A trial in one line, for people."""
-    config = " ".join(f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in row["config"].items())
-    if row["error"] is not None:
-        return f"tune: {row['trial']}  failed: {row['error']}  {config}"
-    state = "stopped by ASHA" if row["stopped_early"] else "ran to the end"
-    return f"tune: {row['trial']}  objective {row['objective']:.3f}  score {row['score']:.3f}  kl {row['kl']:.3f}  {row['steps']}/{steps} steps, {state}  {config}"

@@ -20,20 +20,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-RECIPE = "jobs/recipes/tiny/pipeline.toml"
-SHRUNKEN = (
-    "--data.embedded.trees=64",
-    "--sft.max_steps=2",
-    "--rm.max_steps=2",
-    "--rm.offset_samples=8",
-    "--ppo.steps=1",
-    "--ppo.batch_size=8",
-    "--ppo.micro_batch_size=4",
-    "--ppo.epochs=1",
-    "--evaluation.prompts=8",
-    "--evaluation.bootstrap=100",
-)
+from tests.e2e.command import HERE, ROOT, RUN_SECONDS
+
+RECIPE = f"{HERE}/minimal.toml"
 PORT_OPTIONS = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port", "metrics-export-port")
 
 
@@ -71,7 +60,12 @@ def head() -> Iterator[Head]:
     folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # Ray's sockets need a short path
     token = secrets.token_hex(16)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment = kept | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_TMPDIR": folder, "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}"}
+    environment = kept | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "RAY_TMPDIR": folder,
+        "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}",
+    }
     ports = dict(zip(PORT_OPTIONS, free_ports(len(PORT_OPTIONS)), strict=True))
     options = [f"--{name}={port}" for name, port in ports.items()]
     process = subprocess.Popen(
@@ -93,35 +87,41 @@ def head() -> Iterator[Head]:
 
 def check_run(folder: Path) -> None:
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["ppo"]["steps"] == 1
+    assert summary["ppo"]["steps"] == 2
     assert set(summary["ppo"]["gold_gain"]) == {"mean", "low", "high"}
     for stage in ("sft", "rm", "ppo"):
         assert (folder / stage / "model" / "config.json").is_file()
 
 
-@pytest.mark.slow
 def test_corral_submit(head: Head, tmp_path: Path) -> None:
     run = tmp_path / "submitted"
-    command = [sys.executable, "-m", "jobs", "submit", RECIPE, f"--address={head.address}", f"--run.dir={run}", *SHRUNKEN]
-    done = subprocess.run(command, cwd=ROOT, env=head.environment, capture_output=True, text=True, check=False, timeout=600)
+    command = [sys.executable, "-m", "jobs", "submit", RECIPE, f"--address={head.address}", f"--run.dir={run}"]
+    done = subprocess.run(command, cwd=ROOT, env=head.environment, capture_output=True, text=True, check=False, timeout=RUN_SECONDS)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert f"{run}/summary.json" in done.stdout
     check_run(run)
 
 
-@pytest.mark.slow
 def test_plain_ray_job_submit(head: Head, tmp_path: Path) -> None:
     run = tmp_path / "plain"
-    job = ["python", "-m", "jobs", "pipeline", RECIPE, f"--run.dir={run}", *SHRUNKEN]
+    job = ["python", "-m", "jobs", "pipeline", RECIPE, f"--run.dir={run}"]
     command = ["ray", "job", "submit", f"--address={head.address}", "--working-dir=.", "--", *job]
-    done = subprocess.run(command, cwd=ROOT, env=head.environment, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=head.environment, capture_output=True, text=True, check=False, timeout=RUN_SECONDS)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     check_run(run)
 
 
-@pytest.mark.slow
 def test_a_failed_job_fails_the_submission(head: Head, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "jobs", "submit", RECIPE, f"--address={head.address}", f"--run.dir={tmp_path / 'run'}", "--sft.workers.gpus=1"]
-    done = subprocess.run(command, cwd=ROOT, env=head.environment, capture_output=True, text=True, check=False, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "jobs",
+        "submit",
+        RECIPE,
+        f"--address={head.address}",
+        f"--run.dir={tmp_path / 'run'}",
+        "--sft.workers.gpus=1",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=head.environment, capture_output=True, text=True, check=False, timeout=RUN_SECONDS)
     assert done.returncode == 2, done.stdout[-3000:]
     assert "needs 2 GPUs" in done.stdout

@@ -18,4 +18,4 @@ def test_search(tmp_path: Path) -> None:
     assert len({trial["config"]["ppo.policy.lr"] for trial in results["trials"]}) == 4
     assert results["best"]["objective"] == max(trial["objective"] for trial in results["trials"])
     assert set(results["best_config"]) == {"ppo.policy.lr", "ppo.epochs"}
-    assert f"best is {results['best']['trial']}" in output
+    assert f"best: --ppo.policy.lr={results['best_config']['ppo.policy.lr']}" in output

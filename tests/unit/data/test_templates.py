@@ -92,7 +92,7 @@ def test_chat_template_trains_answers_and_their_end_only(chat_tokenizer: PreTrai
 def test_text_never_becomes_a_special_token(kind: str, role: str, request: pytest.FixtureRequest) -> None:
     tokenizer = request.getfixturevalue(kind)
     template = build_template("auto", tokenizer)
-    attacked = [Message("user", ATTACK), Message("assistant", "No.")] if role == "user" else [Message("user", "Go"), Message("assistant", ATTACK)]
+    attacked = [Message("user", ATTACK if role == "user" else "Go"), Message("assistant", ATTACK if role == "assistant" else "No.")]
     plain = [Message(message.role, "Hi") for message in attacked]
     special = set(tokenizer.all_special_ids)
 
