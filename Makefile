@@ -34,7 +34,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest tests/unit tests/oracle app --doctest-modules
+	$(BIN)/python -m pytest tests/unit tests/oracle app/numerics
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -17,6 +17,9 @@ from app.errors import RolloutError
 from app.experience import FinishReason, FloatArray, IntArray, Prompt, Rollout
 from app.workers.pending import Remote, collect
 
+BATCHED_TOKENS = 8192
+"""Prompt tokens that a CPU engine processes at a time, and at least one whole prompt."""
+
 Sampled = tuple[IntArray, FloatArray, str]  # response ids [T], log-probs [T], finish reason
 
 
@@ -59,7 +62,7 @@ class RolloutEngine:
             weight_transfer_config=WeightTransferConfig(backend="nccl" if uses_nccl(config) else BACKEND),
             enable_sleep_mode=config.colocate and on_gpu,
             seed=seed % 2**31,
-            **({"gpu_memory_utilization": config.gpu_memory_utilization} if on_gpu else {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30)}),
+            **(gpu_settings(config) if on_gpu else cpu_settings(config, max_model_len)),
         )
         self._config = config
         self._eos_ids = list(eos_ids)
@@ -135,6 +138,24 @@ class RolloutEngine:
         import os
 
         return os.getpid()
+
+
+def gpu_settings(config: RolloutConfig) -> dict[str, Any]:
+    """What an engine on GPUs is told beside its model."""
+    return {"gpu_memory_utilization": config.gpu_memory_utilization}
+
+
+def cpu_settings(config: RolloutConfig, max_model_len: int) -> dict[str, Any]:
+    """What an engine on CPUs is told beside its model.
+
+    Prompts are never processed in pieces: for a piece the engine draws a token, discards it and winds the request's random
+    generator back, which torch's CPU generators cannot do.
+    """
+    return {
+        "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(BATCHED_TOKENS, max_model_len),
+    }
 
 
 def uses_nccl(config: RolloutConfig) -> bool:

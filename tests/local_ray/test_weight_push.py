@@ -59,7 +59,7 @@ def test_push(make: Callable[[Path], str], zero_stage: int, tmp_path: Path) -> N
     prompts = [Prompt(str(i), "", rng.integers(4, VOCABULARY, size=5 + i, dtype=np.int32)) for i in range(8)]
     spec = LearnerSpec(policy, reward, "fp32", 1.0, config)
     with (
-        rollout_pool(policy, rollout, precision="fp32", max_prompt_length=16, eos_ids=[1], seed=0, deadline_seconds=300) as pool,
+        rollout_pool(policy, rollout, precision="fp32", max_prompt_length=64, eos_ids=[1], seed=0, deadline_seconds=300) as pool,
         learner_group(spec, deadline_seconds=300) as learner,
     ):
         pool.ready()
@@ -92,6 +92,8 @@ def check_rollouts(pool: VllmRolloutPool, rollouts: list[Rollout], prompts: list
     assert [rollout.prompt.id for rollout in rollouts] == [prompt.id for prompt in prompts]
     assert all((a.ids == b.ids).all() for a, b in zip(rollouts, pool.submit(prompts, seed=1).result(), strict=True))
     assert any(len(a.ids) != len(b.ids) or (a.ids != b.ids).any() for a, b in zip(rollouts, pool.submit(prompts, seed=2).result(), strict=True))
+    many = [Prompt(f"m{i}", "", np.full(60, 4 + i, np.int32)) for i in range(160)]  # more prompt tokens than fit in one pass
+    assert len(pool.submit(many, seed=1).result()) == len(many)
     for rollout in rollouts[:2]:
         expected = direct_logprobs(policy, rollout.sequence)[len(rollout.prompt.ids) - 1 :]
         np.testing.assert_allclose(rollout.logprobs, expected, atol=LIMIT)
