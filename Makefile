@@ -30,11 +30,12 @@ $(STAMP): requirements/cpu.txt pyproject.toml
 demo: $(STAMP)
 	$(BIN)/corral pipeline jobs/recipes/tiny/pipeline.toml --run.dir=runs/demo
 
+# One thread per process: tests run many small tensors, and two processes that own the same cores slow each other down.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest tests/unit tests/oracle app/numerics
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/oracle app/numerics
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

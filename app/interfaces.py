@@ -9,7 +9,6 @@ import torch
 
 from app.experience import Experience, FloatArray, IntArray, Prompt, Rollout, TokenBatch
 
-
 T_co = TypeVar("T_co", covariant=True)
 
 

@@ -36,7 +36,9 @@ def show(results: Mapping[str, Any], steps: int) -> None:
         ended = f"{row['steps']}/{steps}" + (" stopped by ASHA" if row["stopped_early"] else "")
         table.add_row(row["trial"], *numbers, ended, *(_short(row["config"][name]) for name in names))
     console.print(table)
-    console.print("best: " + " ".join(f"--{name}={value}" for name, value in results["best_config"].items()), soft_wrap=True, highlight=False)
+    console.print(
+        "best: " + " ".join(f"--{name}={value}" for name, value in results["best_config"].items()), soft_wrap=True, highlight=False
+    )
 
 
 def _short(value: object) -> str:

@@ -39,7 +39,7 @@ class TuneConfig(Config):
     space: dict[str, Domain] = Field(default_factory=dict)
     """Dotted config key -> domain, for example `"ppo.kl.coef" = {type = "loguniform", low = 0.01, high = 0.2}`."""
     kl_price: float = Field(0.05, ge=0)
-    """What a trial's objective pays per nat of KL to the reference, whatever its own ppo.kl.coef: objective = mean score - kl_price x KL."""
+    """What a trial's objective pays per nat of KL to the reference, whatever its own ppo.kl.coef: mean score - kl_price x KL."""
     window: int = Field(3, ge=1)
     """The objective is averaged over this many last steps."""
     grace_steps: int = Field(4, ge=1)

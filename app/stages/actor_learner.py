@@ -112,7 +112,9 @@ def actor_learner_loop(
         if stopping or state.step % config.save_every == 0 or state.step == config.steps:
             parts.checkpoints.save(state.step, asdict(state), lambda folder: parts.learner.save(str(folder)))
         if stopping and state.step < config.steps:
-            raise Interrupted(f"stopped after PPO step {state.step} of {config.steps}; a checkpoint is saved, the same command goes on from it")
+            raise Interrupted(
+                f"stopped after PPO step {state.step} of {config.steps}; a checkpoint is saved, the same command goes on from it"
+            )
     return state
 
 
@@ -144,7 +146,9 @@ def check_lag(rollouts: Sequence[Rollout], version: int, max_lag: int) -> None:
     """Raises StaleRolloutError when a rollout is older than the run allows."""
     oldest = min(rollout.policy_version for rollout in rollouts)
     if version - oldest > max_lag:
-        raise StaleRolloutError(f"a rollout was sampled by policy version {oldest}, the learner is at {version}: more than ppo.max_lag = {max_lag}")
+        raise StaleRolloutError(
+            f"a rollout was sampled by policy version {oldest}, the learner is at {version}: more than ppo.max_lag = {max_lag}"
+        )
 
 
 def collect_experience(
@@ -187,7 +191,7 @@ def require_scores(scores_B: torch.Tensor, config: PpoConfig) -> None:
     failed = int(scores_B.isnan().sum())
     if failed > config.max_failed_scores * len(scores_B):
         raise ScoringError(
-            f"{failed} of {len(scores_B)} scores failed after all retries, more than ppo.max_failed_scores = {config.max_failed_scores:g} allows: "
+            f"{failed} of {len(scores_B)} scores failed, more than ppo.max_failed_scores = {config.max_failed_scores:g} allows: "
             "look at the scoring service's logs"
         )
 

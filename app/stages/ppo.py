@@ -70,9 +70,7 @@ def open_pool(
     )
 
 
-def start_learner(
-    recipe: Recipe, policy_path: str, reward_path: str, placement: Sequence[Any] = ()
-) -> AbstractContextManager[RayLearner]:
+def start_learner(recipe: Recipe, policy_path: str, reward_path: str, placement: Sequence[Any] = ()) -> AbstractContextManager[RayLearner]:
     """Policy from the SFT model, critic from the reward model."""
     spec = LearnerSpec(
         policy_path=policy_path,

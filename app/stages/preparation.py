@@ -13,7 +13,7 @@ from app.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Prepared:
-    """corpus: extracted and split; model_path: HF folder or hub name that the command starts from; template: how its conversations are written."""
+    """corpus: extracted and split; model_path: HF folder or hub name to start from; template: how conversations are written."""
 
     corpus: Corpus
     model_path: str

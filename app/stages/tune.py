@@ -100,7 +100,9 @@ def trial_resources(recipe: Recipe) -> tune.PlacementGroupFactory:
 def search_space(config: TuneConfig) -> dict[str, Any]:
     """Tune's own search-space objects, by dotted config key. Raises ConfigError for an empty space."""
     if not config.space:
-        raise ConfigError('tune.space is empty: name at least one key, such as "ppo.kl.coef" = {type = "loguniform", low = 0.01, high = 0.2}')
+        raise ConfigError(
+            'tune.space is empty: name at least one key, such as "ppo.kl.coef" = {type = "loguniform", low = 0.01, high = 0.2}'
+        )
     space: dict[str, Any] = {}
     for name, domain in config.space.items():
         if isinstance(domain, Choice):
@@ -128,7 +130,9 @@ def run_tune(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker
         rows = [trial_row(result, recipe.ppo.steps) for result in grid]
         done = [row for row in rows if row["objective"] is not None]
         if not done:
-            raise CorralError(f"all {len(rows)} trials failed, the first with: {rows[0]['error']}; their logs are under {run.path / 'tune'}")
+            raise CorralError(
+                f"all {len(rows)} trials failed, the first with: {rows[0]['error']}; their logs are under {run.path / 'tune'}"
+            )
         best = max(done, key=lambda row: float(row["objective"]))
         results = {"trials": rows, "best": best, "best_config": best["config"], "metric": "objective"}
         return pipeline.summarise(tune=results)
@@ -137,7 +141,10 @@ def run_tune(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker
 def _search(recipe: Recipe, inputs: TrialInputs, space: dict[str, Any], run: RunFolder) -> tune.ResultGrid:
     trainable = tune.with_resources(tune.with_parameters(run_trial, inputs=inputs), trial_resources(recipe))
     scheduler = ASHAScheduler(
-        time_attr="step", max_t=recipe.ppo.steps, grace_period=min(recipe.tune.grace_steps, recipe.ppo.steps), reduction_factor=recipe.tune.reduction
+        time_attr="step",
+        max_t=recipe.ppo.steps,
+        grace_period=min(recipe.tune.grace_steps, recipe.ppo.steps),
+        reduction_factor=recipe.tune.reduction,
     )
     tuner = tune.Tuner(
         trainable,

@@ -20,6 +20,7 @@ import torch
 
 from app.algorithms import ALGORITHMS
 from app.config.ppo import PpoConfig
+from app.config.shared import OptimizerConfig
 from app.errors import CheckpointError, CorralError, NonFiniteError, WeightPushError
 from app.experience import Experience, FloatArray, IntArray, Minibatch, PolicyOutputs, TokenBatch, Totals
 from app.numerics import gather_response
@@ -81,16 +82,22 @@ class LearnerWorker:
         torch.manual_seed(config.steps + rank)
         self._spec, self._rank, self._world = spec, rank, world
         self._algorithm = ALGORITHMS["ppo"](config.algorithm)
-        shared = {
-            "precision": spec.precision,
-            "micro_batch_size": config.micro_batch_size,
-            "accumulation": config.accumulation,
-            "total_steps": config.steps * config.epochs * config.minibatches,
-        }
+
+        def engine(model: torch.nn.Module, optimizer: OptimizerConfig) -> Any:
+            return start_engine(
+                model,
+                optimizer,
+                config.deepspeed,
+                precision=spec.precision,
+                micro_batch_size=config.micro_batch_size,
+                accumulation=config.accumulation,
+                total_steps=config.steps * config.epochs * config.minibatches,
+            )
+
         language_model = load_causal_lm(spec.policy_path, "fp32", spec.trust_remote_code)  # DeepSpeed casts and keeps float32 masters
-        self._policy = start_engine(PolicyModel(language_model), config.policy, config.deepspeed, **shared)
+        self._policy = engine(PolicyModel(language_model), config.policy)
         critic = ValueModel.from_reward_model(spec.critic_path, trust_remote_code=spec.trust_remote_code)
-        self._critic = start_engine(critic, config.critic, config.deepspeed, **shared)
+        self._critic = engine(critic, config.critic)
 
     @torch.no_grad()
     def inspect(self, tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -277,13 +284,13 @@ class RayLearner:
         return logprobs_BT, values_BT
 
     def update(self, experience: Experience, *, seed: int) -> dict[str, float]:
-        return self._each("update", ray.put(experience), seed)[0]  # type: ignore[no-any-return]
+        return self._each("update", ray.put(experience), seed)[0]
 
     def logprobs(self, sequences: Sequence[IntArray]) -> list[FloatArray]:
-        return self._each("logprobs", list(sequences), failure=WeightPushError)[0]  # type: ignore[no-any-return]
+        return self._each("logprobs", list(sequences), failure=WeightPushError)[0]
 
     def weight_buckets(self) -> list[ray.ObjectRef[Any]]:
-        return self._each("weight_buckets", failure=WeightPushError)[0]  # type: ignore[no-any-return]
+        return self._each("weight_buckets", failure=WeightPushError)[0]
 
     def connect_nccl(self, engines: Sequence[Any], *, tensor_parallel: int) -> None:
         address = self._each("address")[0]

@@ -52,9 +52,7 @@ def connect(worker: LearnerWorker, engines: Sequence[Any], *, rank: int, tensor_
             return worker.policy_parameters()
 
     return WeightTransferTrainerFactory.trainer_init(
-        NCCLTrainerInitInfo(
-            master_address=address[0], master_port=address[1], world_size=1 + len(engines) * tensor_parallel, rank=rank
-        ),
+        NCCLTrainerInitInfo(master_address=address[0], master_port=address[1], world_size=1 + len(engines) * tensor_parallel, rank=rank),
         client=EngineActorsClient(engines, tensor_parallel),
         source=PolicySource(),
     )

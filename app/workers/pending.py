@@ -19,9 +19,9 @@ def collect(references: Sequence[ray.ObjectRef[Any]], *, phase: str, deadline_se
     errors of ours raised inside a worker arrive as themselves.
     """
     try:
-        return ray.get(list(references), timeout=deadline_seconds)  # type: ignore[no-any-return]
+        return ray.get(list(references), timeout=deadline_seconds)
     except ray.exceptions.GetTimeoutError:
-        ready, late = ray.wait(list(references), num_returns=len(references), timeout=0)
+        _, late = ray.wait(list(references), num_returns=len(references), timeout=0)
         raise DeadlineError(
             f"{phase}: {len(late)} of {len(references)} workers did not answer within {deadline_seconds:g} s "
             "(raise run.deadline_seconds if the work is simply that long)"

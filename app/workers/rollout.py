@@ -36,7 +36,9 @@ class RolloutEngine:
     as arrays, without a copy on the way.
     """
 
-    def __init__(self, model_path: str, config: RolloutConfig, *, precision: str, max_model_len: int, eos_ids: Sequence[int], seed: int) -> None:
+    def __init__(
+        self, model_path: str, config: RolloutConfig, *, precision: str, max_model_len: int, eos_ids: Sequence[int], seed: int
+    ) -> None:
         import torch
 
         threads = config.engines.threads
@@ -219,7 +221,7 @@ class VllmRolloutPool:
         return Remote(calls, finish, phase="rollout", deadline_seconds=self._deadline_seconds, failure=RolloutError)
 
     def logprobs(self, sequences: Sequence[IntArray]) -> list[FloatArray]:
-        return self.each("logprobs", list(sequences))[0]  # type: ignore[no-any-return]
+        return self.each("logprobs", list(sequences))[0]
 
     def each(self, method: str, *args: Any) -> list[Any]:
         """Call `method` on every engine and wait for all answers."""

@@ -164,9 +164,7 @@ class TrainingLoop:
             return progress.evaluated
         self.engine.eval()
         lengths = [self.task.length(row) for row in self.held_out]
-        batches = evaluation_batches(
-            lengths, micro_batch_size=self.config.micro_batch_size, rank=self.rank, world_size=self.world_size
-        )
+        batches = evaluation_batches(lengths, micro_batch_size=self.config.micro_batch_size, rank=self.rank, world_size=self.world_size)
         sums: dict[str, float] = defaultdict(float)
         for batch in batches:
             # An empty share still takes part, because under ZeRO 3 every forward pass is a collective.

@@ -61,7 +61,9 @@ def register_object_store_backend() -> None:
             self.receive_weights(info)
 
         def receive_weights(self, update_info: UpdateInfo) -> None:
-            self.model.load_weights((name, torch.from_numpy(np.array(array)).to(self.device)) for name, array in update_info.tensors.items())
+            self.model.load_weights(
+                (name, torch.from_numpy(np.array(array)).to(self.device)) for name, array in update_info.tensors.items()
+            )
 
         def finish_weight_update(self) -> None:
             from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
@@ -98,7 +100,9 @@ def canary_mismatch(engine: Sequence[FloatArray], learner: Sequence[FloatArray])
 class WeightPublisher:
     """`Publisher`: pushes through the object store or NCCL, then compares canary log-probs on every engine."""
 
-    def __init__(self, learner: RayLearner, pool: VllmRolloutPool, canaries: Sequence[IntArray], *, limit: float, nccl_tensor_parallel: int | None) -> None:
+    def __init__(
+        self, learner: RayLearner, pool: VllmRolloutPool, canaries: Sequence[IntArray], *, limit: float, nccl_tensor_parallel: int | None
+    ) -> None:
         """nccl_tensor_parallel: GPUs per engine where weights go over NCCL; None takes the object store."""
         self._learner = learner
         self._pool = pool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ RECIPE = f"{HERE}/shrunken.toml"
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder: stopped by SIGTERM in the middle of PPO, then finished by the same command."""
     folder = tmp_path_factory.mktemp("pipeline")
     log = folder / "first.log"
@@ -43,7 +43,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     assert code == 0, output
     assert "sft: already finished" in output
     assert "ppo: going on from step" in output
-    yield folder / "run"
+    return folder / "run"
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,9 @@ def test_plain_transformers_loads_every_model(finished: Path) -> None:
     for stage in ("sft", "ppo"):
         model = AutoModelForCausalLM.from_pretrained(finished / stage / "model")
         tokenizer = AutoTokenizer.from_pretrained(finished / stage / "model")
-        ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt")[
+            "input_ids"
+        ]
         assert torch.isfinite(model(ids).logits).all()
     reward = AutoModelForSequenceClassification.from_pretrained(finished / "rm" / "model")
     assert reward(ids).logits.shape == (1, 1)

@@ -91,7 +91,9 @@ def check_rollouts(pool: VllmRolloutPool, rollouts: list[Rollout], prompts: list
     """In order, repeatable by seed, and with the log-probs of the model."""
     assert [rollout.prompt.id for rollout in rollouts] == [prompt.id for prompt in prompts]
     assert all((a.ids == b.ids).all() for a, b in zip(rollouts, pool.submit(prompts, seed=1).result(), strict=True))
-    assert any(len(a.ids) != len(b.ids) or (a.ids != b.ids).any() for a, b in zip(rollouts, pool.submit(prompts, seed=2).result(), strict=True))
+    assert any(
+        len(a.ids) != len(b.ids) or (a.ids != b.ids).any() for a, b in zip(rollouts, pool.submit(prompts, seed=2).result(), strict=True)
+    )
     many = [Prompt(f"m{i}", "", np.full(60, 4 + i, np.int32)) for i in range(160)]  # more prompt tokens than fit in one pass
     assert len(pool.submit(many, seed=1).result()) == len(many)
     for rollout in rollouts[:2]:

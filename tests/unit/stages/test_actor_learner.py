@@ -146,7 +146,7 @@ def test_stopping_saves_a_checkpoint_first(tmp_path: Path) -> None:
 
 def test_an_engine_that_disagrees_with_the_learner_stops_the_run_before_the_update(tmp_path: Path) -> None:
     world = World(learner_logprob=LOGPROB + 0.01)
-    with pytest.raises(RolloutError, match="1.00e-02 nats"):
+    with pytest.raises(RolloutError, match=r"1\.00e-02 nats"):
         actor_learner_loop(parts(world, tmp_path), config(), LoopState(), seed=0)
     assert "update" not in world.journal
 
