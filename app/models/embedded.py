@@ -15,7 +15,7 @@ from app.data.templates import OASST_CHAT_TEMPLATE, OASST_TOKENS
 
 EOS, PAD = "<|endoftext|>", "<|padding|>"
 VOCABULARY = 1024
-LAYERS, HIDDEN, HEADS = 2, 256, 4
+LAYERS, HIDDEN, HEADS = 4, 192, 3
 """1.9 M parameters on the embedded corpus. Two layers are the least that can compare an answer with its prompt, and learn soonest."""
 CONTEXT = 512
 INITIALIZER_RANGE = 0.06

@@ -21,6 +21,7 @@ from app.stages.reward_model import set_reward_offset, train_reward_model
 from app.stages.sft import train_sft
 from app.tracking import RunTracker
 from app.workers.memory import PeakMemory
+from app.workers.placement import engines_load_early
 from app.workers.rollout import VllmRolloutPool
 
 STAGES = ("sft", "rm", "ppo")
@@ -62,9 +63,10 @@ class Pipeline:
         """Train the reward model and centre its scores on the SFT model's own answers; returns its folder."""
 
         def train() -> dict[str, Any]:
-            pool = self.engines(sft_path)  # they load while the reward model trains
+            if engines_load_early(self.recipe):
+                self.engines(sft_path)  # they load while the reward model trains
             results = train_reward_model(self.recipe, self.run, self.tracker, self.prepared, sft_path=sft_path)
-            return results | {"reward_offset": self._centre(pool)}
+            return results | {"reward_offset": self._centre(self.engines(sft_path))}
 
         return self._once("rm", train)
 
