@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 from app.config.recipe import Recipe
 from app.interfaces import Scorer
+from jobs.local_ray import uses_cluster
 from serve.scoring import start_scoring
 
 
@@ -21,6 +24,14 @@ def scoring_service(recipe: Recipe) -> Callable[[str, str], AbstractContextManag
             temperature=recipe.rollout.temperature,
             precision=recipe.model.precision,
             trust_remote_code=recipe.model.trust_remote_code,
+            name=f"scoring-{run_digest(recipe)}",
+            deadline_seconds=recipe.run.deadline_seconds,
+            stop_serve=uses_cluster(),
         )
 
     return start
+
+
+def run_digest(recipe: Recipe) -> str:
+    """A short name of the run folder, so that runs on one cluster do not meet in one application."""
+    return hashlib.blake2b(str(Path(recipe.run.dir).absolute()).encode(), digest_size=4).hexdigest()

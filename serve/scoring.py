@@ -52,12 +52,13 @@ def start_scoring(
     precision: Precision = "fp32",
     trust_remote_code: bool = False,
     deadline_seconds: float = 600.0,
+    stop_serve: bool = True,
 ) -> Iterator[ServeScorer]:
     """Deploy the scoring service on the Ray cluster this process is connected to, and delete it on exit.
 
-    Yields a client once every replica is healthy. Serve itself is stopped on exit if it was started here and holds no other
-    application. Raises ScoringError when a replica cannot start (with its reason) or the name is taken, DeadlineError when
-    the replicas are not there in time.
+    Yields a client once every replica is healthy. With `stop_serve`, Serve itself is stopped on exit if it was started here and
+    holds no other application; without, the end of a Ray of one's own takes it along. Raises ScoringError when a replica cannot
+    start (with its reason) or the name is taken, DeadlineError when the replicas are not there in time.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # Serve tells every start and stop on standard error
     started_serve = not _serve_is_running()
@@ -85,7 +86,7 @@ def start_scoring(
         finally:
             serve.delete(name)
     finally:
-        if started_serve and not serve.status().applications:
+        if stop_serve and started_serve and not serve.status().applications:
             serve.shutdown()
 
 

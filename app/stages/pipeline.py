@@ -20,7 +20,7 @@ from app.stages.preparation import prepare
 from app.stages.reward_model import set_reward_offset, train_reward_model
 from app.stages.sft import train_sft
 from app.tracking import RunTracker
-from app.workers.memory import PeakMemory
+from app.workers.memory import PeakMemory, raylet_pids
 from app.workers.placement import engines_load_early
 from app.workers.rollout import VllmRolloutPool
 
@@ -41,7 +41,7 @@ class Pipeline:
         self._parents: dict[str, str] = {"data": corpus.sha256}
         self._open = ExitStack()
         self._pool: VllmRolloutPool | None = None
-        self._memory = PeakMemory()
+        self._memory = PeakMemory(raylet_pids())
 
     def __enter__(self) -> Pipeline:
         self._memory.__enter__()

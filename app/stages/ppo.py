@@ -78,6 +78,7 @@ def start_learner(recipe: Recipe, policy_path: str, reward_path: str, placement:
         precision=recipe.model.precision,
         temperature=recipe.rollout.temperature,
         config=recipe.ppo,
+        seed=recipe.run.seed,
         trust_remote_code=recipe.model.trust_remote_code,
     )
     return learner_group(spec, deadline_seconds=recipe.run.deadline_seconds, placement=placement)

@@ -38,6 +38,7 @@ class LearnerSpec:
     precision: str
     temperature: float
     config: PpoConfig
+    seed: int = 0
     trust_remote_code: bool = False
 
 
@@ -79,7 +80,7 @@ class LearnerWorker:
         self._device = torch.device("cuda", 0) if config.workers.gpus > 0 else torch.device("cpu")
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(dist_backend="nccl" if self._device.type == "cuda" else "gloo", verbose=False)
-        torch.manual_seed(config.steps + rank)
+        torch.manual_seed(spec.seed + rank)
         self._spec, self._rank, self._world = spec, rank, world
         self._algorithm = ALGORITHMS["ppo"](config.algorithm)
 

@@ -16,6 +16,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
+import psutil
+import ray
+
 PROC = Path("/proc")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -66,6 +69,16 @@ def resident_bytes(pid: int) -> int:
         return int((PROC / str(pid) / "statm").read_bytes().split()[1]) * PAGE_BYTES
     except (FileNotFoundError, ProcessLookupError):
         return 0
+
+
+def raylet_pids() -> set[int]:
+    """The raylets on this machine of the Ray that this process is connected to: the roots of its worker processes."""
+    session = ray._private.worker.global_worker.node.get_session_dir_path()
+    found = set()
+    for process in psutil.process_iter(["name", "cmdline"]):
+        if process.info["name"] == "raylet" and any(session in word for word in process.info["cmdline"] or ()):
+            found.add(process.pid)
+    return found
 
 
 class PeakMemory:
