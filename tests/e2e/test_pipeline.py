@@ -158,3 +158,17 @@ def test_evaluate_again(finished: Path, tmp_path: Path, summary: dict[str, Any])
     # the same prompts and seeds: the SFT model's answers are the same, those of the exported PPO model nearly
     assert again["gold_before"] == summary["ppo"]["gold_before"]
     assert again["gold_after"]["mean"] == pytest.approx(summary["ppo"]["gold_after"]["mean"], abs=0.05)
+
+
+def test_search_over_ppo_with_these_models(finished: Path, tmp_path: Path) -> None:
+    """Four trials that share one scoring service."""
+    folder = tmp_path / "run"
+    models = [f"--model.path={finished / 'sft' / 'model'}", f"--reward.path={finished / 'rm' / 'model'}"]
+    code, output = run(["tune", f"{HERE}/minimal.toml", f"--run.dir={folder}", *models], tmp_path / "log")
+    assert code == 0, output
+    results = json.loads((folder / "summary.json").read_text())["tune"]
+    assert len(results["trials"]) == 4
+    assert all(trial["error"] is None for trial in results["trials"])
+    assert len({trial["config"]["ppo.policy.lr"] for trial in results["trials"]}) == 4
+    assert results["best"]["objective"] == max(trial["objective"] for trial in results["trials"])
+    assert f"best: --ppo.policy.lr={results['best_config']['ppo.policy.lr']}" in output
