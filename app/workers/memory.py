@@ -113,10 +113,6 @@ class PeakMemory:
         if self._last_total + growth > self.peak_bytes:
             self.sample()
 
-    def add_root(self, pid: int) -> None:
-        """Count the tree of `pid` from now on."""
-        self._roots = {*self._roots, pid}
-
     def _watch(self) -> None:
         while not self._stop.is_set():
             self.sample_if_higher()
