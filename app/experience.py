@@ -57,6 +57,10 @@ class Rollout:
         """Prompt and response, int32 [P + T]."""
         return np.concatenate([self.prompt.ids, self.ids])
 
+    def of_response(self, per_token: FloatArray) -> FloatArray:
+        """Out of one number per predicted token of `sequence`, [P + T - 1], those of the response, [T]."""
+        return per_token[len(self.prompt.ids) - 1 :]
+
 
 @dataclass(frozen=True)
 class TokenBatch:

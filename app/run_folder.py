@@ -16,11 +16,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from app.config.recipe import Recipe
 from app.durable import MANIFEST, damage, file_hashes, hash_of, read_json, without_non_finite, write_json
 from app.errors import CheckpointError
 
 MODEL = "model"
+LOCK = ".lock"
 NOT_IDENTITY = re.compile(r"run\.(dir|resume|deadline_seconds)|evaluation\..*")
 """Keys that may change between two starts of one run: they do not touch what is computed."""
 SHOWN_DIFFERENCES = 5
@@ -29,8 +32,9 @@ SHOWN_DIFFERENCES = 5
 class RunFolder:
     """Make one with `RunFolder.open`. `path` is absolute."""
 
-    def __init__(self, path: Path, identity: dict[str, Any], manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Path, identity: dict[str, Any], manifest: dict[str, Any], lock: FileLock) -> None:
         self.path = path
+        self._lock = lock  # held as long as this process lives, or this object
         self.code_version: str = manifest["sessions"][-1]["code_version"]
         self._identity = identity
         self._manifest = manifest
@@ -41,7 +45,7 @@ class RunFolder:
         """Make `run.dir`, or go on in it.
 
         Raises CheckpointError, before anything is written, where the folder holds a run of another configuration (named key
-        by key), or is not empty although `run.resume` is false.
+        by key), another process works in it, or it is not empty although `run.resume` is false.
         """
         path = Path(recipe.run.dir).absolute()
         identity = run_identity(recipe)
@@ -54,15 +58,18 @@ class RunFolder:
         now = time.time()
         manifest: dict[str, Any] = {"created": now, "config": recipe.model_dump(mode="json"), "data": None, "stages": {}, "sessions": []}
         if (path / MANIFEST).exists():
-            manifest = read_json(path / MANIFEST)
-            refuse_other_config(path, manifest, identity)
-        manifest["sessions"].append({"command": command, "started": now, "code_version": code_version()})
+            before = read_json(path / MANIFEST)
+            refuse_other_config(path, before, identity)
+            if not is_blank(before):
+                manifest = before
         try:
             path.mkdir(parents=True, exist_ok=True)
+            lock = lock_folder(path)
+            manifest["sessions"].append({"command": command, "started": now, "code_version": code_version()})
             write_json(path / MANIFEST, manifest)
         except OSError as error:
             raise CheckpointError(f"run folder {path} cannot be written ({error.strerror}): choose another --run.dir") from error
-        return cls(path, identity, manifest)
+        return cls(path, identity, manifest, lock)
 
     def stage(self, name: str) -> Path:
         """The folder of a stage, made where it is missing. The first call starts the stage's clock."""
@@ -150,8 +157,27 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
+def is_blank(manifest: Mapping[str, Any]) -> bool:
+    """Whether a run ended before it had read its data: it holds nothing, and the next one may have any configuration."""
+    return manifest.get("data", "absent") is None and not manifest.get("stages")
+
+
+def lock_folder(path: Path) -> FileLock:
+    """Keep a second run out of the folder. The operating system frees the lock when the process ends, however it ends."""
+    lock = FileLock(path / LOCK, is_singleton=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise CheckpointError(
+            f"run folder {path} is in use by another process: wait for it to end, stop it, or choose another --run.dir"
+        ) from error
+    return lock
+
+
 def refuse_other_config(path: Path, manifest: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """CheckpointError that names the keys in which the run in `path` differs from this one."""
+    if is_blank(manifest):
+        return
     try:
         before = _identity(manifest["config"])
     except (KeyError, AttributeError) as error:

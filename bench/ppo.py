@@ -67,12 +67,13 @@ def configs(arguments: argparse.Namespace) -> tuple[PpoConfig, RolloutConfig, Sc
         epochs=1,
         minibatches=1,
         micro_batch_size=min(16, arguments.batch // ranks),
+        reuse_forward=arguments.zero < 3,
         policy=optimizer,
         critic=optimizer,
         deepspeed=DeepSpeedConfig(zero_stage=arguments.zero),
         workers=workers,
     )
-    engines = WorkersConfig(cpus=0.1, threads=cores)
+    engines = WorkersConfig(count=arguments.engines, cpus=0.1, threads=max(1, cores // arguments.engines))
     rollout = RolloutConfig(max_new_tokens=arguments.length, ignore_eos=True, engines=engines, kv_cache_gib=1.0)
     return ppo, rollout, ScoringConfig(reward=WorkersConfig(cpus=0.1), reference=WorkersConfig(cpus=0.1))
 
@@ -101,7 +102,9 @@ def run(arguments: argparse.Namespace) -> list[Mapping[str, float]]:
                 arguments.model, rollout, precision="fp32", max_prompt_length=PROMPT_TOKENS, eos_ids=[], seed=0, deadline_seconds=600
             ) as pool,
             learner_group(spec, deadline_seconds=600) as learner,
-            start_scoring(scoring, reward_path=reward_path, reference_path=arguments.model, temperature=rollout.temperature) as scorer,
+            start_scoring(
+                scoring, reward_path=reward_path, reference_path=arguments.model, temperature=rollout.temperature, stop_serve=False
+            ) as scorer,
         ):
             pool.ready()
             learner.ready()
@@ -134,7 +137,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="prompts per iteration")
     parser.add_argument("--length", type=int, default=64, help="new tokens per prompt")
     parser.add_argument("--ranks", type=int, default=2, help="learner processes; they share the cores")
-    parser.add_argument("--zero", type=int, default=1, choices=(0, 1, 2, 3), help="ZeRO stage of the learner")
+    parser.add_argument("--engines", type=int, default=2, help="rollout engines; they share the cores")
+    parser.add_argument("--zero", type=int, default=0, choices=(0, 1, 2, 3), help="ZeRO stage of the learner")
     parser.add_argument("--json", action="store_true", help="print only one JSON object")
     arguments = parser.parse_args()
     result = summarise(run(arguments), arguments)

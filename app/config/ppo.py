@@ -40,6 +40,9 @@ class PpoConfig(Config):
     """Optimizer steps per pass."""
     micro_batch_size: int = Field(16, ge=1)
     """Rollouts per forward pass on one learner worker."""
+    reuse_forward: bool = False
+    """With one optimizer step per batch: learn from the forward pass that computed the proximal log-probs and values, instead
+    of running it again. Saves a quarter of the learner's work and holds the activations of all its micro-batches at once."""
     max_lag: int = Field(0, ge=0)
     """How many policy versions old a rollout may be when it is trained on; 0 is synchronous PPO."""
     algorithm: PpoAlgorithmConfig = PpoAlgorithmConfig()
@@ -69,6 +72,20 @@ class PpoConfig(Config):
             raise ValueError(
                 f"each worker gets {rows} rollouts per minibatch, no multiple of ppo.micro_batch_size = "
                 f"{self.micro_batch_size}: choose a divisor of {rows}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reused_forward_is_current(self) -> PpoConfig:
+        if self.reuse_forward and self.epochs * self.minibatches > 1:
+            raise ValueError(
+                f"ppo.reuse_forward needs epochs = minibatches = 1, here {self.epochs} x {self.minibatches}: "
+                "from the second optimizer step on the weights have moved; set ppo.reuse_forward = false"
+            )
+        if self.reuse_forward and self.deepspeed.zero_stage == 3:
+            raise ValueError(
+                "ppo.reuse_forward holds several forward passes open, between which ZeRO 3 gives the parameters back: "
+                "set ppo.reuse_forward = false or ppo.deepspeed.zero_stage = 2"
             )
         return self
 

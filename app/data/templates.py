@@ -18,6 +18,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from app.errors import ModelError
+from app.experience import IntArray
 from app.formats.records import Message
 
 OASST_TOKENS = ("<|prompter|>", "<|assistant|>", "<|system|>", "<|prefix_begin|>", "<|prefix_end|>")
@@ -103,7 +104,7 @@ class Template:
         """Ids of what a person or the model wrote; no special token can come out of it."""
         return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | IntArray) -> str:
         """Text of a response, without special tokens."""
         return str(self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)).strip()
 

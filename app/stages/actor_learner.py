@@ -20,7 +20,7 @@ from app.algorithms.credit import credit_metrics
 from app.config.ppo import PpoConfig
 from app.data.prompt_stream import take_prompts
 from app.errors import Interrupted, RolloutError, ScoringError, StaleRolloutError
-from app.experience import Experience, FinishReason, Prompt, Rollout, TokenBatch, pad_rows
+from app.experience import Experience, FinishReason, FloatArray, Prompt, Rollout, TokenBatch, pad_rows
 from app.interfaces import Learner, Pending, Publisher, Reward, RolloutPool, Scorer, Tracker
 from app.numerics import shape_scores
 
@@ -155,7 +155,7 @@ def collect_experience(
     rollouts: Sequence[Rollout],
     tokens: TokenBatch,
     scores_B: torch.Tensor,
-    reference_logprobs: Sequence[object],
+    reference_logprobs: Sequence[FloatArray],
     proximal_BT: torch.Tensor,
     values_BT: torch.Tensor,
     config: PpoConfig,
@@ -163,7 +163,7 @@ def collect_experience(
     """Align everything on response tokens; scores are shaped (clip, missing end token) here."""
     length = tokens.mask_BT.shape[1]
     finished_B = torch.tensor([rollout.finish is FinishReason.STOP for rollout in rollouts])
-    reference = [row[len(r.prompt.ids) - 1 :] for row, r in zip(reference_logprobs, rollouts, strict=True)]  # type: ignore[index]
+    reference = [rollout.of_response(row) for rollout, row in zip(rollouts, reference_logprobs, strict=True)]
     return Experience(
         tokens=tokens,
         scores_B=shape_scores(scores_B, finished_B, clip=config.reward.clip, missing_eos_score=config.reward.missing_eos_score),

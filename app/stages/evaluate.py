@@ -13,7 +13,7 @@ import numpy as np
 from app.config.ppo import EvaluationConfig
 from app.data.templates import Template
 from app.evaluation_statistics import mean_interval, paired_bootstrap, win_rate
-from app.experience import FinishReason, Prompt, Rollout
+from app.experience import Prompt, Rollout
 from app.interfaces import RolloutPool, Scorer
 
 Gold = Callable[[Prompt, str], float]
@@ -50,9 +50,8 @@ def answer(
     rollouts = pool.submit(prompts, seed=config.seed).result()
     sequences = [rollout.sequence for rollout in rollouts]
     pending_scores, pending_reference = scorer.scores(sequences), scorer.logprobs(sequences)
-    texts = tuple(response_text(rollout, template) for rollout in rollouts)
-    reference = pending_reference.result()
-    kl = [float((r.logprobs - row[len(r.prompt.ids) - 1 :]).sum()) for r, row in zip(rollouts, reference, strict=True)]
+    texts = tuple(template.decode(rollout.ids) for rollout in rollouts)
+    kl = [float((r.logprobs - r.of_response(row)).sum()) for r, row in zip(rollouts, pending_reference.result(), strict=True)]
     return Answers(
         rollouts=tuple(rollouts),
         texts=texts,
@@ -60,12 +59,6 @@ def answer(
         gold=np.array([gold(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]) if gold else None,
         kl=np.asarray(kl),
     )
-
-
-def response_text(rollout: Rollout, template: Template) -> str:
-    """The answer as text, without its end token."""
-    ids = rollout.ids[:-1] if rollout.finish is FinishReason.STOP else rollout.ids
-    return str(template.tokenizer.decode(ids.tolist(), skip_special_tokens=True)).strip()
 
 
 def compare(before: Answers, after: Answers, config: EvaluationConfig) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import socket
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,14 @@ def rank_rows(rows: torch.Tensor, lengths: torch.Tensor, *, rank: int, world: in
     return list(by_length[rank::world].split(micro_batch_size))
 
 
+@dataclass
+class OpenPasses:
+    """Forward passes of `inspect` whose backward is still to come (see ppo.reuse_forward): row indices into `tokens`, outputs."""
+
+    tokens: TokenBatch
+    passes: deque[tuple[torch.Tensor, PolicyOutputs]] = field(default_factory=deque)
+
+
 class LearnerWorker:
     """One rank. Constructed in two steps, because rank 0's address is known only once its process runs."""
 
@@ -83,6 +91,7 @@ class LearnerWorker:
         torch.manual_seed(spec.seed + rank)
         self._spec, self._rank, self._world = spec, rank, world
         self._algorithm = ALGORITHMS["ppo"](config.algorithm)
+        self._held: OpenPasses | None = None
 
         def engine(model: torch.nn.Module, optimizer: OptimizerConfig) -> Any:
             return start_engine(
@@ -100,49 +109,44 @@ class LearnerWorker:
         critic = ValueModel.from_reward_model(spec.critic_path, trust_remote_code=spec.trust_remote_code)
         self._critic = engine(critic, config.critic)
 
-    @torch.no_grad()
     def inspect(self, tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(rows, log-probs, values) of this rank's share of the batch; the last two float32 [b, T]."""
         length = tokens.mask_BT.shape[1]
-        lengths = tokens.prompt_lengths_B + tokens.response_lengths_B
-        batches = rank_rows(
-            torch.arange(len(tokens)), lengths, rank=self._rank, world=self._world, micro_batch_size=self._spec.config.micro_batch_size
-        )
+        reuse = self._spec.config.reuse_forward
+        self._held = OpenPasses(tokens)
         logprobs, values = [], []
+        batches = self._micro_batches(torch.arange(len(tokens)), tokens)
         for rows in batches:
-            outputs = self._forward(tokens.rows(rows))
+            with torch.set_grad_enabled(reuse):
+                outputs = self._forward(tokens.rows(rows))
+            if reuse:
+                self._held.passes.append((rows, outputs))
             assert outputs.values_BT is not None
             pad = (0, length - outputs.logprobs_BT.shape[1])
-            logprobs.append(torch.nn.functional.pad(outputs.logprobs_BT.cpu(), pad))
-            values.append(torch.nn.functional.pad(outputs.values_BT.cpu(), pad))
+            logprobs.append(torch.nn.functional.pad(outputs.logprobs_BT.detach().cpu(), pad))
+            values.append(torch.nn.functional.pad(outputs.values_BT.detach().cpu(), pad))
         return torch.cat(batches), torch.cat(logprobs), torch.cat(values)
 
     def update(self, experience: Experience, seed: int) -> dict[str, float]:
         """Epochs x minibatches x micro-batches; metrics are means over the optimizer steps, the same on every rank."""
         config = self._spec.config
-        lengths = experience.tokens.prompt_lengths_B + experience.tokens.response_lengths_B
         history: dict[str, list[float]] = defaultdict(list)
         for epoch in range(config.epochs):
             for rows in minibatch_rows(len(experience.tokens), config.minibatches, seed=seed, epoch=epoch):
                 totals = Totals(tokens=int(experience.mask_BT[rows].sum()), sequences=int(experience.mask_BT[rows].any(1).sum()))
                 if not totals.tokens:
                     continue  # every row of this minibatch failed to score: there is nothing to learn from
-                micro_batches = rank_rows(rows, lengths, rank=self._rank, world=self._world, micro_batch_size=config.micro_batch_size)
-                for name, value in self._optimizer_step(experience, micro_batches, totals, first=not history).items():
+                for name, value in self._optimizer_step(experience, rows, totals, first=not history).items():
                     history[name].append(value)
         return {name: float(np.mean(values)) for name, values in history.items()}
 
-    def _optimizer_step(
-        self, experience: Experience, micro_batches: Sequence[torch.Tensor], totals: Totals, *, first: bool
-    ) -> dict[str, float]:
+    def _optimizer_step(self, experience: Experience, rows: torch.Tensor, totals: Totals, *, first: bool) -> dict[str, float]:
         from app.workers.deepspeed_engine import backward_scaled, optimizer_step
 
         sums: dict[str, float] = defaultdict(float)
         first_step_ratio = 0.0
         norms: dict[str, float] = {}
-        for rows in micro_batches:
-            minibatch = Minibatch.from_rows(experience, rows)
-            outputs = self._forward(minibatch.tokens)
+        for minibatch, outputs in self._forward_passes(experience, rows):
             loss = self._algorithm.loss(on_cpu(outputs), minibatch, totals, max_lag=self._spec.config.max_lag)
             assert loss.value is not None
             self._require_finite(policy_loss=loss.policy, value_loss=loss.value)
@@ -160,6 +164,23 @@ class LearnerWorker:
         if first:
             metrics["first_step_mismatch"] = self._max_over_ranks(first_step_ratio)
         return metrics | norms
+
+    def _micro_batches(self, rows: torch.Tensor, tokens: TokenBatch) -> list[torch.Tensor]:
+        lengths = tokens.prompt_lengths_B + tokens.response_lengths_B
+        micro_batch_size = self._spec.config.micro_batch_size
+        return rank_rows(rows, lengths, rank=self._rank, world=self._world, micro_batch_size=micro_batch_size)
+
+    def _forward_passes(self, experience: Experience, rows: torch.Tensor) -> Iterator[tuple[Minibatch, PolicyOutputs]]:
+        """This rank's micro-batches of an optimizer step with their outputs: those that `inspect` holds, else computed now."""
+        held, self._held = self._held, None
+        if held is not None and held.passes and torch.equal(held.tokens.ids_BS, experience.tokens.ids_BS):
+            while held.passes:  # each backward pass frees its activations before the next one starts
+                index, outputs = held.passes.popleft()
+                yield Minibatch.from_rows(experience, index), outputs
+            return
+        for index in self._micro_batches(rows, experience.tokens):
+            minibatch = Minibatch.from_rows(experience, index)
+            yield minibatch, self._forward(minibatch.tokens)
 
     def _forward(self, tokens: TokenBatch) -> PolicyOutputs:
         moved = [x.to(self._device) for x in (tokens.ids_BS, tokens.attention_BS, tokens.prompt_lengths_B, tokens.mask_BT)]
@@ -242,6 +263,7 @@ class LearnerWorker:
         """Restore `save`. Raises CheckpointError if a part is missing."""
         from app.workers.deepspeed_engine import load_engine
 
+        self._held = None
         state = load_engine(self._policy, Path(folder) / "policy")
         load_engine(self._critic, Path(folder) / "critic")
         torch.set_rng_state(state["torch_rng"])

@@ -49,6 +49,7 @@ def test_push(make: Callable[[Path], str], zero_stage: int, tmp_path: Path) -> N
         batch_size=8,
         epochs=1,
         micro_batch_size=2,
+        reuse_forward=zero_stage < 3,
         policy=optimizer,
         critic=optimizer,
         workers=WorkersConfig(count=2, cpus=0.5),
@@ -111,3 +112,7 @@ def check_checkpoint(learner: RayLearner, experience: Experience, config: PpoCon
     assert canary_mismatch(straight, learner.logprobs(canaries)) > 0
     learner.update(credited, seed=1)
     assert canary_mismatch(straight, learner.logprobs(canaries)) == 0
+    learner.load(str(folder / "saved"))
+    learner.inspect(experience.tokens)  # with ppo.reuse_forward the update goes on from these forward passes
+    learner.update(credited, seed=1)
+    assert canary_mismatch(straight, learner.logprobs(canaries)) < 1e-5

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from app.config.recipe import Recipe
 from app.durable import tree_hash
 from app.errors import CheckpointError
-from app.run_folder import RunFolder
+from app.run_folder import LOCK, RunFolder
 
 
 def recipe(path: Path, **sections: object) -> Recipe:
@@ -45,6 +47,7 @@ def test_a_finished_stage_is_found_again_with_its_results(tmp_path: Path) -> Non
 def test_keys_that_do_not_change_the_result_may_differ(tmp_path: Path) -> None:
     run = RunFolder.open(recipe(tmp_path / "a"), "sft")
     run.finish("sft", {"steps": 3}, {})
+    del run  # and with it the lock
     (tmp_path / "a").rename(tmp_path / "b")
     moved = RunFolder.open(recipe(tmp_path / "b", run={"deadline_seconds": 5}), "sft")
     assert moved.finished("sft") == {"steps": 3}
@@ -67,7 +70,7 @@ def test_another_config_is_refused_by_key_and_nothing_is_touched(tmp_path: Path)
 
 
 def test_many_differences_are_counted_not_listed(tmp_path: Path) -> None:
-    RunFolder.open(recipe(tmp_path), "pipeline")
+    RunFolder.open(recipe(tmp_path), "pipeline").record_data("0" * 64)
     changed = {"steps": 7, "batch_size": 32, "epochs": 1, "micro_batch_size": 8, "save_every": 9, "max_lag": 1, "kl": {"coef": 0.2}}
     with pytest.raises(CheckpointError, match="; 2 more"):
         RunFolder.open(recipe(tmp_path, ppo=changed), "pipeline")
@@ -131,3 +134,30 @@ def test_summary_is_valid_json_whatever_the_numbers(tmp_path: Path) -> None:
     run = RunFolder.open(recipe(tmp_path), "pipeline")
     path = run.write_summary({"ppo": {"kl": float("inf"), "win_rate": {"mean": 0.5, "low": 0.4, "high": 0.6}}})
     assert json.loads(path.read_text()) == {"ppo": {"kl": None, "win_rate": {"mean": 0.5, "low": 0.4, "high": 0.6}}}
+
+
+def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    hold = (
+        "import sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); "
+        "lock.acquire(); print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", hold, str(folder / LOCK)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(CheckpointError, match="in use by another process"):
+            RunFolder.open(recipe(folder), "sft")
+        assert not (folder / "manifest.json").exists()
+        holder.communicate()
+    RunFolder.open(recipe(folder), "sft")
+
+
+def test_a_run_that_never_read_its_data_may_change(tmp_path: Path) -> None:
+    """Whoever corrects a wrong data option after the first attempt can keep the folder."""
+    RunFolder.open(recipe(tmp_path, data={"strict": True}), "sft")
+    run = RunFolder.open(recipe(tmp_path, data={"strict": False}), "sft")
+    run.record_data("0" * 64)
+    with pytest.raises(CheckpointError, match=r"data\.strict"):
+        RunFolder.open(recipe(tmp_path, data={"strict": True}), "sft")

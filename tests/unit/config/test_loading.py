@@ -97,6 +97,7 @@ def test_with_values_checks_the_whole_recipe() -> None:
         ("steps", ["unexpected argument", "--dotted.key=value"]),
         ("--data.lang=en", ["data.lang", 'default: ["en"]']),
         ("--ppo.minibatches=7", ["choose a multiple"]),
+        ("--ppo.reuse_forward=true", ["ppo.reuse_forward needs epochs = minibatches = 1", "set ppo.reuse_forward = false"]),
         ("--rollout.top_p=0.7", ["set rollout.top_p = 1.0"]),
         ("--tune.space.ppo.kl.cof={type='choice', values=[1]}", ["tune.space", "did you mean ppo.kl.coef?"]),
         ("--tune.space.ppo.kl.coef={type='choice', values=[0.1, -1]}", ["tune.space", "ppo.kl.coef = -1"]),

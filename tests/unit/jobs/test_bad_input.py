@@ -154,7 +154,7 @@ def test_a_run_folder_of_another_config_is_left_alone(refused: Refused, tmp_path
     from app.run_folder import RunFolder
 
     folder = tmp_path / "run"
-    RunFolder.open(load_recipe(TINY, [f"--run.dir={folder}"]), "pipeline")
+    RunFolder.open(load_recipe(TINY, [f"--run.dir={folder}"]), "pipeline").record_data("0" * 64)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     error = refused("pipeline", TINY, f"--run.dir={folder}", "--ppo.steps=7")
     assert "ppo.steps" in error
