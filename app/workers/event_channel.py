@@ -15,8 +15,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import ray
 
+from app.errors import DeadlineError
+
 if TYPE_CHECKING:  # the actor's process would load torch for it
     from app.interfaces import Tracker
+
+DRAIN_SECONDS = 60.0
+"""How long either end waits at the end for what is still on the way."""
 
 
 class Event(NamedTuple):
@@ -66,7 +71,7 @@ class EventSender:
     def flush(self) -> None:
         """Wait until everything sent has arrived."""
         if self._last is not None:
-            ray.get(self._last)
+            ray.get(self._last, timeout=DRAIN_SECONDS)
 
     def stop_requested(self) -> bool:
         """Whether the driver wants the work to end; costs no round trip."""
@@ -101,10 +106,14 @@ class EventChannel:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._mailbox.put.remote(None)
-        self._thread.join()
+        self._thread.join(DRAIN_SECONDS)
         ray.kill(self._mailbox)
-        if self._failure is not None and error is None:
+        if error is not None:
+            return
+        if self._failure is not None:
             raise self._failure
+        if self._thread.is_alive():
+            raise DeadlineError(f"metrics of the training workers have not arrived within {DRAIN_SECONDS:g} s: look at the run's logs/")
 
     def _drain(self) -> None:
         try:

@@ -36,7 +36,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     log.touch()
     command = ["pipeline", RECIPE, f"--run.dir={folder / 'run'}"]
     process = start(command, log)
-    wait_for("ppo  1/16", log, process)
+    wait_for("ppo  1/14", log, process)
     assert interrupt(process, signal.SIGTERM) == 130, log.read_text()
     assert "a checkpoint is saved, the same command goes on from it" in log.read_text()
     code, output = run(command, folder / "second.log")
@@ -58,7 +58,7 @@ def test_summary_has_what_tools_rely_on(summary: dict[str, Any]) -> None:
     for name in ("gold_gain", "win_rate", "reward_after"):
         interval = summary["ppo"][name]
         assert interval["low"] <= interval["mean"] <= interval["high"]
-    assert summary["ppo"]["steps"] == 16
+    assert summary["ppo"]["steps"] == 14
     assert summary["ppo"]["tokens_per_second"] > 0
     assert set(summary["seconds"]) == {"sft", "rm", "ppo"}
     assert 2**30 < summary["peak_memory"] < 8 * 2**30
@@ -132,7 +132,7 @@ def test_report_and_metrics(finished: Path) -> None:
     assert "http://" not in report.replace("http://www.w3.org", "")
     assert "https://" not in report
     steps = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    assert sorted({row["step"] for row in steps if row["stage"] == "ppo"}) == list(range(1, 17))
+    assert sorted({row["step"] for row in steps if row["stage"] == "ppo"}) == list(range(1, 15))
     assert list((finished / "tensorboard").iterdir())
 
 
