@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-HERE = "tests/e2e"
+SHRUNKEN, MINIMAL = "tests/e2e/shrunken.toml", "tests/e2e/minimal.toml"
 RUN_SECONDS = 900
 
 

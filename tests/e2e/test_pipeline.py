@@ -1,9 +1,8 @@
-"""The main job on the real stack: interrupted, resumed, finished; what it leaves; and what it learns."""
+"""What the main job leaves, and what it learns, after it was interrupted and resumed (see conftest.py)."""
 
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,33 +22,7 @@ from app.formats.records import Message
 from app.models.forward import pad_sequences
 from app.models.heads import load_reward_model, sequence_scores
 from app.models.load import load_tokenizer
-from tests.e2e.command import HERE, interrupt, run, start, wait_for
-
-RECIPE = f"{HERE}/shrunken.toml"
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder: stopped by SIGTERM in the middle of PPO, then finished by the same command."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    log = folder / "first.log"
-    log.touch()
-    command = ["pipeline", RECIPE, f"--run.dir={folder / 'run'}"]
-    process = start(command, log)
-    wait_for("ppo  1/14", log, process)
-    assert interrupt(process, signal.SIGTERM) == 130, log.read_text()
-    assert "a checkpoint is saved, the same command goes on from it" in log.read_text()
-    code, output = run(command, folder / "second.log")
-    assert code == 0, output
-    assert "sft: already finished" in output
-    assert "ppo: going on from step" in output
-    return folder / "run"
-
-
-@pytest.fixture(scope="module")
-def summary(finished: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((finished / "summary.json").read_text())
-    return loaded
+from tests.e2e.command import SHRUNKEN, run
 
 
 def test_summary_has_what_tools_rely_on(summary: dict[str, Any]) -> None:
@@ -77,7 +50,7 @@ def test_it_learns(summary: dict[str, Any]) -> None:
 
 def test_the_task_is_worth_learning(finished: Path, summary: dict[str, Any]) -> None:
     """The reward model reads the prompt: with prompts exchanged it is lost, and the answer's words alone do not tell."""
-    recipe = load_recipe(RECIPE)
+    recipe = load_recipe(SHRUNKEN)
     corpus = load_corpus(recipe.data, seed=recipe.run.seed, folder=finished / "data")
     groups = corpus.validation.groups
     template = build_template("auto", load_tokenizer(finished / "rm" / "model"))
@@ -138,37 +111,14 @@ def test_report_and_metrics(finished: Path) -> None:
 
 def test_a_finished_run_is_left_alone(finished: Path, tmp_path: Path) -> None:
     before = (finished / "ppo" / "manifest.json").read_bytes()
-    code, output = run(["pipeline", RECIPE, f"--run.dir={finished}"], tmp_path / "log")
+    code, output = run(["pipeline", SHRUNKEN, f"--run.dir={finished}"], tmp_path / "log")
     assert code == 0, output
     assert "ppo: already finished" in output
     assert (finished / "ppo" / "manifest.json").read_bytes() == before
 
 
 def test_another_config_is_refused(finished: Path, tmp_path: Path) -> None:
-    code, output = run(["pipeline", RECIPE, f"--run.dir={finished}", "--ppo.kl.coef=0.5"], tmp_path / "log")
+    code, output = run(["pipeline", SHRUNKEN, f"--run.dir={finished}", "--ppo.kl.coef=0.5"], tmp_path / "log")
     assert code == 2
     assert output.splitlines()[-1].startswith("corral: error: run folder")
     assert "ppo.kl.coef" in output
-
-
-def test_evaluate_again(finished: Path, tmp_path: Path, summary: dict[str, Any]) -> None:
-    code, output = run(["evaluate", RECIPE, f"--run.dir={finished}"], tmp_path / "log")
-    assert code == 0, output
-    again = json.loads((finished / "summary.json").read_text())["evaluation"]
-    # the same prompts and seeds: the SFT model's answers are the same, those of the exported PPO model nearly
-    assert again["gold_before"] == summary["ppo"]["gold_before"]
-    assert again["gold_after"]["mean"] == pytest.approx(summary["ppo"]["gold_after"]["mean"], abs=0.05)
-
-
-def test_search_over_ppo_with_these_models(finished: Path, tmp_path: Path) -> None:
-    """Four trials that share one scoring service."""
-    folder = tmp_path / "run"
-    models = [f"--model.path={finished / 'sft' / 'model'}", f"--reward.path={finished / 'rm' / 'model'}"]
-    code, output = run(["tune", f"{HERE}/minimal.toml", f"--run.dir={folder}", *models], tmp_path / "log")
-    assert code == 0, output
-    results = json.loads((folder / "summary.json").read_text())["tune"]
-    assert len(results["trials"]) == 4
-    assert all(trial["error"] is None for trial in results["trials"])
-    assert len({trial["config"]["ppo.policy.lr"] for trial in results["trials"]}) == 4
-    assert results["best"]["objective"] == max(trial["objective"] for trial in results["trials"])
-    assert f"best: --ppo.policy.lr={results['best_config']['ppo.policy.lr']}" in output

@@ -20,9 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import HERE, ROOT, RUN_SECONDS
+from tests.e2e.command import MINIMAL, ROOT, RUN_SECONDS
 
-RECIPE = f"{HERE}/minimal.toml"
 PORT_OPTIONS = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port", "metrics-export-port")
 
 
@@ -95,7 +94,7 @@ def check_run(folder: Path) -> None:
 
 def test_corral_submit(head: Head, tmp_path: Path) -> None:
     run = tmp_path / "submitted"
-    command = [sys.executable, "-m", "jobs", "submit", RECIPE, f"--address={head.address}", f"--run.dir={run}"]
+    command = [sys.executable, "-m", "jobs", "submit", MINIMAL, f"--address={head.address}", f"--run.dir={run}"]
     done = subprocess.run(command, cwd=ROOT, env=head.environment, capture_output=True, text=True, check=False, timeout=RUN_SECONDS)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert f"{run}/summary.json" in done.stdout
@@ -104,7 +103,7 @@ def test_corral_submit(head: Head, tmp_path: Path) -> None:
 
 def test_plain_ray_job_submit(head: Head, tmp_path: Path) -> None:
     run = tmp_path / "plain"
-    job = ["python", "-m", "jobs", "pipeline", RECIPE, f"--run.dir={run}"]
+    job = ["python", "-m", "jobs", "pipeline", MINIMAL, f"--run.dir={run}"]
     command = ["ray", "job", "submit", f"--address={head.address}", "--working-dir=.", "--", *job]
     done = subprocess.run(command, cwd=ROOT, env=head.environment, capture_output=True, text=True, check=False, timeout=RUN_SECONDS)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
@@ -117,7 +116,7 @@ def test_a_failed_job_fails_the_submission(head: Head, tmp_path: Path) -> None:
         "-m",
         "jobs",
         "submit",
-        RECIPE,
+        MINIMAL,
         f"--address={head.address}",
         f"--run.dir={tmp_path / 'run'}",
         "--sft.workers.gpus=1",

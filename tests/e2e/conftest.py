@@ -1,0 +1,36 @@
+"""One run of the main job that the end-to-end tests share."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.command import SHRUNKEN, interrupt, run, start, wait_for
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder: stopped by SIGTERM in the middle of PPO, then finished by the same command."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    log = folder / "first.log"
+    log.touch()
+    command = ["pipeline", SHRUNKEN, f"--run.dir={folder / 'run'}"]
+    process = start(command, log)
+    wait_for("ppo  1/14", log, process)
+    assert interrupt(process, signal.SIGTERM) == 130, log.read_text()
+    assert "a checkpoint is saved, the same command goes on from it" in log.read_text()
+    code, output = run(command, folder / "second.log")
+    assert code == 0, output
+    assert "sft: already finished" in output
+    assert "ppo: going on from step" in output
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def summary(finished: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((finished / "summary.json").read_text())
+    return loaded
