@@ -22,9 +22,10 @@ def run(recipe: Recipe) -> None:
     check_feasible(recipe, "serve", local_ray.cluster_resources())
     check_inputs(recipe, "serve")
     with local_ray.running_ray(Path(recipe.run.dir).absolute() / "logs"):
+        from app.models.load import seen_from_anywhere
         from jobs.scoring_service import scoring_service
 
-        with scoring_service(recipe)(str(recipe.reward.path), recipe.model.path):
+        with scoring_service(recipe)(seen_from_anywhere(str(recipe.reward.path)), seen_from_anywhere(recipe.model.path)):
             sys.stdout.write(f"scoring with {recipe.reward.path} and {recipe.model.path}; Ctrl-C stops it\n")
             sys.stdout.flush()
             try:

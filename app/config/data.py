@@ -16,13 +16,41 @@ class EmbeddedTaskConfig(Config):
     """Conversation trees to generate."""
 
 
+class ColumnsConfig(Config):
+    """Where a set has column names of its own: the column of each meaning."""
+
+    prompt: str | None = None
+    """Text of a prompt, or its messages."""
+    response: str | None = None
+    """Text of the answer."""
+    input: str | None = None
+    """Text that belongs behind an instruction."""
+    system: str | None = None
+    """System message of a row."""
+    chosen: str | None = None
+    """The preferred answer."""
+    rejected: str | None = None
+    """The other answer."""
+    prefixes: str | None = None
+    """Turns of the conversation that ranked replies answer."""
+    responses: str | None = None
+    """Ranked replies, best first."""
+    messages: str | None = None
+    """Messages of a whole conversation."""
+
+    def named(self) -> dict[str, str]:
+        """Meaning -> column, of those that are set."""
+        return {meaning: column for meaning, column in self.model_dump().items() if column is not None}
+
+
 class DataConfig(Config):
     """Conversations: where they are and how they are read."""
 
     path: str = "embedded"
     """File, folder, glob, URL or hub name; `embedded` generates the built-in task."""
-    format: Literal["auto", "oasst", "prompts"] = "auto"
-    """Row format; `auto` looks at the first row."""
+    format: Literal["auto", "oasst", "hh", "ranking", "preference", "messages", "instruction", "prompts"] = "auto"
+    """Row format; `auto` looks at the first row, or at data.columns."""
+    columns: ColumnsConfig = ColumnsConfig()
     strict: bool = False
     """Stop at the first malformed row; otherwise bad rows are counted and written to `quarantine.jsonl` with line and reason."""
     lang: tuple[str, ...] = ("en",)

@@ -13,7 +13,7 @@ from app.config.data import DataConfig
 from app.data import embedded
 from app.data.source import read_lines
 from app.errors import DataError
-from app.formats import FORMATS, detect_format
+from app.formats import FORMATS, detect_format, format_of_columns
 from app.formats.records import BadRow, Filters, Message, PromptItem, RankedGroup, Row, Thread, TreeRecords
 
 __all__ = [
@@ -72,7 +72,7 @@ def load_corpus(config: DataConfig, *, seed: int, folder: Path) -> Corpus:
         path = str(embedded.write_trees(folder / "embedded.jsonl", trees=config.embedded.trees, seed=seed))
     rows, bad, sha256 = _decode(path)
     name = _format_name(config, rows, bad)
-    trees, unusable = FORMATS[name].read(rows, Filters(config.lang, config.top_k))
+    trees, unusable = FORMATS[name].read(rows, Filters(config.lang, config.top_k, config.columns.named()))
     bad = sorted([*bad, *unusable], key=lambda row: (row.file, row.line))
     if bad and config.strict:
         first = bad[0]
@@ -148,9 +148,12 @@ def _format_name(config: DataConfig, rows: Sequence[Row], bad: Sequence[BadRow])
         return config.format
     if not rows:
         raise DataError(f"{bad[0].file}:{bad[0].line}: {bad[0].reason}, and no other line is JSON either; data.path must name JSON lines")
-    name = next((name for row in rows if (name := detect_format(row.value))), None)
+    name = format_of_columns(config.columns.named()) or next((name for row in rows if (name := detect_format(row.value))), None)
     if name is None:
-        raise DataError(f"{rows[0].file}:{rows[0].line}: no known format ({', '.join(FORMATS)}); convert the rows, or set data.format")
+        raise DataError(
+            f"{rows[0].file}:{rows[0].line}: no known format ({', '.join(FORMATS)}); "
+            "name the columns in data.columns, set data.format, or convert the rows"
+        )
     return name
 
 

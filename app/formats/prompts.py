@@ -1,30 +1,28 @@
-"""Prompts alone: one JSON string a line. They serve PPO; SFT and reward models find nothing to train on."""
+"""Prompts alone: a JSON string a line, or an object with nothing but a prompt. They serve PPO; SFT and reward models find nothing
+to train on."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
 from typing import Any
 
-from app.formats.records import BadRow, Filters, Format, Message, PromptItem, Row, TreeRecords
+from app.errors import DataError
+from app.formats.instruction import PROMPTS, RESPONSES
+from app.formats.records import Filters, Message, TreeRecords
+from app.formats.standalone import as_prompt, column, conversation, has, standalone, text_of
 
 
 def _matches(value: Any) -> bool:
-    return isinstance(value, str)
+    others = (*RESPONSES, "chosen", "rejected", "responses", "messages")
+    return isinstance(value, str) or (any(has(value, name) for name in PROMPTS) and not any(has(value, name) for name in others))
 
 
-def _read(rows: Iterable[Row], filters: Filters) -> tuple[list[TreeRecords], list[BadRow]]:
-    """A prompt that occurs twice is kept once, so that no prompt is on both sides of the split."""
-    trees: dict[str, TreeRecords] = {}
-    bad: list[BadRow] = []
-    for row in rows:
-        if not isinstance(row.value, str) or not row.value.strip():
-            bad.append(BadRow(row.file, row.line, row.text, "not a JSON string with text in it"))
-            continue
-        tree_id = hashlib.sha256(row.value.encode()).hexdigest()[:16]
-        item = PromptItem(tree_id, tree_id, (Message("user", row.value),))
-        trees[tree_id] = TreeRecords(tree_id, messages=1, prompts=(item,))
-    return list(trees.values()), bad
+def _parse(value: Any, filters: Filters) -> TreeRecords:
+    if isinstance(value, str):
+        return conversation((Message("user", text_of(value, "prompt")),))
+    prompt = column(value, filters, "prompt", *PROMPTS)
+    if prompt is None:
+        raise DataError("the row has no prompt; name its column in data.columns.prompt")
+    return conversation(as_prompt(prompt, "prompt"))
 
 
-FORMAT = Format(matches=_matches, read=_read)
+FORMAT = standalone(_matches, _parse, "a JSON string or an object with a `prompt`")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 MessageRole = Literal["system", "user", "assistant"]
@@ -92,10 +92,12 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Filters:
-    """lang: languages of the root prompt to keep (empty: all); top_k: SFT keeps assistant messages ranked below this."""
+    """lang: languages of the root prompt to keep (empty: all); top_k: SFT keeps assistant messages ranked below this;
+    columns: meaning (prompt, response, chosen, ...) -> column of the row, for formats with free column names."""
 
     lang: tuple[str, ...] = ()
     top_k: int | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,14 @@ def resolve_model(config: ModelConfig, *, texts: Iterable[str], seed: int, folde
         path = str(convert_gguf(_existing(Path(config.path).expanduser())))
     else:
         check_model_folder(config.path, chat_template=False)
-        path = config.path
+        path = seen_from_anywhere(config.path)
     return _complete(path, config, folder / "base", for_oasst)
+
+
+def seen_from_anywhere(path: str) -> str:
+    """A local folder by its absolute path, because Ray's workers run in other directories; a hub name as it is."""
+    local = Path(path).expanduser()
+    return str(local.absolute()) if local.exists() else path
 
 
 def _complete(path: str, config: ModelConfig, target: Path, for_oasst: bool) -> str:

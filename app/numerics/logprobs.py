@@ -77,7 +77,8 @@ def _scaled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 def _entropy(scaled: torch.Tensor) -> torch.Tensor:
     # The floor keeps a token of probability 0 (logit -inf) from making 0 * -inf = NaN; exp of it is 0 all the same.
     logprobs = scaled.log_softmax(-1).clamp_(min=-1e4)
-    return -torch.linalg.vecdot(logprobs.exp(), logprobs)
+    result: torch.Tensor = torch.linalg.vecdot(logprobs.exp(), logprobs)
+    return -result
 
 
 def _chunks(logits_BSV: torch.Tensor) -> Iterator[slice]:

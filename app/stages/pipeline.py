@@ -12,6 +12,7 @@ from app.config.recipe import Recipe
 from app.data.corpus import Corpus
 from app.errors import ConfigError
 from app.experience import Prompt
+from app.models.load import seen_from_anywhere
 from app.report import write_report
 from app.run_folder import RunFolder
 from app.stages.evaluate import answer, compare, write_examples
@@ -72,7 +73,8 @@ class Pipeline:
 
     def given_reward_model(self, sft_path: str) -> str:
         """`reward.path`, or the embedded task's reward model trained here."""
-        return self.recipe.reward.path or self.reward_model(sft_path)
+        given = self.recipe.reward.path
+        return seen_from_anywhere(given) if given else self.reward_model(sft_path)
 
     def ppo(self, sft_path: str, reward_path: str, start_scoring: StartScoring) -> str:
         """PPO from the SFT model against the reward model; returns the folder of the PPO model."""
@@ -176,7 +178,7 @@ def run_evaluation(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunT
         raise ConfigError(f"{ppo_path}: no PPO model there; run `corral pipeline` or `corral ppo` with this --run.dir first")
     with Pipeline(recipe, run, corpus, tracker) as pipeline:
         sft_path = _trained(run, "sft") or pipeline.sft_model()
-        reward_path = recipe.reward.path or _trained(run, "rm") or pipeline.given_reward_model(sft_path)
+        reward_path = pipeline.given_reward_model(sft_path)
         held_out = pipeline.prompts.held_out
         gold, template = gold_of(recipe), pipeline.prepared.template
         with start_scoring(reward_path, sft_path) as scorer:

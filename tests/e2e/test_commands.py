@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,12 @@ from typing import Any
 import pytest
 
 from tests.e2e.command import MINIMAL, ROOT, SHRUNKEN, interrupt, run, start, wait_for
+
+
+def given_models(finished: Path) -> list[str]:
+    """Options that name the run's models by paths relative to where the command is typed."""
+    here = os.path.relpath(finished, ROOT)
+    return [f"--model.path={here}/sft/model", f"--reward.path={here}/rm/model"]
 
 
 def test_evaluate_again(finished: Path, tmp_path: Path, summary: dict[str, Any]) -> None:
@@ -24,7 +31,7 @@ def test_evaluate_again(finished: Path, tmp_path: Path, summary: dict[str, Any])
 def test_search_over_ppo_with_these_models(finished: Path, tmp_path: Path) -> None:
     """Four trials that share one scoring service."""
     folder = tmp_path / "run"
-    models = [f"--model.path={finished / 'sft' / 'model'}", f"--reward.path={finished / 'rm' / 'model'}"]
+    models = given_models(finished)
     code, output = run(["tune", MINIMAL, f"--run.dir={folder}", *models], tmp_path / "log")
     assert code == 0, output
     results = json.loads((folder / "summary.json").read_text())["tune"]
@@ -38,7 +45,7 @@ def test_search_over_ppo_with_these_models(finished: Path, tmp_path: Path) -> No
 def test_serve_until_stopped(finished: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.touch()
-    models = [f"--model.path={finished / 'sft' / 'model'}", f"--reward.path={finished / 'rm' / 'model'}"]
+    models = given_models(finished)
     process = start(["serve", MINIMAL, f"--run.dir={tmp_path / 'run'}", *models], log)
     wait_for("Ctrl-C stops it", log, process)
     assert interrupt(process, signal.SIGTERM) == 0, log.read_text()

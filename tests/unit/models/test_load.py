@@ -13,7 +13,7 @@ from app.config.shared import ModelConfig
 from app.data.templates import OASST_TOKENS, build_template
 from app.errors import ModelError
 from app.models.embedded import train_tokenizer
-from app.models.load import check_model_folder, load_causal_lm, load_tokenizer, resolve_model
+from app.models.load import check_model_folder, load_causal_lm, load_tokenizer, resolve_model, seen_from_anywhere
 
 TEXTS = ["Name three things that go with the beach.", "Arr! Try towel, goggles and shells, matey."] * 8
 
@@ -64,6 +64,12 @@ def test_embedded_model_is_deterministic(embedded: Path, tmp_path: Path) -> None
         assert (again / file).read_bytes() == (embedded / file).read_bytes()
     other = Path(resolve_model(ModelConfig(), texts=TEXTS, seed=2, folder=tmp_path / "other", for_oasst=False))
     assert (other / "model.safetensors").read_bytes() != (embedded / "model.safetensors").read_bytes()
+
+
+def test_a_relative_folder_is_found_from_any_directory(embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(embedded.parent)
+    assert resolve_model(ModelConfig(path=f"./{embedded.name}"), texts=[], seed=1, folder=tmp_path, for_oasst=False) == str(embedded)
+    assert seen_from_anywhere("owner/name") == "owner/name"
 
 
 def test_complete_folder_is_used_as_it_is(embedded: Path, tmp_path: Path) -> None:
