@@ -119,7 +119,7 @@ class RunFolder:
     def finished(self, stage: str) -> dict[str, Any] | None:
         """The results of a finished stage; None where its manifest, one of its files or the parent it came from is missing or changed."""
         manifest = self.manifest(stage)
-        if manifest is None or manifest["config"] != self._identity or damage(self.path / stage, manifest["files"]):
+        if manifest is None or saved_identity(manifest["config"]) != self._identity or damage(self.path / stage, manifest["files"]):
             return None
         for name, digest in manifest["parents"].items():
             parent = self.manifest(name)
@@ -142,6 +142,11 @@ class RunFolder:
 def run_identity(recipe: Recipe) -> dict[str, Any]:
     """Dotted key -> value of everything that decides what a run computes."""
     return _identity(recipe.model_dump(mode="json"))
+
+
+def saved_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier version of the code saved, completed by the defaults of keys that it did not have yet."""
+    return {**run_identity(Recipe()), **identity}
 
 
 def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,7 +184,7 @@ def refuse_other_config(path: Path, manifest: Mapping[str, Any], identity: Mappi
     if is_blank(manifest):
         return
     try:
-        before = _identity(manifest["config"])
+        before = saved_identity(_identity(manifest["config"]))
     except (KeyError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST} is no manifest of a run: choose another --run.dir") from error
     absent = object()

@@ -161,3 +161,18 @@ def test_a_run_that_never_read_its_data_may_change(tmp_path: Path) -> None:
     run.record_data("0" * 64)
     with pytest.raises(CheckpointError, match=r"data\.strict"):
         RunFolder.open(recipe(tmp_path, data={"strict": True}), "sft")
+
+
+def test_a_key_that_is_newer_than_the_run_has_its_default(tmp_path: Path) -> None:
+    """A run that an older version began goes on."""
+    run = RunFolder.open(recipe(tmp_path), "sft")
+    run.record_data("0" * 64)
+    run.finish("sft", {"steps": 3}, {})
+    for file in (tmp_path / "manifest.json", tmp_path / "sft" / "manifest.json"):
+        manifest = json.loads(file.read_text())
+        manifest["config"].get("ppo", {}).pop("max_lag", None)
+        manifest["config"].pop("ppo.max_lag", None)
+        file.write_text(json.dumps(manifest))
+    assert RunFolder.open(recipe(tmp_path), "sft").finished("sft") == {"steps": 3}
+    with pytest.raises(CheckpointError, match=r"ppo\.max_lag was 0 and is now 1"):
+        RunFolder.open(recipe(tmp_path, ppo={"max_lag": 1}), "sft")
