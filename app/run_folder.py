@@ -146,7 +146,8 @@ def run_identity(recipe: Recipe) -> dict[str, Any]:
 
 def saved_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
     """What an earlier version of the code saved, completed by the defaults of keys that it did not have yet."""
-    return {**run_identity(Recipe()), **identity}
+    sections = {key[:end] for key in identity for end, sign in enumerate(key) if sign == "."}
+    return {key: value for key, value in run_identity(Recipe()).items() if key not in sections} | dict(identity)
 
 
 def _identity(config: Mapping[str, Any]) -> dict[str, Any]:

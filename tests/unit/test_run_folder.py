@@ -176,3 +176,11 @@ def test_a_key_that_is_newer_than_the_run_has_its_default(tmp_path: Path) -> Non
     assert RunFolder.open(recipe(tmp_path), "sft").finished("sft") == {"steps": 3}
     with pytest.raises(CheckpointError, match=r"ppo\.max_lag was 0 and is now 1"):
         RunFolder.open(recipe(tmp_path, ppo={"max_lag": 1}), "sft")
+
+
+def test_a_run_with_free_keys_goes_on(tmp_path: Path) -> None:
+    free = {"sft": {"deepspeed": {"extra": {"wall_clock_breakdown": True}}}}
+    RunFolder.open(recipe(tmp_path, **free), "sft").record_data("0" * 64)
+    RunFolder.open(recipe(tmp_path, **free), "sft")
+    with pytest.raises(CheckpointError, match=r"sft\.deepspeed\.extra"):
+        RunFolder.open(recipe(tmp_path), "sft")
