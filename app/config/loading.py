@@ -35,11 +35,11 @@ class Setting:
 Settings = dict[str, Setting]
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in the TOML file `path`, with overrides such as `["--ppo.kl.coef=0.05", "--run.dir", "runs/a"]`.
+def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in the TOML file `path` (None: nothing but defaults), with overrides such as `["--ppo.kl.coef=0.05"]`.
 
     Raises ConfigError for a missing or malformed file, an unknown key, a wrong type or a value out of range."""
-    settings = _read(Path(path), ())
+    settings = {} if path is None else _read(Path(path), ())
     settings.update(parse_overrides(overrides, settings))
     recipe = _build(settings, str(path))
     _check_space(recipe, settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,8 @@ __all__ = [
     "require_threads",
 ]
 
+QUARANTINE = "quarantine.jsonl"
+
 
 @dataclass(frozen=True)
 class Split:
@@ -47,13 +50,15 @@ class Split:
 
 @dataclass(frozen=True)
 class Corpus:
-    """counts: trees, messages, threads, groups, pairs and prompts over both splits; quarantined: rows set aside;
-    sha256: of the lines read; path: the embedded task's file, else `data.path`."""
+    """rows: lines read; counts: trees, messages, threads, groups, pairs and prompts over both splits; quarantined: rows set aside;
+    languages: trees by language, where the data says so; sha256: of the lines read; path: the embedded task's file, else `data.path`."""
 
     train: Split
     validation: Split
     format: str
+    rows: int
     counts: dict[str, int]
+    languages: dict[str, int]
     quarantined: int
     sha256: str
     path: Path
@@ -71,20 +76,24 @@ def load_corpus(config: DataConfig, *, seed: int, folder: Path) -> Corpus:
     if config.path == "embedded":
         path = str(embedded.write_trees(folder / "embedded.jsonl", trees=config.embedded.trees, seed=seed))
     rows, bad, sha256 = _decode(path)
+    row_count = len(rows) + len(bad)
     name = _format_name(config, rows, bad)
     trees, unusable = FORMATS[name].read(rows, Filters(config.lang, config.top_k, config.columns.named()))
     bad = sorted([*bad, *unusable], key=lambda row: (row.file, row.line))
     if bad and config.strict:
         first = bad[0]
         raise DataError(f"{first.file}:{first.line}: {first.reason}; mend the row, or set data.strict = false to leave it out")
-    _write_quarantine(folder / "quarantine.jsonl", bad)
+    _write_quarantine(folder / QUARANTINE, bad)
     if not trees:
         reason = f"none of {len(bad)} rows can be used (first: {bad[0].reason})"
-        raise DataError(f"data.path = {config.path}: {reason}; see {folder / 'quarantine.jsonl'}")
+        raise DataError(f"data.path = {config.path}: {reason}; see {folder / QUARANTINE}")
     if config.path == "embedded":
         trees = [replace(tree, groups=tuple(_with_gold(group) for group in tree.groups)) for tree in trees]
     train, validation = split_trees(trees, config.val_split, seed)
-    return Corpus(_collect(train), _collect(validation), name, _counts(trees), len(bad), sha256, Path(path))
+    languages = Counter(tree.lang for tree in trees if tree.lang is not None)
+    return Corpus(
+        _collect(train), _collect(validation), name, row_count, _counts(trees), dict(languages.most_common()), len(bad), sha256, Path(path)
+    )
 
 
 def split_trees(trees: Sequence[TreeRecords], val_split: float, seed: int) -> tuple[list[TreeRecords], list[TreeRecords]]:

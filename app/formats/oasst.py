@@ -104,11 +104,12 @@ def _join_flat(rows: Sequence[Row]) -> tuple[list[Row], list[BadRow]]:
         return {**row.value, "replies": [nest(child) for child in children.get(row.value["message_id"], [])]}
 
     roots = [replace(row, value=nest(row)) for row in children[None]]
-    bad = [
-        BadRow(row.file, row.line, row.text, f"its parent {row.value.get('parent_id')!r} is not in the data")
-        for row in rows
-        if id(row) not in placed
-    ]
+    names = {row.value["message_id"] for row in rows}
+
+    def why(parent: Any) -> str:
+        return f"its parents lead in a circle, by {parent!r}" if parent in names else f"its parent {parent!r} is not in the data"
+
+    bad = [BadRow(row.file, row.line, row.text, why(row.value.get("parent_id"))) for row in rows if id(row) not in placed]
     return roots, bad
 
 
@@ -171,7 +172,7 @@ def _group(tree: Tree, path: Sequence[Node]) -> RankedGroup | None:
 
 def extract(tree: Tree, filters: Filters) -> TreeRecords:
     """SFT threads, ranked groups and PPO prompts of one tree; empty where the tree is filtered out."""
-    records = TreeRecords(tree.id, count_messages(tree.root))
+    records = TreeRecords(tree.id, count_messages(tree.root), lang=tree.lang)
     if not tree.root.usable or not tree.root_accepted or (filters.lang and tree.lang not in filters.lang):
         return records
     if tree.state == LOTTERY:

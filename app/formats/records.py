@@ -60,7 +60,7 @@ class PromptItem:
 class TreeRecords:
     """What one conversation tree gives; all of it stays on one side of the train/validation split.
 
-    messages: how many messages the tree has, filtered ones included.
+    messages: how many messages the tree has, filtered ones included; lang: of its first message, where the data says so.
     """
 
     tree_id: str
@@ -68,6 +68,7 @@ class TreeRecords:
     threads: tuple[Thread, ...] = ()
     groups: tuple[RankedGroup, ...] = ()
     prompts: tuple[PromptItem, ...] = ()
+    lang: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,81 @@
+"""What `corral data inspect` finds, and what it prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.config.data import DataConfig
+from app.data.corpus import load_corpus
+from app.data.inspection import histogram, inspect_corpus, percentiles
+from app.data.templates import build_template
+from jobs.main import main
+from tests.tiny_models import make_neox, make_tokenizer
+
+
+def chat(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    rows = [chat(f"Question {k}?", "yes " * k + "end") for k in range(20)]
+    lines = [json.dumps(row) for row in [*rows, chat("Question 3?", "another"), chat("", "x"), chat(" ", "y")]]
+    file = tmp_path / "chats.jsonl"
+    file.write_text("\n".join([*lines, "{broken"]) + "\n")
+    return file
+
+
+def test_findings(source: Path, tmp_path: Path) -> None:
+    corpus = load_corpus(DataConfig(path=str(source)), seed=1, folder=tmp_path / "data")
+    found = inspect_corpus(corpus, tmp_path / "data", build_template("auto", make_tokenizer()), max_length=40)
+    facts = found.as_dict()
+    assert (facts["format"], facts["rows"], facts["trees"], facts["sft_threads"], facts["rl_prompts"]) == ("messages", 24, 20, 21, 20)
+    assert facts["quarantined"] == 3
+    assert sorted(facts["quarantine_reasons"].values()) == [1, 2]  # two rows with the same fault are one reason
+    assert (facts["duplicates"], facts["leakage"], facts["round_trip_failures"]) == (0, 0, 0)
+    assert facts["length_unit"] == "tokens"
+    assert facts["truncated"] == sum(length > 40 for length in found.lengths) > 0
+    assert found.longest[0] == (max(found.lengths), "Question 19?")
+
+
+def test_a_conversation_on_both_sides_is_leakage(tmp_path: Path) -> None:
+    """Two trees that begin alike are two trees to the split: the inspection says so."""
+
+    def tree(name: str) -> dict[str, Any]:
+        answer = {"message_id": name + "a", "role": "assistant", "text": "Because.", "replies": []}
+        root = {"message_id": name, "role": "prompter", "text": "Why?", "lang": "en", "review_result": True, "replies": [answer]}
+        return {"message_tree_id": name, "tree_state": "ready_for_export", "prompt": root}
+
+    file = tmp_path / "trees.jsonl"
+    file.write_text("\n".join(json.dumps(tree(f"t{k}")) for k in range(8)) + "\n")
+    found = inspect_corpus(load_corpus(DataConfig(path=str(file)), seed=1, folder=tmp_path), tmp_path)
+    assert (found.leakage, found.duplicates, found.languages) == (1, 7, {"en": 8})
+
+
+def test_lengths() -> None:
+    assert percentiles(range(101)) == {"min": 0, "p50": 50, "p90": 90, "p99": 99, "max": 100}
+    assert percentiles([]) == {} and histogram([]) == []
+    bins = histogram([1, 1, 2, 30], bins=3)
+    assert bins[0][0] == 1 and bins[-1][1] > 30
+    assert sum(count for _, _, count in bins) == 4
+
+
+def test_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept, picture = tmp_path / "bad.jsonl", tmp_path / "lengths.png"
+    model = make_neox(tmp_path / "model")
+    options = [f"--quarantine={kept}", f"--plot={picture}", f"--tokenizer={model}"]
+    capsys.readouterr()
+    assert main(["data", "inspect", str(source), "--json", *options]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["sft_threads"], facts["rm_groups"], facts["quarantined"]) == (21, 0, 3)
+    assert [json.loads(line)["line"] for line in kept.read_text().splitlines()] == [22, 23, 24]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert main(["data", "inspect", str(source), "--data.strict=true"]) == 2
+    assert "chats.jsonl:22: `messages[1]` is empty" in capsys.readouterr().err
+    assert main(["data", "inspect", str(source)]) == 0
+    assert "sft_threads" in capsys.readouterr().out
+    assert main(["data", "inspect", str(tmp_path / "nowhere.jsonl")]) == 2
