@@ -92,7 +92,15 @@ def load_corpus(config: DataConfig, *, seed: int, folder: Path) -> Corpus:
     train, validation = split_trees(trees, config.val_split, seed)
     languages = Counter(tree.lang for tree in trees if tree.lang is not None)
     return Corpus(
-        _collect(train), _collect(validation), name, row_count, _counts(trees), dict(languages.most_common()), len(bad), sha256, Path(path)
+        train=_collect(train),
+        validation=_collect(validation),
+        format=name,
+        rows=row_count,
+        counts=_counts(trees),
+        languages=dict(languages.most_common()),
+        quarantined=len(bad),
+        sha256=sha256,
+        path=Path(path),
     )
 
 

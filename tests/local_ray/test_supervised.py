@@ -69,7 +69,7 @@ def corpus() -> Corpus:
         groups = tuple(RankedGroup(f"g{n}", f"g{n}", (user(n),), replies) for n in numbers)
         return Split(threads, groups, ())
 
-    return Corpus(split(range(37)), split(range(37, 50)), "oasst", {}, 0, "0" * 64, Path("corpus"))
+    return Corpus(split(range(37)), split(range(37, 50)), "oasst", 50, {}, {}, 0, "0" * 64, Path("corpus"))
 
 
 @pytest.fixture(scope="module")
