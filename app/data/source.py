@@ -7,13 +7,19 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
+
+import pyarrow.parquet as pq
 
 from app.errors import DataError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".parquet")
+PARQUET = ".parquet"
+PARQUET_ROWS = 1024  # held at a time
+UNREADABLE = (OSError, EOFError, zlib.error, ValueError)  # pyarrow's errors are ValueErrors
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -55,12 +61,28 @@ def read_lines(path: str) -> Iterator[RawLine]:
         yield from _read_hub(path)
     else:
         for file in local_files(path):
-            opener = gzip.open if file.name.endswith(".gz") else open
+            opener: Callable[..., IO[bytes]] = gzip.open if file.name.endswith(".gz") else open  # type: ignore[assignment]
             try:
                 with opener(file, "rb") as stream:
-                    yield from (RawLine(str(file), number, line) for number, line in enumerate(stream, 1))
-            except (OSError, EOFError, zlib.error) as error:
+                    yield from _rows(str(file), stream)
+            except UNREADABLE as error:
                 raise DataError(f"{file}: cannot be read ({error}); copy it again or name another file in data.path") from error
+
+
+def _rows(name: str, stream: IO[bytes]) -> Iterator[RawLine]:
+    """The lines of a file, or the rows of a parquet file as lines of JSON."""
+    if not name.endswith(PARQUET):
+        yield from (RawLine(name, number, line) for number, line in enumerate(stream, 1))
+        return
+    number = 0
+    for batch in pq.ParquetFile(stream).iter_batches(batch_size=PARQUET_ROWS):
+        for value in batch.to_pylist():
+            number += 1
+            yield RawLine(name, number, _as_json(value))
+
+
+def _as_json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
 
 
 def _read_url(url: str) -> Iterator[RawLine]:
@@ -69,8 +91,8 @@ def _read_url(url: str) -> Iterator[RawLine]:
     try:
         for file in fsspec.open_files(url, "rb", compression="infer"):
             with file as stream:
-                yield from (RawLine(file.full_name, number, line) for number, line in enumerate(stream, 1))
-    except (OSError, EOFError, zlib.error, ValueError, ImportError) as error:
+                yield from _rows(file.full_name, stream)
+    except (*UNREADABLE, ImportError) as error:
         raise DataError(f"data.path = {url}: cannot be read ({error}); check the address, or download it and name the file") from error
 
 
@@ -88,4 +110,4 @@ def _read_hub(name: str) -> Iterator[RawLine]:
     for split in sorted(splits):
         for value in splits[split]:
             number += 1
-            yield RawLine(name, number, json.dumps(value, ensure_ascii=False, default=str).encode())
+            yield RawLine(name, number, _as_json(value))

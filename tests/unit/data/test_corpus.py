@@ -9,6 +9,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from app.config.data import DataConfig, EmbeddedTaskConfig
@@ -225,3 +227,17 @@ def test_split_is_by_tree_and_ignores_row_order(tmp_path: Path) -> None:
     assert {thread.tree_id for thread in again.validation.threads} == validation
     other = load_corpus(config.model_copy(update={"path": str(corpus.path)}), seed=4, folder=tmp_path)
     assert {thread.tree_id for thread in other.validation.threads} != validation
+
+
+def test_parquet_rows_are_read_like_lines(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Question {k}?", "chosen": "yes", "rejected": "no"} for k in range(12)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines, table = (
+        load_corpus(DataConfig(path=str(tmp_path / f"pairs.{kind}")), seed=1, folder=tmp_path / kind) for kind in ("jsonl", "parquet")
+    )
+    assert (table.train, table.validation, table.counts) == (lines.train, lines.validation, lines.counts)
+    assert table.counts["pairs"] == 12
+    (tmp_path / "pairs.parquet").write_bytes(b"PAR1 torn")
+    with pytest.raises(DataError, match=r"pairs\.parquet: cannot be read"):
+        load_corpus(DataConfig(path=str(tmp_path / "pairs.parquet")), seed=1, folder=tmp_path)
