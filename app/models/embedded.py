@@ -12,12 +12,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from app.data.templates import OASST_CHAT_TEMPLATE, OASST_TOKENS
+from app.models.context import EMBEDDED_CONTEXT
 
 EOS, PAD = "<|endoftext|>", "<|padding|>"
 VOCABULARY = 1024
 LAYERS, HIDDEN, HEADS = 4, 192, 3
 """1.9 M parameters on the embedded corpus. Two layers are the least that can compare an answer with its prompt, and learn soonest."""
-CONTEXT = 512
 INITIALIZER_RANGE = 0.06
 """About 1 / sqrt(HIDDEN). The usual 0.02 suits wide models; here it would leave attention uniform for hundreds of steps."""
 EMBEDDING_MULTIPLE = 16
@@ -45,7 +45,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         eos_token=EOS,
         pad_token=PAD,
         additional_special_tokens=list(OASST_TOKENS),
-        model_max_length=CONTEXT,
+        model_max_length=EMBEDDED_CONTEXT,
     )
     tokenizer.chat_template = OASST_CHAT_TEMPLATE
     return tokenizer
@@ -60,7 +60,7 @@ def build_config(vocabulary: int, *, eos_id: int, pad_id: int) -> GPTNeoXConfig:
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
         intermediate_size=4 * HIDDEN,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=EMBEDDED_CONTEXT,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         classifier_dropout=0.0,

@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from app.config.recipe import Recipe
 from app.data.corpus import Corpus
 from app.data.templates import Template, build_template
-from app.models.load import load_tokenizer, resolve_model
+from app.models.load import load_config, load_tokenizer, resolve_model
 from app.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """corpus: extracted and split; model_path: HF folder or hub name to start from; template: how conversations are written."""
+    """corpus: extracted and split; model_path: HF folder or hub name to start from; context: the longest sequence that the model
+    takes, where its config says so; template: how conversations are written."""
 
     corpus: Corpus
     model_path: str
+    context: int | None
     template: Template
 
 
@@ -26,4 +28,5 @@ def prepare(recipe: Recipe, run: RunFolder, corpus: Corpus) -> Prepared:
         recipe.model, texts=corpus.train.texts(), seed=recipe.run.seed, folder=run.stage("base"), for_oasst=recipe.data.template == "oasst"
     )
     template = build_template(recipe.data.template, load_tokenizer(model_path, recipe.model.trust_remote_code))
-    return Prepared(corpus, model_path, template)
+    config = load_config(model_path, recipe.model.trust_remote_code).get_text_config()
+    return Prepared(corpus, model_path, getattr(config, "max_position_embeddings", None), template)

@@ -24,6 +24,7 @@ from app.durable import read_json, write_json
 from app.errors import CorralError
 from app.experience import IntArray
 from app.formats.records import RankedGroup
+from app.models.context import require_context
 from app.models.forward import pad_sequences, padded_batches
 from app.models.heads import init_reward_model, load_reward_model, save_reward_model, sequence_scores
 from app.models.load import load_tokenizer
@@ -120,6 +121,7 @@ def train_reward_model(recipe: Recipe, run: RunFolder, tracker: RunTracker, prep
     score_mean, score_std, loss_before; and steps, tokens, tokens_per_second, train_seconds.
     Raises DataError without groups on either side of the split, and what `app.workers.training.fit` raises.
     """
+    require_context(prepared.context, recipe.data.max_length, "data.max_length")
     data, corpus = run.stage("rm") / "data", prepared.corpus
     groups, held_out_groups = (_best_replies(side.groups, recipe.rm.max_replies) for side in (corpus.train, corpus.validation))
     require_rows("reward model", "ranked groups", groups, held_out_groups)

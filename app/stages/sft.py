@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from app.config.recipe import Recipe
 from app.data.collate import collate_threads
 from app.data.token_cache import SftRow, encode_threads, read_threads, write_threads
+from app.models.context import require_context
 from app.models.forward import positions
 from app.models.load import load_causal_lm, load_tokenizer
 from app.numerics.logprobs import token_logprobs
@@ -89,6 +90,7 @@ def train_sft(recipe: Recipe, run: RunFolder, tracker: RunTracker, prepared: Pre
     eval_loss_after (nats per target token on held-out threads), steps, tokens, tokens_per_second, train_seconds.
     Raises DataError without threads on either side of the split, and what `app.workers.training.fit` raises.
     """
+    require_context(prepared.context, recipe.data.max_length, "data.max_length")
     data, corpus = run.stage("sft") / "data", prepared.corpus
     rows, held_out = (encode_threads(side.threads, prepared.template, recipe.data.max_length) for side in (corpus.train, corpus.validation))
     require_rows("SFT", "threads", rows, held_out)

@@ -79,7 +79,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def prepared(corpus: Corpus, base: str) -> Prepared:
-    return Prepared(corpus, base, build_template("chat", make_tokenizer()))
+    return Prepared(corpus, base, None, build_template("chat", make_tokenizer()))
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ def test_detection(value: Any, name: str | None) -> None:
         ({"role": "user"}, "neither prompter nor assistant"),
         ({"text": "  "}, "missing or empty"),
         ({"text": None}, "missing or empty"),
+        ({"text": "a\0b"}, "NUL byte"),
         ({"message_id": 3}, "no `message_id`"),
         ({"rank": "0"}, "no whole number"),
         ({"replies": ["text"]}, "no list of messages"),

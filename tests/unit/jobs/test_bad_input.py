@@ -149,6 +149,15 @@ def test_incomplete_models(refused: Refused, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_sequences_longer_than_the_model_takes(refused: Refused, tmp_path: Path) -> None:
+    error = refused("sft", TINY, "--data.max_length=600", f"--run.dir={tmp_path / 'run'}")
+    assert "data.max_length = 600 tokens, and the model's context is 512" in error
+    model = model_folder(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"max_position_embeddings": 64}')
+    error = refused("ppo", TINY, f"--model.path={model}", f"--reward.path={model}", f"--run.dir={tmp_path / 'run'}")
+    assert "data.max_prompt_length + rollout.max_new_tokens = 96 tokens, and the model's context is 64" in error
+
+
 def test_a_run_folder_of_another_config_is_left_alone(refused: Refused, tmp_path: Path) -> None:
     from app.config.loading import load_recipe
     from app.run_folder import RunFolder

@@ -1,0 +1,28 @@
+"""How long a sequence a model takes, as far as that is known without loading it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from app.errors import ConfigError
+
+EMBEDDED_CONTEXT = 512
+"""Of the model that `model.path = "embedded"` builds."""
+
+
+def context_of(path: str) -> int | None:
+    """The context length that a local model folder's config names; None where nothing local says it."""
+    if path == "embedded":
+        return EMBEDDED_CONTEXT
+    file = Path(path).expanduser() / "config.json"
+    if not file.is_file():
+        return None
+    length = json.loads(file.read_text()).get("max_position_embeddings")
+    return length if isinstance(length, int) else None
+
+
+def require_context(context: int | None, tokens: int, keys: str) -> None:
+    """Raises ConfigError when sequences of `tokens`, which the recipe keys `keys` allow, are longer than the model takes."""
+    if context is not None and tokens > context:
+        raise ConfigError(f"{keys} = {tokens} tokens, and the model's context is {context}: lower it, or take another model")
