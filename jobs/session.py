@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from app.errors import Interrupted
+from app.errors import CorralError, Interrupted
 
 if TYPE_CHECKING:
     from app.config.recipe import Recipe
@@ -31,6 +32,7 @@ def session(recipe: Recipe, command: str) -> Iterator[Session]:
     """Everything that can be wrong with the input is found before Ray starts. Raises CorralError; Interrupted on SIGINT and SIGTERM."""
     from app.run_folder import RunFolder
     from app.tracking import RunTracker
+    from app.workers.pending import TRACE
     from app.workers.placement import check_feasible
     from jobs import local_ray
     from jobs.inputs import check_inputs, read_data
@@ -44,6 +46,12 @@ def session(recipe: Recipe, command: str) -> Iterator[Session]:
             yield Session(run, corpus, tracker)
     except KeyboardInterrupt as error:
         raise Interrupted(f"stopped; {_kept(run)} The same command goes on from there") from error
+    except CorralError as error:
+        if error.exit_code == CorralError.exit_code:  # a failed run, no input to mend
+            trace = run.path / TRACE
+            trace.parent.mkdir(exist_ok=True)
+            trace.write_text(traceback.format_exc())
+        raise
     for name in ("summary.json", "report.html"):
         if (run.path / name).is_file():
             sys.stdout.write(f"{run.path / name}\n")

@@ -25,9 +25,8 @@ from app.stages.preparation import Prepared
 from app.tracking import METRICS_FILE, RunTracker
 from app.workers.learner import LearnerSpec, RayLearner, learner_group
 from app.workers.rollout import VllmRolloutPool, rollout_pool, uses_nccl
-from app.workers.weight_transfer import WeightPublisher
+from app.workers.weight_transfer import WeightPublisher, canaries_of
 
-CANARIES = 2
 StartScoring = Callable[[str, str], AbstractContextManager[Scorer]]
 """(reward model folder, reference policy folder) -> the scoring service for the length of a `with` block."""
 
@@ -112,7 +111,7 @@ def train_ppo(
         pool.ready()
         learner.ready()
         before = answer(pool, scorer, prompts.held_out, prepared.template, recipe.evaluation, gold)
-        canaries = [rollout.sequence for rollout in before.rollouts[:CANARIES]]
+        canaries = canaries_of(before.rollouts)
         state = _resume_and_run(recipe, run, tracker, learner, pool, scorer, prompts.train, prepared.template.pad_id, canaries)
         learner.export(str(folder / "model"))
         after = answer(pool, scorer, prompts.held_out, prepared.template, recipe.evaluation, gold)

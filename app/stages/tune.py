@@ -26,9 +26,9 @@ from app.stages.actor_learner import LoopState, actor_learner_loop
 from app.stages.pipeline import Pipeline
 from app.stages.ppo import StartScoring, loop_parts, open_pool, start_learner
 from app.tracking import RunTracker
+from app.workers.weight_transfer import CANARIES
 
 DRIVER_CPUS = 0.01  # a trial's own process only waits for its actors
-CANARIES = 2
 
 
 @dataclass(frozen=True)

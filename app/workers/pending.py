@@ -9,14 +9,17 @@ import ray
 
 from app.errors import CorralError, DeadlineError
 
+TRACE = "logs/error.txt"
+"""Where a command leaves the trace of a failure, in its run folder."""
+
 T = TypeVar("T")
 
 
 def collect(references: Sequence[ray.ObjectRef[Any]], *, phase: str, deadline_seconds: float, failure: type[CorralError]) -> list[Any]:
     """Results of remote calls, in order.
 
-    Raises DeadlineError naming the phase when they are not all there in time, and `failure` when a process died;
-    errors of ours raised inside a worker arrive as themselves.
+    Raises DeadlineError naming the phase when they are not all there in time, and `failure` when a process died or raised
+    something; errors of ours raised inside a worker arrive as themselves.
     """
     try:
         return ray.get(list(references), timeout=deadline_seconds)
@@ -29,9 +32,16 @@ def collect(references: Sequence[ray.ObjectRef[Any]], *, phase: str, deadline_se
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, CorralError):
             raise error.cause from None
-        raise
+        raise failure(
+            f"{phase}: {type(error.cause).__name__}: {_last_line(error.cause)}; the whole trace is in the run's {TRACE}"
+        ) from error
     except ray.exceptions.RayActorError as error:
         raise failure(f"{phase}: a worker process died ({str(error).splitlines()[0]}); rerun the same command to go on") from error
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else "no message"
 
 
 class Remote(Generic[T]):

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from app.errors import WeightPushError
-from app.experience import FloatArray, IntArray
+from app.experience import FloatArray, IntArray, Rollout
 
 if TYPE_CHECKING:
     from app.workers.learner import RayLearner
     from app.workers.rollout import VllmRolloutPool
 
 BACKEND = "object_store"
+CANARIES = 2
 
 
 def register_object_store_backend() -> None:
@@ -90,6 +91,13 @@ def repack_output_heads(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+
+def canaries_of(rollouts: Sequence[Rollout]) -> list[IntArray]:
+    """Sequences to compare engine and learner on, int32 [S] each: the first rollouts, without their last token.
+
+    An engine that judges a sequence draws one more token behind it, and a rollout may fill the engine's context."""
+    return [rollout.sequence[:-1] for rollout in rollouts[:CANARIES]]
 
 
 def canary_mismatch(engine: Sequence[FloatArray], learner: Sequence[FloatArray]) -> float:

@@ -19,7 +19,7 @@ from app.models.heads import init_reward_model, save_reward_model
 from app.models.load import load_causal_lm, load_tokenizer
 from app.workers.learner import LearnerSpec, RayLearner, learner_group
 from app.workers.rollout import VllmRolloutPool, rollout_pool
-from app.workers.weight_transfer import WeightPublisher, canary_mismatch
+from app.workers.weight_transfer import WeightPublisher, canaries_of, canary_mismatch
 from tests.tiny_models import VOCABULARY, make_llama, make_neox
 
 LIMIT = 1e-4
@@ -69,7 +69,9 @@ def test_push(make: Callable[[Path], str], zero_stage: int, tmp_path: Path) -> N
         check_rollouts(pool, rollouts, prompts, policy)
         experience = experience_of(rollouts, learner)
         assert float((experience.proximal_BT - experience.behaviour_BT).abs().max()) < LIMIT
-        canaries = [rollout.sequence for rollout in rollouts[:2]]
+        longest = pool.submit([Prompt("longest", "", np.full(64, 9, np.int32))], seed=1).result()
+        assert len(longest[0].ids) == rollout.max_new_tokens  # a canary that fills the engine's context
+        canaries = canaries_of([rollouts[0], *longest])
         before = pool.logprobs(canaries)
         metrics = learner.update(ALGORITHMS["ppo"](config.algorithm).credit(experience, kl_coef=0.0), seed=0)
         assert metrics["first_step_mismatch"] < LIMIT
