@@ -17,7 +17,9 @@ from ray._private.accelerators import get_accelerator_manager_for_resource
 from app.errors import ConfigError
 from jobs import interrupts
 
-OBJECT_STORE_BYTES = 512 * 2**20
+OBJECT_STORE_BYTES = (128 * 2**20, 4 * 2**30)
+"""Least and most; Ray takes pages as it fills them. A weight push holds a whole float32 policy: one that does not fit goes by the disk."""
+SHARED_MEMORY, SHARED_MEMORY_SHARE = "/dev/shm", 0.5
 WORKER_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report of a training worker waits for the controller's next poll; 2 s by default
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -47,6 +49,12 @@ def local_cpus() -> int:
     return max(2, len(os.sched_getaffinity(0)))
 
 
+def object_store_bytes() -> int:
+    """Size of the object store of a Ray of our own: what is useful, and where there is little shared memory half of what is free."""
+    least, most = OBJECT_STORE_BYTES
+    return max(least, min(most, int(shutil.disk_usage(SHARED_MEMORY).free * SHARED_MEMORY_SHARE)))
+
+
 def local_gpus() -> int:
     """GPUs as `ray.init` will count them."""
     manager = get_accelerator_manager_for_resource("GPU")
@@ -69,7 +77,7 @@ def running_ray(logs: Path) -> Iterator[None]:
         context = ray.init(
             address="local",
             num_cpus=local_cpus(),
-            object_store_memory=OBJECT_STORE_BYTES,
+            object_store_memory=object_store_bytes(),
             log_to_driver=False,
             logging_level="ERROR",
         )

@@ -14,6 +14,7 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 from app.config.ppo import ScoringConfig
 from app.config.shared import WorkersConfig
 from app.errors import DeadlineError, ScoringError
+from app.workers.processes import process_options
 from app.workers.scoring_client import REFERENCE, REWARD, ServeScorer
 from serve.replicas import Precision, ReferenceReplica, RewardReplica
 
@@ -102,11 +103,7 @@ def _deployment(replica: type, name: str, workers: WorkersConfig) -> serve.Deplo
     return serve.deployment(
         name=name,
         num_replicas=workers.count,
-        ray_actor_options={
-            "num_cpus": workers.cpus,
-            "num_gpus": workers.gpus,
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(workers.threads)}},
-        },
+        ray_actor_options=process_options(workers),
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         max_constructor_retry_count=1,
         health_check_period_s=HEALTH_CHECK_PERIOD_SECONDS,

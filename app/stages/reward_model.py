@@ -34,6 +34,7 @@ from app.stages.preparation import Prepared
 from app.stages.supervised import HELD_OUT_FILE, TRAIN_FILE, require_rows, speed, train
 from app.tracking import RunTracker
 from app.workers.pending import collect
+from app.workers.processes import process_options
 
 SCORING_TOKENS = 8192
 """Tokens (with padding) of one forward pass when the offset is measured."""
@@ -147,9 +148,7 @@ def set_reward_offset(
 
     Scores are computed in a Ray task with the resources of one of `workers`. Raises CorralError or DeadlineError.
     """
-    task = ray.remote(mean_raw_score).options(
-        num_cpus=workers.cpus, num_gpus=workers.gpus, runtime_env={"env_vars": {"OMP_NUM_THREADS": str(workers.threads)}}
-    )
+    task = ray.remote(mean_raw_score).options(**process_options(workers))
     reference = task.remote(str(model_folder.absolute()), list(sequences), workers.threads, precision, trust_remote_code)
     offset: float = collect([reference], phase="reward offset", deadline_seconds=deadline_seconds, failure=CorralError)[0]
     file = model_folder / "config.json"

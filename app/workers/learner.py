@@ -25,6 +25,7 @@ from app.errors import CheckpointError, CorralError, NonFiniteError, WeightPushE
 from app.experience import Experience, FloatArray, IntArray, Minibatch, PolicyOutputs, TokenBatch, Totals
 from app.numerics import gather_response
 from app.workers.pending import collect
+from app.workers.processes import process_options
 
 BUCKET_BYTES = 64 * 2**20  # weights travel in pieces of about this size
 
@@ -346,12 +347,7 @@ def learner_group(spec: LearnerSpec, *, deadline_seconds: float, placement: Sequ
     workers_config = spec.config.workers
     worker_class = ray.remote(LearnerWorker)
     workers = [
-        worker_class.options(
-            num_cpus=workers_config.cpus,
-            num_gpus=workers_config.gpus,
-            scheduling_strategy=placement[rank] if placement else "DEFAULT",
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(workers_config.threads)}},
-        ).remote()
+        worker_class.options(**process_options(workers_config), scheduling_strategy=placement[rank] if placement else "DEFAULT").remote()
         for rank in range(workers_config.count)
     ]
     try:

@@ -16,6 +16,7 @@ from app.config.shared import WorkersConfig
 from app.errors import RolloutError
 from app.experience import FinishReason, FloatArray, IntArray, Prompt, Rollout
 from app.workers.pending import Remote, collect
+from app.workers.processes import process_options
 
 BATCHED_TOKENS = 8192
 """Prompt tokens that a CPU engine processes at a time, and at least one whole prompt."""
@@ -175,20 +176,13 @@ def _sampled(output: Any) -> Sampled:
 
 def engine_options(workers: WorkersConfig, placement: Any) -> dict[str, Any]:
     """Ray actor options of one engine: its resources and the environment that vLLM reads while it is imported."""
-    return {
-        "num_cpus": workers.cpus,
-        "num_gpus": workers.gpus,
-        "scheduling_strategy": placement,
-        "runtime_env": {
-            "env_vars": {
-                "OMP_NUM_THREADS": str(workers.threads),
-                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-                "VLLM_LOGGING_LEVEL": "WARNING",
-                "VLLM_NO_USAGE_STATS": "1",
-            }
-        },
+    variables = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
     }
+    return process_options(workers, **variables) | {"scheduling_strategy": placement}
 
 
 class VllmRolloutPool:

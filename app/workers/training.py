@@ -18,6 +18,7 @@ from app.errors import CorralError, DeadlineError, Interrupted
 from app.interfaces import Tracker
 from app.workers.deepspeed_engine import deepspeed_config
 from app.workers.event_channel import EventChannel
+from app.workers.processes import process_environment
 from app.workers.supervised_task import SupervisedTask, TrainingJob, TrainingResult, WorkerOutcome
 from app.workers.training_loop import train_worker
 
@@ -80,7 +81,7 @@ def _trainer(job: TrainingJob, folder: Path) -> TorchTrainer:
             failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(workers.threads)}},
+            worker_runtime_env={"env_vars": process_environment(workers)},
         ),
     )
 

@@ -1,0 +1,25 @@
+"""The environment of a compute process: what has to be set before it starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from app.config.shared import WorkersConfig
+
+KEEP_FREED_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**36),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+"""For glibc: activations that one step frees serve the next one. By default each large tensor is a new mapping, whose pages the
+kernel clears one by one: a quarter of the time of a training step. Huge pages are asked for where the kernel gives them."""
+
+
+def process_environment(workers: WorkersConfig, **more: str) -> dict[str, str]:
+    """Environment variables of one process of a role. Threads are set here because OpenMP reads them at start."""
+    return {"OMP_NUM_THREADS": str(workers.threads), **KEEP_FREED_MEMORY, **more}
+
+
+def process_options(workers: WorkersConfig, **more: str) -> dict[str, Any]:
+    """Ray options of one process of a role: its resources and its environment (`more` are further variables)."""
+    return {"num_cpus": workers.cpus, "num_gpus": workers.gpus, "runtime_env": {"env_vars": process_environment(workers, **more)}}
