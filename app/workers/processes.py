@@ -8,11 +8,11 @@ from app.config.shared import WorkersConfig
 
 KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**36),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
-"""For glibc: activations that one step frees serve the next one. By default each large tensor is a new mapping, whose pages the
-kernel clears one by one: a quarter of the time of a training step. Huge pages are asked for where the kernel gives them."""
+"""For glibc: up to 1 GiB that one step frees serves the next one. By default each large tensor is a new mapping, whose pages the
+kernel clears one by one. Huge pages are asked for where the kernel gives them. Measured in docs/results/smollm2.md."""
 
 
 def process_environment(workers: WorkersConfig, **more: str) -> dict[str, str]:
