@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from app.config.loading import with_values
 from app.config.recipe import Recipe
 from app.data.corpus import Corpus
 from app.errors import ConfigError
@@ -181,13 +182,15 @@ def run_evaluation(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunT
         reward_path = pipeline.given_reward_model(sft_path)
         held_out = pipeline.prompts.held_out
         gold, template = gold_of(recipe), pipeline.prepared.template
-        with start_scoring(reward_path, sft_path) as scorer:
-            answers = []
-            for path in (sft_path, str(ppo_path)):
-                with open_pool(recipe, path, held_out, template.eos_id) as pool:
-                    pool.ready()
-                    answers.append(answer(pool, scorer, held_out, template, recipe.evaluation, gold))
-        before, after = answers
+        one_engine = with_values(recipe, {"rollout.transfer": "object_store"})  # it takes the second model's weights from their files
+        with (
+            open_pool(one_engine, sft_path, held_out, template.eos_id) as pool,
+            start_scoring(reward_path, sft_path) as scorer,
+        ):
+            pool.ready()
+            before = answer(pool, scorer, held_out, template, recipe.evaluation, gold)
+            pool.each("load_folder", str(ppo_path), 1)
+            after = answer(pool, scorer, held_out, template, recipe.evaluation, gold)
         write_examples(run.path / "examples.jsonl", held_out, before, after, recipe.evaluation.examples)
         return pipeline.summarise(evaluation=compare(before, after, recipe.evaluation))
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from app.workers.processes import process_options
 BATCHED_TOKENS = 8192
 """Prompt tokens that a CPU engine processes at a time, and at least one whole prompt."""
 
+Weights = Mapping[str, np.ndarray[Any, Any]]  # parameter name -> array
 Sampled = tuple[IntArray, FloatArray, str]  # response ids [T], log-probs [T], finish reason
 
 
@@ -115,12 +117,22 @@ class RolloutEngine:
         """Call one step of vLLM's weight-transfer interface on the workers of this engine."""
         self._llm.collective_rpc(method, args=args)
 
-    def load_buckets(self, buckets: Sequence[ray.ObjectRef[Mapping[str, np.ndarray[Any, Any]]]], version: int) -> None:
-        """Replace all weights by the given buckets (parameter name -> array); answers from here on carry `version`."""
+    def load_buckets(self, buckets: Sequence[ray.ObjectRef[Weights]], version: int) -> None:
+        """Replace all weights by the given buckets; answers from here on carry `version`."""
+        self._load(map(ray.get, buckets), version)
+
+    def load_folder(self, path: str, version: int) -> None:
+        """Replace all weights by those of a Hugging Face folder of the same architecture. Needs rollout.transfer = object_store."""
+        from safetensors.torch import load_file
+
+        files = sorted(Path(path).glob("*.safetensors"))
+        self._load(({name: tensor.float().numpy() for name, tensor in load_file(file).items()} for file in files), version)
+
+    def _load(self, buckets: Iterable[Weights], version: int) -> None:
         with self._awake():
             self.transfer("start_weight_update")
-            for bucket in buckets:
-                self.transfer("update_weights", {"tensors": ray.get(bucket)})
+            for tensors in buckets:
+                self.transfer("update_weights", {"tensors": tensors})
             self.transfer("finish_weight_update")
         self.version = version
 

@@ -123,4 +123,4 @@ def test_a_failed_job_fails_the_submission(head: Head, tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, cwd=ROOT, env=head.environment, capture_output=True, text=True, check=False, timeout=RUN_SECONDS)
     assert done.returncode == 2, done.stdout[-3000:]
-    assert "needs 2 GPUs" in done.stdout
+    assert "needs 1 GPU" in done.stdout

@@ -88,6 +88,9 @@ def test_push(make: Callable[[Path], str], zero_stage: int, tmp_path: Path) -> N
         learner.export(str(tmp_path / "exported"))
         exported = direct_logprobs(str(tmp_path / "exported"), canaries[0])
         assert float(np.abs(exported - learner.logprobs(canaries[:1])[0]).max()) < LIMIT
+        assert canary_mismatch(pool.logprobs(canaries), learner.logprobs(canaries)) > 100 * LIMIT  # the engine is behind the learner
+        pool.each("load_folder", str(tmp_path / "exported"), 2)
+        assert canary_mismatch(pool.logprobs(canaries), learner.logprobs(canaries)) < LIMIT
 
 
 def check_rollouts(pool: VllmRolloutPool, rollouts: list[Rollout], prompts: list[Prompt], policy: str) -> None:
