@@ -8,6 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+HEADING = """# The embedded task over several seeds
+
+`make learn`: the whole pipeline of `jobs/recipes/tiny/pipeline.toml`, once per seed. Gold is the score that no training sees, on 256 held-out prompts;
+intervals are 95 % bootstrap intervals; lengths are tokens.
+
+"""
 COLUMNS = {
     "RM pair accuracy": "rm.pair_accuracy",
     "length baseline": "rm.length_baseline",
@@ -18,6 +24,7 @@ COLUMNS = {
     "KL": "ppo.kl",
     "length before": "ppo.length_before",
     "length after": "ppo.length_after",
+    "distinct after": "ppo.distinct_after",
 }
 
 
@@ -40,7 +47,7 @@ def _cell(summary: Mapping[str, Any], key: str) -> str:
 
 
 def main(folders: Sequence[str]) -> None:
-    sys.stdout.write(table({Path(folder).name: json.loads((Path(folder) / "summary.json").read_text()) for folder in folders}))
+    sys.stdout.write(HEADING + table({Path(folder).name: json.loads((Path(folder) / "summary.json").read_text()) for folder in folders}))
 
 
 if __name__ == "__main__":
