@@ -10,8 +10,8 @@ from typing import Any
 
 HEADING = """# The embedded task over several seeds
 
-`make learn`: the whole pipeline of `jobs/recipes/tiny/pipeline.toml`, once per seed. Gold is the score that no training sees, on 256 held-out prompts;
-intervals are 95 % bootstrap intervals; lengths are tokens.
+`make learn`: the whole pipeline of `jobs/recipes/tiny/pipeline.toml`, once per seed.
+Gold is the score that no training sees, on 256 held-out prompts; intervals are 95 % bootstrap intervals; lengths are tokens.
 
 """
 COLUMNS = {
