@@ -59,8 +59,8 @@ class RunFolder:
         manifest: dict[str, Any] = {"created": now, "config": recipe.model_dump(mode="json"), "data": None, "stages": {}, "sessions": []}
         if (path / MANIFEST).exists():
             before = read_json(path / MANIFEST)
-            refuse_other_config(path, before, identity)
             if not is_blank(before):
+                refuse_other_config(path, before, identity)
                 manifest = before
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -182,8 +182,6 @@ def lock_folder(path: Path) -> FileLock:
 
 def refuse_other_config(path: Path, manifest: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """CheckpointError that names the keys in which the run in `path` differs from this one."""
-    if is_blank(manifest):
-        return
     try:
         before = saved_identity(_identity(manifest["config"]))
     except (KeyError, AttributeError) as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 from app.errors import DataError
 from app.formats.records import Filters, Message, TreeRecords
-from app.formats.standalone import conversation, has, standalone, text_of
+from app.formats.standalone import ROLES, conversation, has, standalone, text_of
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
@@ -25,11 +25,11 @@ def transcript(text: str, name: str) -> tuple[Message, ...]:
         raise DataError(f"`{name}` does not begin with a turn")
     turns: list[Message] = []
     for speaker, words in zip(pieces[1::2], pieces[2::2], strict=True):
-        role, content = ("user" if speaker == "Human" else "assistant"), words.strip()
+        role, content = ROLES[speaker.lower()], words.strip()
         if turns and turns[-1].role == role:
-            turns[-1] = Message(turns[-1].role, f"{turns[-1].content}\n\n{content}".strip())
+            turns[-1] = Message(role, f"{turns[-1].content}\n\n{content}".strip())
         else:
-            turns.append(Message("user" if role == "user" else "assistant", content))
+            turns.append(Message(role, content))
     if len(turns) < 2 or turns[-1].role != "assistant":
         raise DataError(f"`{name}` does not end in an answer of the assistant")
     if empty := next((number for number, turn in enumerate(turns, 1) if not turn.content), None):

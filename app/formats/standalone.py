@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 from app.errors import DataError
 from app.formats.records import BadRow, Filters, Format, Message, MessageRole, PromptItem, RankedGroup, Row, Thread, TreeRecords
@@ -31,7 +32,7 @@ def standalone(matches: Callable[[Any], bool], parse: Callable[[Any, Filters], T
     """
 
     def read(rows: Iterable[Row], filters: Filters) -> tuple[list[TreeRecords], list[BadRow]]:
-        trees: dict[str, TreeRecords] = {}
+        trees: dict[str, list[TreeRecords]] = defaultdict(list)
         bad: list[BadRow] = []
         for row in rows:
             try:
@@ -41,9 +42,8 @@ def standalone(matches: Callable[[Any], bool], parse: Callable[[Any, Filters], T
             except DataError as error:
                 bad.append(BadRow(row.file, row.line, row.text, str(error)))
                 continue
-            known = trees.get(records.tree_id)
-            trees[records.tree_id] = records if known is None else _joined(known, records)
-        return list(trees.values()), bad
+            trees[records.tree_id].append(records)
+        return [_joined(parts) for parts in trees.values()], bad
 
     return Format(matches=matches, read=read)
 
@@ -160,16 +160,12 @@ def _name(messages: Sequence[Message]) -> str:
     return digest("\0".join(f"{message.role}:{message.content}" for message in messages))
 
 
-def _joined(first: TreeRecords, second: TreeRecords) -> TreeRecords:
-    """Two rows of one tree; what both hold is kept once."""
-
-    def merged(kind: Literal["threads", "prompts"]) -> tuple[Any, ...]:
-        return tuple({item.id: item for item in (*getattr(first, kind), *getattr(second, kind))}.values())
-
+def _joined(parts: Sequence[TreeRecords]) -> TreeRecords:
+    """The rows of one tree, at least one; what several of them hold is kept once."""
     return replace(
-        first,
-        messages=first.messages + second.messages,
-        threads=merged("threads"),
-        groups=tuple(dict.fromkeys((*first.groups, *second.groups))),
-        prompts=merged("prompts"),
+        parts[0],
+        messages=sum(part.messages for part in parts),
+        threads=tuple({item.id: item for part in parts for item in part.threads}.values()),
+        groups=tuple(dict.fromkeys(group for part in parts for group in part.groups)),
+        prompts=tuple({item.id: item for part in parts for item in part.prompts}.values()),
     )

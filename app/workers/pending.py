@@ -33,15 +33,16 @@ def collect(references: Sequence[ray.ObjectRef[Any]], *, phase: str, deadline_se
         if isinstance(error.cause, CorralError):
             raise error.cause from None
         raise failure(
-            f"{phase}: {type(error.cause).__name__}: {_last_line(error.cause)}; the whole trace is in the run's {TRACE}"
+            f"{phase}: {type(error.cause).__name__}: {last_line(error.cause)}; the whole trace is in the run's {TRACE}"
         ) from error
     except ray.exceptions.RayActorError as error:
         raise failure(f"{phase}: a worker process died ({str(error).splitlines()[0]}); rerun the same command to go on") from error
 
 
-def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1].strip() if lines else "no message"
+def last_line(error: BaseException) -> str:
+    """The last line that says something: Ray's messages end with the innermost error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else "no message"
 
 
 class Remote(Generic[T]):

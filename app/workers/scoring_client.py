@@ -23,6 +23,7 @@ from app.errors import ScoringError
 from app.experience import FloatArray, IntArray
 from app.interfaces import Pending
 from app.models.forward import padded_batches
+from app.workers.pending import last_line
 
 REWARD, REFERENCE = "reward", "reference"
 """Names of the two deployments."""
@@ -157,7 +158,7 @@ class _Request:
             except TimeoutError:
                 reason = f"no answer within {config.timeout_seconds:g} s; raise scoring.timeout_seconds or scoring.{self.deployment}.count"
             except (RayError, RayServeException) as error:
-                reason = f"{type(error).__name__}: {_summary(error)}"
+                reason = f"{type(error).__name__}: {last_line(error)}"
         attempts = config.retries + 1
         raise ScoringError(f"{self.scorer.describe(self.deployment)} failed {attempts} times, last: {reason}")
 
@@ -182,9 +183,3 @@ class _PendingAnswers(Generic[T]):
 
     def result(self) -> T:
         return self._finish([request.wait() for request in self._requests])
-
-
-def _summary(error: Exception) -> str:
-    """The last line that says something: Ray's messages end with the innermost error."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else "no message"
