@@ -2,6 +2,6 @@
 
 import sys
 
-from jobs.main import main
+from jobs.main import command
 
-sys.exit(main())
+sys.exit(command())

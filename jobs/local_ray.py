@@ -21,8 +21,6 @@ OBJECT_STORE_BYTES = (128 * 2**20, 4 * 2**30)
 """Least and most; Ray takes pages as it fills them. A weight push holds a whole float32 policy: one that does not fit goes by the disk."""
 SHARED_MEMORY, SHARED_MEMORY_SHARE = "/dev/shm", 0.5
 WORKER_ENV = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report of a training worker waits for the controller's next poll; 2 s by default
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "TOKENIZERS_PARALLELISM": "false",

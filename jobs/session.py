@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,6 +44,7 @@ def session(recipe: Recipe, command: str) -> Iterator[Session]:
     run = RunFolder.open(recipe, command)
     try:
         corpus = read_data(recipe, command, run)
+        _import_in_background("app.stages.pipeline")  # seconds of imports while Ray's own processes start
         with local_ray.running_ray(run.path / "logs"), RunTracker(run.path) as tracker:
             yield Session(run, corpus, tracker)
     except KeyboardInterrupt as error:
@@ -55,6 +58,16 @@ def session(recipe: Recipe, command: str) -> Iterator[Session]:
     for name in ("summary.json", "report.html"):
         if (run.path / name).is_file():
             sys.stdout.write(f"{run.path / name}\n")
+
+
+def _import_in_background(module: str) -> None:
+    """A later import statement finds the module there, waits for it, or raises what is wrong with it."""
+
+    def load() -> None:
+        with suppress(Exception):
+            importlib.import_module(module)
+
+    threading.Thread(target=load, name="corral-imports", daemon=True).start()
 
 
 def _kept(run: RunFolder) -> str:

@@ -18,7 +18,9 @@ from app.workers.processes import process_options
 from app.workers.scoring_client import REFERENCE, REWARD, ServeScorer
 from serve.replicas import Precision, ReferenceReplica, RewardReplica
 
-POLL_SECONDS = 0.2
+POLL_SECONDS = 1.0
+"""Each look at Serve's status takes the caller about 0.2 s of computing: it pickles the router class of every deployment."""
+
 MAX_ONGOING_REQUESTS = 1024
 """Requests inside one replica at a time; the batcher's pool of callers to choose from."""
 

@@ -18,6 +18,9 @@ from app.errors import DataError
 from app.experience import IntArray, Prompt
 from app.formats.records import PromptItem, RankedGroup, Thread
 
+TRAIN_FILE, HELD_OUT_FILE = "train.parquet", "validation.parquet"
+"""Token caches of a stage, in `DIR/<stage>/data`."""
+
 BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 
 PROMPT_SHARE = 4

@@ -14,9 +14,6 @@ from app.tracking import RunTracker
 from app.workers.supervised_task import SupervisedTask, TrainingResult
 from app.workers.training import fit, training_steps
 
-TRAIN_FILE, HELD_OUT_FILE = "train.parquet", "validation.parquet"
-"""Token caches of a stage, in `DIR/<stage>/data`."""
-
 
 def train(task: SupervisedTask, config: TrainingConfig, recipe: Recipe, *, rows: int, folder: Path, tracker: RunTracker) -> TrainingResult:
     """Train on `rows` rows; SIGINT and SIGTERM end it with a checkpoint and Interrupted. Raises what `fit` raises."""

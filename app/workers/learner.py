@@ -351,7 +351,7 @@ def learner_group(spec: LearnerSpec, *, deadline_seconds: float, placement: Sequ
         for rank in range(workers_config.count)
     ]
     try:
-        address = collect([workers[0].address.remote()], phase="learner start", deadline_seconds=deadline_seconds, failure=CorralError)[0]
+        address = workers[0].address.remote()  # Ray hands its value to the ranks
         starting = [worker.start.remote(spec, rank, len(workers), address) for rank, worker in enumerate(workers)]
         yield RayLearner(workers, starting, deadline_seconds=deadline_seconds)
     finally:

@@ -14,10 +14,15 @@ KEEP_FREED_MEMORY = {
 """For glibc: up to 1 GiB that one step frees serves the next one. By default each large tensor is a new mapping, whose pages the
 kernel clears one by one. Huge pages are asked for where the kernel gives them. Measured in docs/results/smollm2.md."""
 
+NOTHING_COMPILED = {"TORCHDYNAMO_DISABLE": "1"}
+"""On CPUs nothing of ours gains by torch.compile, but libraries use it in passing: vLLM's sampler would start a C++ compiler for one
+comparison at its first token, and DeepSpeed imports all of the compiler (3 s in every process) for an optimizer we do not use."""
+
 
 def process_environment(workers: WorkersConfig, **more: str) -> dict[str, str]:
     """Environment variables of one process of a role. Threads are set here because OpenMP reads them at start."""
-    return {"OMP_NUM_THREADS": str(workers.threads), **KEEP_FREED_MEMORY, **more}
+    compiler = {} if workers.gpus else NOTHING_COMPILED
+    return {"OMP_NUM_THREADS": str(workers.threads), **KEEP_FREED_MEMORY, **compiler, **more}
 
 
 def process_options(workers: WorkersConfig, **more: str) -> dict[str, Any]:

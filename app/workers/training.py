@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from functools import partial
 from pathlib import Path
 
 import ray.train
@@ -26,6 +27,11 @@ MAX_FAILURES = 1
 """Times a run may lose a worker and go on by itself from its last checkpoint."""
 CHECKPOINTS_KEPT = 2
 POLL_SECONDS = 0.2
+RAY_TRAIN_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # reports wait for the controller's next look at its workers, every 2 s by default
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one more process, for a warning that the loop has no use for
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+}
 
 
 def training_steps(config: TrainingConfig, rows: int) -> int:
@@ -67,13 +73,12 @@ def fit(
 
 
 def _trainer(job: TrainingJob, folder: Path) -> TorchTrainer:
-    # Reports wait for the controller's next look at its workers, which is every 2 s unless told otherwise.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    for name, value in RAY_TRAIN_SETTINGS.items():
+        os.environ.setdefault(name, value)
     workers = job.config.workers
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
     return TorchTrainer(
-        train_worker,
-        train_loop_config={"job": job},
+        partial(train_worker, job),  # as train_loop_config the job would be unpickled, with all its imports, by the controller too
         scaling_config=ray.train.ScalingConfig(num_workers=workers.count, use_gpu=workers.gpus > 0, resources_per_worker=resources),
         run_config=ray.train.RunConfig(
             name="checkpoints",

@@ -47,9 +47,9 @@ class Window:
     seconds: float = 0.0
 
 
-def train_worker(config: dict[str, TrainingJob]) -> WorkerOutcome:
+def train_worker(job: TrainingJob) -> WorkerOutcome:
     """The function that Ray Train runs on every rank."""
-    loop = TrainingLoop(config["job"])
+    loop = TrainingLoop(job)
     try:
         return loop.run()
     except NonFiniteError as error:  # every rank sees it in the same step, so a restart would only meet it again

@@ -21,7 +21,8 @@ from app.formats.records import Message, RankedGroup, Thread
 from app.run_folder import RunFolder
 from app.stages.preparation import Prepared
 from app.stages.reward_model import set_reward_offset, train_reward_model
-from app.stages.sft import SftTask, train_sft
+from app.stages.sft import train_sft
+from app.tasks.sft import SftTask
 from app.workers.training import fit
 from tests.tiny_models import make_neox, make_tokenizer
 

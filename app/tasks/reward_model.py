@@ -1,0 +1,114 @@
+"""What a reward model learns: rankings, by Bradley-Terry, and the mean score that becomes its zero.
+
+Shape legend: N replies of all groups of a micro-batch, S tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from app.data.collate import collate_groups
+from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, GroupRow, read_groups
+from app.experience import IntArray
+from app.models.forward import pad_sequences, padded_batches
+from app.models.heads import init_reward_model, load_reward_model, save_reward_model, sequence_scores
+from app.models.load import load_tokenizer
+from app.numerics.preference import best_worst_hits, group_bradley_terry_loss, pair_hits
+
+SCORING_TOKENS = 8192
+"""Tokens (with padding) of one forward pass when the offset is measured."""
+
+
+class SequenceScores(nn.Module):
+    """A reward model whose forward is the raw score of each reply."""
+
+    def __init__(self, reward_model: PreTrainedModel) -> None:
+        super().__init__()
+        self.reward_model = reward_model
+
+    def forward(self, ids_NS: torch.Tensor, attention_NS: torch.Tensor) -> torch.Tensor:
+        """Raw logits float32 [N]."""
+        return sequence_scores(self.reward_model, ids_NS, attention_NS)
+
+
+@dataclass(frozen=True)
+class RewardModelTask:
+    """`SupervisedTask` over the parquet files in `data`. The loss is the mean over all groups of an optimizer step."""
+
+    data: Path
+    sft_path: str
+    seed: int
+    score_l2: float
+    trust_remote_code: bool
+    stage: str = "rm"
+
+    def build_model(self) -> nn.Module:
+        return SequenceScores(init_reward_model(self.sft_path, seed=self.seed, trust_remote_code=self.trust_remote_code))
+
+    def load_rows(self) -> tuple[list[GroupRow], list[GroupRow]]:
+        return read_groups(self.data / TRAIN_FILE), read_groups(self.data / HELD_OUT_FILE)
+
+    def length(self, row: GroupRow) -> int:
+        return max(len(sequence) for sequence in row.sequences)
+
+    def tokens(self, row: GroupRow) -> int:
+        return sum(len(sequence) for sequence in row.sequences)
+
+    def weight(self, row: GroupRow) -> int:
+        return 1
+
+    def loss(self, engine: Any, rows: Sequence[GroupRow], device: torch.device) -> torch.Tensor:
+        batch = collate_groups(rows, device)
+        scores_N = engine(batch.ids_NS, batch.attention_NS)
+        return group_bradley_terry_loss(scores_N, batch.group_sizes, score_l2=self.score_l2, num_groups=1)
+
+    def evaluate(self, engine: Any, rows: Sequence[GroupRow], device: torch.device) -> dict[str, float]:
+        batch = collate_groups(rows, device)
+        scores_N = engine(batch.ids_NS, batch.attention_NS).cpu()
+        hits, pairs = pair_hits(scores_N, batch.group_sizes)
+        best_hits, groups = best_worst_hits(scores_N, batch.group_sizes)
+        return {
+            "loss": float(group_bradley_terry_loss(scores_N, batch.group_sizes, score_l2=self.score_l2, num_groups=1)),
+            "hits": hits,
+            "pairs": pairs,
+            "best_hits": best_hits,
+            "groups": groups,
+            "scores": float(scores_N.sum()),
+            "squares": float(scores_N.square().sum()),
+            "replies": len(scores_N),
+        }
+
+    def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
+        mean = sums["scores"] / sums["replies"]
+        return {
+            "loss": sums["loss"] / sums["groups"],
+            "pair_accuracy": sums["hits"] / sums["pairs"],
+            "best_vs_worst": sums["best_hits"] / sums["groups"],
+            "score_mean": mean,
+            "score_std": max(0.0, sums["squares"] / sums["replies"] - mean**2) ** 0.5,
+        }
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        assert isinstance(model, SequenceScores)
+        save_reward_model(model.reward_model, load_tokenizer(self.sft_path, self.trust_remote_code), folder, reward_offset=0.0)
+
+
+@torch.no_grad()
+def mean_raw_score(
+    model_folder: str, sequences: Sequence[IntArray], threads: int, precision: Literal["fp32", "bf16", "fp16"], trust_remote_code: bool
+) -> float:
+    """Mean over `sequences` of the reward model's logit, without any offset."""
+    torch.set_num_threads(threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_reward_model(model_folder, precision=precision, trust_remote_code=trust_remote_code).to(device)
+    total = 0.0
+    for index in padded_batches(sequences, SCORING_TOKENS):
+        total += float(sequence_scores(model, *pad_sequences([sequences[i] for i in index], device)).double().sum())
+    return total / len(sequences)

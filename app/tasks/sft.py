@@ -1,0 +1,77 @@
+"""What SFT learns: the assistant turns of conversations, by the loss of their tokens.
+
+Shape legend: B threads, S tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from app.data.collate import collate_threads
+from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, SftRow, read_threads
+from app.models.forward import positions
+from app.models.load import load_causal_lm, load_tokenizer
+from app.numerics.logprobs import token_logprobs
+
+
+class TargetLoss(nn.Module):
+    """A causal language model whose forward is the summed cross-entropy of its target tokens, in nats."""
+
+    def __init__(self, language_model: PreTrainedModel) -> None:
+        super().__init__()
+        self.language_model = language_model
+
+    def forward(self, ids_BS: torch.Tensor, attention_BS: torch.Tensor, targets_BS: torch.Tensor) -> torch.Tensor:
+        """Scalar float32; rows are right-padded, targets_BS is False at a row's first token."""
+        logits_BSV = self.language_model(
+            input_ids=ids_BS, attention_mask=attention_BS, position_ids=positions(attention_BS), use_cache=False
+        ).logits
+        return -token_logprobs(logits_BSV, ids_BS).masked_fill(~targets_BS[:, 1:], 0.0).sum()
+
+
+@dataclass(frozen=True)
+class SftTask:
+    """`SupervisedTask` over the parquet files in `data`. The loss is the mean over all target tokens of an optimizer step."""
+
+    data: Path
+    model_path: str
+    precision: Literal["fp32", "bf16", "fp16"]
+    trust_remote_code: bool
+    stage: str = "sft"
+
+    def build_model(self) -> nn.Module:
+        return TargetLoss(load_causal_lm(self.model_path, self.precision, self.trust_remote_code))
+
+    def load_rows(self) -> tuple[list[SftRow], list[SftRow]]:
+        return read_threads(self.data / TRAIN_FILE), read_threads(self.data / HELD_OUT_FILE)
+
+    def length(self, row: SftRow) -> int:
+        return len(row.ids)
+
+    def tokens(self, row: SftRow) -> int:
+        return len(row.ids)
+
+    def weight(self, row: SftRow) -> int:
+        return int(row.loss_mask[1:].sum())
+
+    def loss(self, engine: Any, rows: Sequence[SftRow], device: torch.device) -> torch.Tensor:
+        loss: torch.Tensor = engine(*collate_threads(rows, device))
+        return loss
+
+    def evaluate(self, engine: Any, rows: Sequence[SftRow], device: torch.device) -> dict[str, float]:
+        return {"loss": float(self.loss(engine, rows, device)), "tokens": sum(self.weight(row) for row in rows)}
+
+    def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
+        return {"loss": sums["loss"] / sums["tokens"]}
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        assert isinstance(model, TargetLoss)
+        model.language_model.save_pretrained(folder)
+        load_tokenizer(self.model_path, self.trust_remote_code).save_pretrained(folder)
