@@ -24,7 +24,7 @@ $(STAMP): requirements/cpu.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements/cpu.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
-	$(BIN)/python -c "import torch, vllm, deepspeed, ray, transformers"
+	DS_ACCELERATOR=cpu $(BIN)/python -c "import torch, vllm, deepspeed, ray, transformers"
 	touch $@
 
 demo: $(STAMP)

@@ -57,16 +57,20 @@ class RunFolder:
             )
         now = time.time()
         manifest: dict[str, Any] = {"created": now, "config": recipe.model_dump(mode="json"), "data": None, "stages": {}, "sessions": []}
-        if (path / MANIFEST).exists():
-            before = read_json(path / MANIFEST)
-            if not is_blank(before):
-                refuse_other_config(path, before, identity)
-                manifest = before
         try:
             path.mkdir(parents=True, exist_ok=True)
-            lock = lock_folder(path)
-            manifest["sessions"].append({"command": command, "started": now, "code_version": code_version()})
-            write_json(path / MANIFEST, manifest)
+            lock = lock_folder(path)  # before the manifest is read: a run that is just ending may still write it
+            try:
+                if (path / MANIFEST).exists():
+                    before = read_json(path / MANIFEST)
+                    if not is_blank(before):
+                        refuse_other_config(path, before, identity)
+                        manifest = before
+                manifest["sessions"].append({"command": command, "started": now, "code_version": code_version()})
+                write_json(path / MANIFEST, manifest)
+            except BaseException:
+                lock.release()
+                raise
         except OSError as error:
             raise CheckpointError(f"run folder {path} cannot be written ({error.strerror}): choose another --run.dir") from error
         return cls(path, identity, manifest, lock)
@@ -126,6 +130,15 @@ class RunFolder:
             if parent is not None and parent["sha256"] != digest:
                 return None
         return dict(manifest["results"])
+
+    def model(self, stage: str) -> str:
+        """The model folder of a finished stage. Raises CheckpointError where the stage is not finished or its files have changed."""
+        if self.finished(stage) is None:
+            raise CheckpointError(
+                f"{self.path / stage}: this stage is not finished, or its files have changed since: "
+                f"`corral {stage}` or `corral pipeline` with this --run.dir completes it"
+            )
+        return str(self.path / stage / MODEL)
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
         """What `finish` wrote for a stage (`results`, `parents`, `sha256`, `seconds`, ...), or None."""

@@ -48,6 +48,9 @@ class TrainingConfig(Config):
 class SftConfig(TrainingConfig):
     """Supervised fine-tuning on assistant turns."""
 
+    packing: bool = False
+    """Put several threads of a micro-batch into one row of up to data.max_length tokens, each attending to itself alone."""
+
 
 class RewardModelConfig(TrainingConfig):
     """Bradley-Terry training over ranked groups."""

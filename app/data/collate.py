@@ -19,10 +19,10 @@ LENGTH_MULTIPLE = 8
 
 
 class SftBatch(NamedTuple):
-    """ids_BS int64; attention_BS bool; targets_BS bool, True where ids is a target of the loss."""
+    """ids_BS int64; positions_BS int64, 0 where a thread begins; targets_BS bool, True where ids is a target of the loss."""
 
     ids_BS: torch.Tensor
-    attention_BS: torch.Tensor
+    positions_BS: torch.Tensor
     targets_BS: torch.Tensor
 
 
@@ -34,13 +34,45 @@ class GroupBatch(NamedTuple):
     group_sizes: list[int]
 
 
-def collate_threads(rows: Sequence[SftRow], device: torch.device | str = "cpu") -> SftBatch:
-    """The first token of a row is never a target: nothing predicts it."""
-    ids_BS, attention_BS = _pad([row.ids for row in rows])
-    targets_BS = torch.zeros_like(attention_BS)
-    for target, row in zip(targets_BS, rows, strict=True):
-        target[1 : len(row.ids)] = torch.from_numpy(row.loss_mask[1:])
-    return SftBatch(ids_BS.to(device), attention_BS.to(device), targets_BS.to(device))
+def collate_threads(rows: Sequence[SftRow], device: torch.device | str = "cpu", *, pack_to: int | None = None) -> SftBatch:
+    """One row per thread, or with `pack_to` several threads behind each other in rows of at most so many tokens.
+
+    The first token of a thread is never a target: nothing predicts it. Padding counts its positions on, so that it belongs to
+    the last thread of its row, none of whose tokens sees it.
+    """
+    bins = (
+        [[row] for row in rows] if pack_to is None else [[rows[i] for i in chosen] for chosen in pack([len(r.ids) for r in rows], pack_to)]
+    )
+    ids_BS, _ = _pad([np.concatenate([row.ids for row in chosen]) for chosen in bins])
+    positions_BS = torch.arange(ids_BS.shape[1]).repeat(len(bins), 1)
+    targets_BS = torch.zeros(ids_BS.shape, dtype=torch.bool)
+    for positions, targets, chosen in zip(positions_BS, targets_BS, bins, strict=True):
+        start = 0
+        for row in chosen:
+            end = start + len(row.ids)
+            positions[start:] -= int(positions[start])
+            targets[start + 1 : end] = torch.from_numpy(row.loss_mask[1:])
+            start = end
+    return SftBatch(ids_BS.to(device), positions_BS.to(device), targets_BS.to(device))
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices dealt into bins of at most `capacity` tokens, first fit from the longest down; what is longer has a bin of its own.
+
+    >>> pack([3, 5, 4, 2], 7)
+    [[1, 3], [2, 0]]
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        found = next((number for number, free in enumerate(room) if free >= lengths[index]), None)
+        if found is None:
+            bins.append([index])
+            room.append(capacity - lengths[index])
+        else:
+            bins[found].append(index)
+            room[found] -= lengths[index]
+    return bins
 
 
 def collate_groups(rows: Sequence[GroupRow], device: torch.device | str = "cpu") -> GroupBatch:

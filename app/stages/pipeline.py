@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from app.config.loading import with_values
 from app.config.recipe import Recipe
 from app.data.corpus import Corpus
-from app.errors import ConfigError
 from app.experience import Prompt
 from app.models.load import seen_from_anywhere
 from app.report import write_report
-from app.run_folder import RunFolder
+from app.run_folder import MODEL, RunFolder
 from app.stages.evaluate import answer, compare, write_examples
 from app.stages.ppo import StartScoring, gold_of, open_pool, prompt_sets, train_ppo
 from app.stages.preparation import prepare
@@ -136,7 +134,7 @@ class Pipeline:
         else:
             self.tracker.note(f"{stage}: already finished, taken from {self.run.path / stage}")
             self._parents[stage] = manifest["sha256"]
-        return str(self.run.path / stage / "model")
+        return str(self.run.path / stage / MODEL)
 
 
 def run_sft(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker) -> dict[str, Any]:
@@ -172,14 +170,13 @@ def run_pipeline(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTra
 def run_evaluation(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker, start_scoring: StartScoring) -> dict[str, Any]:
     """`corral evaluate`: the comparison that ends PPO, again, with the recipe's `evaluation` settings. Returns the summary.
 
-    Raises ConfigError when the run folder holds no PPO model.
+    It trains nothing. Raises CheckpointError where a model of the run folder is unfinished or has changed.
     """
-    ppo_path = run.path / "ppo" / "model"
-    if not ppo_path.is_dir():
-        raise ConfigError(f"{ppo_path}: no PPO model there; run `corral pipeline` or `corral ppo` with this --run.dir first")
+    ppo_path = run.model("ppo")
+    reward_path = seen_from_anywhere(recipe.reward.path) if recipe.reward.path else run.model("rm")
     with Pipeline(recipe, run, corpus, tracker) as pipeline:
-        sft_path = _trained(run, "sft") or pipeline.sft_model()
-        reward_path = pipeline.given_reward_model(sft_path)
+        own_sft = recipe.model.path == "embedded" or (run.path / "sft").is_dir()
+        sft_path = run.model("sft") if own_sft else pipeline.prepared.model_path
         held_out = pipeline.prompts.held_out
         gold, template = gold_of(recipe), pipeline.prepared.template
         one_engine = with_values(recipe, {"rollout.transfer": "object_store"})  # it takes the second model's weights from their files
@@ -189,12 +186,7 @@ def run_evaluation(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunT
         ):
             pool.ready()
             before = answer(pool, scorer, held_out, template, recipe.evaluation, gold)
-            pool.each("load_folder", str(ppo_path), 1)
+            pool.each("load_folder", ppo_path, 1)
             after = answer(pool, scorer, held_out, template, recipe.evaluation, gold)
         write_examples(run.path / "examples.jsonl", held_out, before, after, recipe.evaluation.examples)
         return pipeline.summarise(evaluation=compare(before, after, recipe.evaluation))
-
-
-def _trained(run: RunFolder, stage: str) -> str | None:
-    folder: Path = run.path / stage / "model"
-    return str(folder) if folder.is_dir() else None

@@ -27,6 +27,7 @@ def train_sft(recipe: Recipe, run: RunFolder, tracker: RunTracker, prepared: Pre
     require_rows("SFT", "threads", rows, held_out)
     write_threads(rows, data / TRAIN_FILE)
     write_threads(held_out, data / HELD_OUT_FILE)
-    task = SftTask(data, prepared.model_path, recipe.model.precision, recipe.model.trust_remote_code)
+    pack_to = recipe.data.max_length if recipe.sft.packing else None
+    task = SftTask(data, prepared.model_path, recipe.model.precision, recipe.model.trust_remote_code, pack_to)
     result = train(task, recipe.sft, recipe, rows=len(rows), folder=run.stage("sft"), tracker=tracker)
     return {"eval_loss_before": result.before["loss"], "eval_loss_after": result.after["loss"], **speed(result)}

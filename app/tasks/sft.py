@@ -16,9 +16,8 @@ from transformers import PreTrainedModel
 
 from app.data.collate import collate_threads
 from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, SftRow, read_threads
-from app.models.forward import positions
+from app.models.forward import target_logprobs
 from app.models.load import load_causal_lm, load_tokenizer
-from app.numerics.logprobs import token_logprobs
 
 
 class TargetLoss(nn.Module):
@@ -28,12 +27,9 @@ class TargetLoss(nn.Module):
         super().__init__()
         self.language_model = language_model
 
-    def forward(self, ids_BS: torch.Tensor, attention_BS: torch.Tensor, targets_BS: torch.Tensor) -> torch.Tensor:
-        """Scalar float32; rows are right-padded, targets_BS is False at a row's first token."""
-        logits_BSV = self.language_model(
-            input_ids=ids_BS, attention_mask=attention_BS, position_ids=positions(attention_BS), use_cache=False
-        ).logits
-        return -token_logprobs(logits_BSV, ids_BS).masked_fill(~targets_BS[:, 1:], 0.0).sum()
+    def forward(self, ids_BS: torch.Tensor, positions_BS: torch.Tensor, targets_BS: torch.Tensor) -> torch.Tensor:
+        """Scalar float32; the arguments are those of `target_logprobs`."""
+        return -target_logprobs(self.language_model, ids_BS, positions_BS, targets_BS).sum()
 
 
 @dataclass(frozen=True)
@@ -44,6 +40,7 @@ class SftTask:
     model_path: str
     precision: Literal["fp32", "bf16", "fp16"]
     trust_remote_code: bool
+    pack_to: int | None = None
     stage: str = "sft"
 
     def build_model(self) -> nn.Module:
@@ -62,7 +59,7 @@ class SftTask:
         return int(row.loss_mask[1:].sum())
 
     def loss(self, engine: Any, rows: Sequence[SftRow], device: torch.device) -> torch.Tensor:
-        loss: torch.Tensor = engine(*collate_threads(rows, device))
+        loss: torch.Tensor = engine(*collate_threads(rows, device, pack_to=self.pack_to))
         return loss
 
     def evaluate(self, engine: Any, rows: Sequence[SftRow], device: torch.device) -> dict[str, float]:

@@ -20,7 +20,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     log.touch()
     command = ["pipeline", SHRUNKEN, f"--run.dir={folder / 'run'}"]
     process = start(command, log)
-    wait_for("ppo  1/14", log, process)
+    wait_for("ppo  1/10", log, process)
     assert interrupt(process, signal.SIGTERM) == 130, log.read_text()
     assert "a checkpoint is saved, the same command goes on from it" in log.read_text()
     code, output = run(command, folder / "second.log")

@@ -31,7 +31,7 @@ def test_summary_has_what_tools_rely_on(summary: dict[str, Any]) -> None:
     for name in ("gold_gain", "win_rate", "reward_after"):
         interval = summary["ppo"][name]
         assert interval["low"] <= interval["mean"] <= interval["high"]
-    assert summary["ppo"]["steps"] == 14
+    assert summary["ppo"]["steps"] == 10
     assert summary["ppo"]["tokens_per_second"] > 0
     assert set(summary["seconds"]) == {"sft", "rm", "ppo"}
     assert 2**30 < summary["peak_memory"] < 8 * 2**30
@@ -105,7 +105,7 @@ def test_report_and_metrics(finished: Path) -> None:
     assert "http://" not in report.replace("http://www.w3.org", "")
     assert "https://" not in report
     steps = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    assert sorted({row["step"] for row in steps if row["stage"] == "ppo"}) == list(range(1, 15))
+    assert sorted({row["step"] for row in steps if row["stage"] == "ppo"}) == list(range(1, 11))
     assert list((finished / "tensorboard").iterdir())
 
 

@@ -63,12 +63,13 @@ def head() -> Iterator[Head]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         "RAY_TMPDIR": folder,
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # a stopping head would wait 30 s for actors that outlive their jobs
         "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}",
     }
     ports = dict(zip(PORT_OPTIONS, free_ports(len(PORT_OPTIONS)), strict=True))
     options = [f"--{name}={port}" for name, port in ports.items()]
     process = subprocess.Popen(
-        ["ray", "start", "--head", "--block", "--num-cpus=4", "--object-store-memory=300000000", "--disable-usage-stats", *options],
+        ["ray", "start", "--head", "--block", "--num-cpus=2", "--object-store-memory=300000000", "--disable-usage-stats", *options],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -103,11 +103,14 @@ def test_a_stage_whose_model_is_gone_or_changed_is_unfinished(tmp_path: Path, we
     run = RunFolder.open(recipe(tmp_path), "pipeline")
     write_model(run.stage("sft"))
     run.finish("sft", {}, {})
+    assert run.model("sft") == str(run.path / "sft" / "model")
     if weights is None:
         (run.path / "sft" / "model" / "model.safetensors").unlink()
     else:
         write_model(run.path / "sft", weights)
     assert run.finished("sft") is None
+    with pytest.raises(CheckpointError, match="not finished, or its files have changed"):
+        run.model("sft")
 
 
 def test_a_stage_built_on_a_parent_that_was_trained_again_is_unfinished(tmp_path: Path) -> None:

@@ -18,10 +18,17 @@ def test_threads_are_padded_on_the_right_to_a_multiple_of_8() -> None:
     batch = collate_threads([long, short])
     assert batch.ids_BS.shape == (2, 16)
     assert batch.ids_BS[1].tolist() == [7, 8, 9, *[0] * 13]
-    assert batch.attention_BS.sum(1).tolist() == [9, 3]
-    assert batch.attention_BS[1, :3].all()
+    assert batch.positions_BS.tolist() == [list(range(16))] * 2
     assert batch.targets_BS[0].nonzero().flatten().tolist() == [4, 5, 6, 7, 8]
     assert batch.targets_BS[1].nonzero().flatten().tolist() == [2], "nothing predicts a first token"
+
+
+def test_packed_threads_share_a_row_and_count_their_own_positions() -> None:
+    threads = [SftRow(np.arange(10 * i, 10 * i + n, dtype=np.int32), np.ones(n, np.bool_)) for i, n in enumerate((3, 5, 4), 1)]
+    batch = collate_threads(threads, pack_to=8)
+    assert batch.ids_BS.tolist() == [[20, 21, 22, 23, 24, 10, 11, 12], [30, 31, 32, 33, 0, 0, 0, 0]]
+    assert batch.positions_BS.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], list(range(8))]
+    assert batch.targets_BS.int().tolist() == [[0, 1, 1, 1, 1, 0, 1, 1], [0, 1, 1, 1, 0, 0, 0, 0]]
 
 
 def test_groups_become_one_batch_best_first() -> None:
