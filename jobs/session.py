@@ -44,8 +44,11 @@ def session(recipe: Recipe, command: str) -> Iterator[Session]:
     run = RunFolder.open(recipe, command)
     try:
         corpus = read_data(recipe, command, run)
-        _import_in_background("app.stages.pipeline")  # seconds of imports while Ray's own processes start
-        with local_ray.running_ray(run.path / "logs"), RunTracker(run.path) as tracker:
+        with (
+            _imported_in_background("app.stages.pipeline"),  # seconds of imports while Ray's own processes start
+            local_ray.running_ray(run.path / "logs"),
+            RunTracker(run.path) as tracker,
+        ):
             yield Session(run, corpus, tracker)
     except KeyboardInterrupt as error:
         raise Interrupted(f"stopped; {_kept(run)} The same command goes on from there") from error
@@ -60,14 +63,20 @@ def session(recipe: Recipe, command: str) -> Iterator[Session]:
             sys.stdout.write(f"{run.path / name}\n")
 
 
-def _import_in_background(module: str) -> None:
+@contextmanager
+def _imported_in_background(module: str) -> Iterator[None]:
     """A later import statement finds the module there, waits for it, or raises what is wrong with it."""
 
     def load() -> None:
         with suppress(Exception):
             importlib.import_module(module)
 
-    threading.Thread(target=load, name="corral-imports", daemon=True).start()
+    thread = threading.Thread(target=load, name="corral-imports")
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()  # a process that ends in the middle of an import may crash
 
 
 def _kept(run: RunFolder) -> str:

@@ -111,7 +111,7 @@ def actor_learner_loop(
         stopping = stop_requested()
         if stopping or state.step % config.save_every == 0 or state.step == config.steps:
             parts.checkpoints.save(state.step, asdict(state), lambda folder: parts.learner.save(str(folder)))
-        if stopping and state.step < config.steps:
+        if stopping:
             raise Interrupted(
                 f"stopped after PPO step {state.step} of {config.steps}; a checkpoint is saved, the same command goes on from it"
             )

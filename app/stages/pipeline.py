@@ -15,6 +15,7 @@ from app.models.load import seen_from_anywhere
 from app.report import write_report
 from app.run_folder import MODEL, RunFolder
 from app.stages.evaluate import answer, compare, write_examples
+from app.stages.interruption import raise_unserved
 from app.stages.ppo import StartScoring, gold_of, open_pool, prompt_sets, train_ppo
 from app.stages.preparation import prepare
 from app.stages.reward_model import set_reward_offset, train_reward_model
@@ -131,6 +132,7 @@ class Pipeline:
         manifest = self.run.manifest(stage)
         if self.run.finished(stage) is None or manifest is None:
             self._parents[stage] = self.run.finish(stage, train(), self._parents)
+            raise_unserved(f"stopped when {stage} was finished")
         else:
             self.tracker.note(f"{stage}: already finished, taken from {self.run.path / stage}")
             self._parents[stage] = manifest["sha256"]
