@@ -71,14 +71,17 @@ def running_ray(logs: Path) -> Iterator[None]:
         os.environ.update({name: value for name, value in WORKER_ENV.items() if name not in os.environ})
         if not local_gpus():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for accelerators and warn that it found none
-        # the dashboard stays on: without it Ray Train's cleaner logs an error every second
-        context = ray.init(
-            address="local",
-            num_cpus=local_cpus(),
-            object_store_memory=object_store_bytes(),
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+        try:
+            # the dashboard stays on: without it Ray Train's cleaner logs an error every second
+            context = ray.init(
+                address="local",
+                num_cpus=local_cpus(),
+                object_store_memory=object_store_bytes(),
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+        except SystemExit as error:  # SIGTERM while Ray's own handler is in place
+            raise KeyboardInterrupt from error
         session_logs = Path(context.address_info["session_dir"]) / "logs"
     interrupts.install()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -27,6 +28,8 @@ MAX_FAILURES = 1
 """Times a run may lose a worker and go on by itself from its last checkpoint."""
 CHECKPOINTS_KEPT = 2
 POLL_SECONDS = 0.2
+START_GRACE_SECONDS = 3.0
+"""How long a request to stop waits for workers that are still starting, and have nothing to save."""
 RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # reports wait for the controller's next look at its workers, every 2 s by default
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one more process, for a warning that the loop has no use for
@@ -104,11 +107,13 @@ def _wait_for(
             future.set_exception(error)
 
     threading.Thread(target=run, name="corral-fit", daemon=True).start()
-    asked = False
+    asked, began = math.inf, channel.last_event
     while not wait([future], timeout=POLL_SECONDS).done:
-        if stop_requested() and not asked:
+        if stop_requested() and asked == math.inf:
             channel.request_stop()
-            asked = True
+            asked = time.monotonic()
+        if channel.last_event == began and time.monotonic() - asked > START_GRACE_SECONDS:
+            raise Interrupted(f"{phase} stopped before its first step; the same command starts it again")
         if time.monotonic() - channel.last_event > deadline_seconds:
             channel.request_stop()
             raise DeadlineError(

@@ -167,7 +167,10 @@ def test_two_sharded_workers_train_like_one(sft: SftRun, base: str, tmp_path: Pa
     assert max(float((sharded[name] - single[name]).abs().max()) for name in single) <= 1e-5 * largest
 
 
-def test_accumulation_with_a_stop_in_the_middle_trains_like_one_batch(sft: SftRun, base: str, tmp_path: Path) -> None:
+def test_accumulation_with_a_stop_in_the_middle_trains_like_one_batch(
+    sft: SftRun, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.workers.training.START_GRACE_SECONDS", 300.0)  # the request is there before the workers are
     layout = {"micro_batch_size": 2, "workers": WorkersConfig(cpus=0.5)}
     curve = Curve()
     with pytest.raises(Interrupted, match="goes on from there"):
