@@ -48,6 +48,6 @@ def test_a_stop_while_workers_start_does_not_wait_for_their_first_step(monkeypat
 
 def test_silence_beyond_the_deadline_is_an_error() -> None:
     channel = Channel()
-    with pytest.raises(DeadlineError, match="nothing logged for 0.1 s"):
+    with pytest.raises(DeadlineError, match=r"nothing logged for 0\.1 s"):
         wait(channel, stop=False, deadline_seconds=0.1)
     assert channel.stop_asked
