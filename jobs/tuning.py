@@ -7,13 +7,17 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from jobs.command import Command
 from jobs.session import session
 
 if TYPE_CHECKING:
     from app.config.recipe import Recipe
+
+
+FILE_WIDTH = 200
+"""Characters that a line of the table may take where it goes to no terminal."""
 
 
 def run(recipe: Recipe) -> None:
@@ -29,8 +33,10 @@ def run(recipe: Recipe) -> None:
 def show(results: Mapping[str, Any], steps: int) -> None:
     """The trials as a table, best first, and the best configuration as options to copy."""
     console = Console()
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
     names = list(results["best_config"])
-    table = Table("trial", "objective", "score", "KL", "steps", *names)
+    table = Table(*(Column(name, overflow="fold") for name in ("trial", "objective", "score", "KL", "steps", *names)))
     for row in sorted(results["trials"], key=lambda row: -math.inf if row["objective"] is None else row["objective"], reverse=True):
         numbers = ["failed" if row[name] is None else f"{row[name]:.3f}" for name in ("objective", "score", "kl")]
         ended = f"{row['steps']}/{steps}" + (" stopped by ASHA" if row["stopped_early"] else "")

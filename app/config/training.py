@@ -8,6 +8,21 @@ from app.config.shared import DeepSpeedConfig, OptimizerConfig, WorkersConfig
 from app.schema import Config
 
 
+class AdapterConfig(Config):
+    """Low-rank adapters (LoRA), merged into the model when it is saved."""
+
+    rank: int = Field(16, ge=1)
+    """Rank of each adapter."""
+    alpha: int = Field(32, ge=1)
+    """Adapters are scaled by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout in front of each adapter."""
+    targets: tuple[str, ...] = ()
+    """Linear layers of the trunk to adapt, by the last part of their names; empty takes all."""
+    embeddings: bool = True
+    """Train the token embeddings and the output head as well, which role tokens new to the model need."""
+
+
 class TrainingConfig(Config):
     """One supervised training: batches, steps, optimizer, workers."""
 
@@ -25,6 +40,14 @@ class TrainingConfig(Config):
     """Optimizer steps between checkpoints."""
     log_every: int = Field(10, ge=1)
     """Optimizer steps between logged points."""
+    keep_best: bool = False
+    """Leave the model of the evaluation with the lowest held-out loss, not of the last step."""
+    patience: int | None = Field(None, ge=1)
+    """Stop early after this many evaluations in a row without a lower held-out loss."""
+    freeze_layers: int = Field(0, ge=0)
+    """Freeze the embeddings and this many layers above them."""
+    lora: AdapterConfig | None = None
+    """Train low-rank adapters instead of the weights of the trunk."""
     optimizer: OptimizerConfig = OptimizerConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     workers: WorkersConfig = WorkersConfig()
@@ -37,6 +60,8 @@ class TrainingConfig(Config):
                 f"batch_size = {self.batch_size} is no multiple of micro_batch_size x workers.count = "
                 f"{self.micro_batch_size} x {self.workers.count}: choose a multiple of {unit}"
             )
+        if self.freeze_layers and self.lora:
+            raise ValueError("freeze_layers and lora exclude each other: adapters freeze the whole trunk")
         return self
 
     @property
@@ -50,6 +75,8 @@ class SftConfig(TrainingConfig):
 
     packing: bool = False
     """Put several threads of a micro-batch into one row of up to data.max_length tokens, each attending to itself alone."""
+    poly_eps: float = Field(0.0, ge=0)
+    """PolyLoss: adds this times (1 - p) to each target token's cross-entropy; held-out losses stay plain."""
 
 
 class RewardModelConfig(TrainingConfig):

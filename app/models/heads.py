@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, Pretrain
 from app.errors import ModelError
 from app.models.forward import hidden_states
 from app.models.load import DTYPES, load_config, load_tokenizer
+from app.models.trainable import merged_state
 
 
 def init_reward_model(sft_path: str, *, seed: int, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -60,7 +61,7 @@ def load_reward_model(
 def save_reward_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, reward_offset: float) -> None:
     """Write a folder that plain transformers loads: safetensors, config with `reward_offset`, tokenizer that pads as the model reads."""
     model.config.reward_offset = float(reward_offset)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=merged_state(model))
     padding = copy.deepcopy(tokenizer)
     padding.padding_side = "right"
     padding.pad_token = tokenizer.convert_ids_to_tokens(model.config.get_text_config().pad_token_id)

@@ -20,7 +20,7 @@ from app.models.embedded import EMBEDDING_MULTIPLE, build_embedded
 from app.models.gguf import PACKAGED, convert_gguf, packaged_gguf
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _WEIGHTS = ("*.safetensors", "*.bin")
 
 

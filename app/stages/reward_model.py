@@ -41,7 +41,7 @@ def train_reward_model(recipe: Recipe, run: RunFolder, tracker: RunTracker, prep
     require_rows("reward model", "ranked groups", groups, held_out_groups)
     write_groups(encode_groups(groups, prepared.template, recipe.data.max_length), data / TRAIN_FILE)
     write_groups(encode_groups(held_out_groups, prepared.template, recipe.data.max_length), data / HELD_OUT_FILE)
-    task = RewardModelTask(data, sft_path, recipe.run.seed, recipe.rm.score_l2, recipe.model.trust_remote_code)
+    task = RewardModelTask(data, sft_path, recipe.run.seed, recipe.model.trust_remote_code, recipe.rm)
     result = train(task, recipe.rm, recipe, rows=len(groups), folder=run.stage("rm"), tracker=tracker)
     baseline = length_baseline(groups, held_out_groups)
     return {**result.after, "loss_before": result.before["loss"], "length_baseline": baseline, **speed(result)}

@@ -3,6 +3,7 @@ share one scoring service."""
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -58,6 +59,26 @@ class TrialTracker:
         self.objectives.append(metrics["score_mean"] - self.config.kl_price * metrics["kl"])
         shown = {name: metrics[name] for name in ("score_mean", "kl", "entropy", "response_length")}
         tune.report({"objective": sum(self.objectives) / len(self.objectives), "step": step, **shown})
+
+
+class TrialNotes(tune.Callback):
+    """Tells in the driver how each trial ended."""
+
+    def __init__(self, tracker: RunTracker, recipe: Recipe) -> None:
+        self._tracker, self._recipe, self._ended = tracker, recipe, 0
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial came to its last step, or ASHA stopped it."""
+        metrics = trial.last_result
+        self._note(f"after {metrics['step']} of {self._recipe.ppo.steps} steps, objective {metrics['objective']:.3f}")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial failed; the search goes on without it."""
+        self._note("with an error")
+
+    def _note(self, how: str) -> None:
+        self._ended += 1
+        self._tracker.note(f"tune: trial {self._ended} of {self._recipe.tune.trials} ended {how}")
 
 
 class NoCheckpoints:
@@ -126,7 +147,7 @@ def run_tune(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker
             template = pipeline.prepared.template
             inputs = TrialInputs(recipe, sft_path, reward_path, scorer, tuple(pipeline.prompts.train), template.eos_id, template.pad_id)
             tracker.note(f"tune: {recipe.tune.trials} trials of up to {recipe.ppo.steps} PPO steps, {recipe.tune.concurrent} at a time")
-            grid = _search(recipe, inputs, space, run)
+            grid = _search(recipe, inputs, space, run, TrialNotes(tracker, recipe))
         rows = [trial_row(result, recipe.ppo.steps) for result in grid]
         done = [row for row in rows if row["objective"] is not None]
         if not done:
@@ -138,7 +159,8 @@ def run_tune(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker
         return pipeline.summarise(tune=results)
 
 
-def _search(recipe: Recipe, inputs: TrialInputs, space: dict[str, Any], run: RunFolder) -> tune.ResultGrid:
+def _search(recipe: Recipe, inputs: TrialInputs, space: dict[str, Any], run: RunFolder, notes: TrialNotes) -> tune.ResultGrid:
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the newer output prints a banner however little it is asked to say
     trainable = tune.with_resources(tune.with_parameters(run_trial, inputs=inputs), trial_resources(recipe))
     scheduler = ASHAScheduler(
         time_attr="step",
@@ -157,7 +179,7 @@ def _search(recipe: Recipe, inputs: TrialInputs, space: dict[str, Any], run: Run
             scheduler=scheduler,
             trial_dirname_creator=lambda trial: f"trial_{trial.trial_id}",
         ),
-        run_config=tune.RunConfig(name="tune", storage_path=str(run.path), verbose=0),
+        run_config=tune.RunConfig(name="tune", storage_path=str(run.path), verbose=0, callbacks=[notes]),
     )
     return tuner.fit()
 

@@ -14,12 +14,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from app.config.training import RewardModelConfig
 from app.data.collate import collate_groups
 from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, GroupRow, read_groups
 from app.experience import IntArray
 from app.models.forward import pad_sequences, padded_batches
 from app.models.heads import init_reward_model, load_reward_model, save_reward_model, sequence_scores
 from app.models.load import load_tokenizer
+from app.models.trainable import choose_trainable
 from app.numerics.preference import best_worst_hits, group_bradley_terry_loss, pair_hits
 
 SCORING_TOKENS = 8192
@@ -45,12 +47,14 @@ class RewardModelTask:
     data: Path
     sft_path: str
     seed: int
-    score_l2: float
     trust_remote_code: bool
+    config: RewardModelConfig = RewardModelConfig()
     stage: str = "rm"
 
     def build_model(self) -> nn.Module:
-        return SequenceScores(init_reward_model(self.sft_path, seed=self.seed, trust_remote_code=self.trust_remote_code))
+        model = init_reward_model(self.sft_path, seed=self.seed, trust_remote_code=self.trust_remote_code)
+        choose_trainable(model, self.config, seed=self.seed)
+        return SequenceScores(model)
 
     def load_rows(self) -> tuple[list[GroupRow], list[GroupRow]]:
         return read_groups(self.data / TRAIN_FILE), read_groups(self.data / HELD_OUT_FILE)
@@ -67,7 +71,7 @@ class RewardModelTask:
     def loss(self, engine: Any, rows: Sequence[GroupRow], device: torch.device) -> torch.Tensor:
         batch = collate_groups(rows, device)
         scores_N = engine(batch.ids_NS, batch.attention_NS)
-        return group_bradley_terry_loss(scores_N, batch.group_sizes, score_l2=self.score_l2, num_groups=1)
+        return group_bradley_terry_loss(scores_N, batch.group_sizes, score_l2=self.config.score_l2, num_groups=1)
 
     def evaluate(self, engine: Any, rows: Sequence[GroupRow], device: torch.device) -> dict[str, float]:
         batch = collate_groups(rows, device)
@@ -75,7 +79,7 @@ class RewardModelTask:
         hits, pairs = pair_hits(scores_N, batch.group_sizes)
         best_hits, groups = best_worst_hits(scores_N, batch.group_sizes)
         return {
-            "loss": float(group_bradley_terry_loss(scores_N, batch.group_sizes, score_l2=self.score_l2, num_groups=1)),
+            "loss": float(group_bradley_terry_loss(scores_N, batch.group_sizes, score_l2=self.config.score_l2, num_groups=1)),
             "hits": hits,
             "pairs": pairs,
             "best_hits": best_hits,

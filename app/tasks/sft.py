@@ -14,22 +14,30 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from app.config.training import SftConfig
 from app.data.collate import collate_threads
 from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, SftRow, read_threads
 from app.models.forward import target_logprobs
 from app.models.load import load_causal_lm, load_tokenizer
+from app.models.trainable import choose_trainable, merged_state
 
 
 class TargetLoss(nn.Module):
-    """A causal language model whose forward is the summed cross-entropy of its target tokens, in nats."""
+    """A causal language model whose forward is the summed cross-entropy of its target tokens, in nats.
 
-    def __init__(self, language_model: PreTrainedModel) -> None:
+    While it trains, `poly_eps` times (1 - p) is added for each token (PolyLoss, https://arxiv.org/abs/2204.12511).
+    """
+
+    def __init__(self, language_model: PreTrainedModel, poly_eps: float = 0.0) -> None:
         super().__init__()
         self.language_model = language_model
+        self.poly_eps = poly_eps
 
     def forward(self, ids_BS: torch.Tensor, positions_BS: torch.Tensor, targets_BS: torch.Tensor) -> torch.Tensor:
         """Scalar float32; the arguments are those of `target_logprobs`."""
-        return -target_logprobs(self.language_model, ids_BS, positions_BS, targets_BS).sum()
+        logprobs_N = target_logprobs(self.language_model, ids_BS, positions_BS, targets_BS)
+        loss = -logprobs_N.sum()
+        return loss + self.poly_eps * (1 - logprobs_N.exp()).sum() if self.training and self.poly_eps else loss
 
 
 @dataclass(frozen=True)
@@ -40,11 +48,15 @@ class SftTask:
     model_path: str
     precision: Literal["fp32", "bf16", "fp16"]
     trust_remote_code: bool
+    config: SftConfig = SftConfig()
     pack_to: int | None = None
+    seed: int = 0
     stage: str = "sft"
 
     def build_model(self) -> nn.Module:
-        return TargetLoss(load_causal_lm(self.model_path, self.precision, self.trust_remote_code))
+        model = load_causal_lm(self.model_path, self.precision, self.trust_remote_code)
+        choose_trainable(model, self.config, seed=self.seed)
+        return TargetLoss(model, self.config.poly_eps)
 
     def load_rows(self) -> tuple[list[SftRow], list[SftRow]]:
         return read_threads(self.data / TRAIN_FILE), read_threads(self.data / HELD_OUT_FILE)
@@ -70,5 +82,5 @@ class SftTask:
 
     def export(self, model: nn.Module, folder: Path) -> None:
         assert isinstance(model, TargetLoss)
-        model.language_model.save_pretrained(folder)
+        model.language_model.save_pretrained(folder, state_dict=merged_state(model.language_model))
         load_tokenizer(self.model_path, self.trust_remote_code).save_pretrained(folder)

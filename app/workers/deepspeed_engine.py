@@ -115,7 +115,11 @@ def start_engine(
     if ds.gradient_checkpointing:
         _checkpoint_activations(model)
     adamw = torch.optim.AdamW(
-        model.parameters(), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay
+        [p for p in model.parameters() if p.requires_grad],
+        lr=optimizer.lr,
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
     )
     engine, *_ = deepspeed.initialize(
         model=model,

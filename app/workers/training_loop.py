@@ -19,14 +19,18 @@ import torch
 import torch.distributed as dist
 
 from app.data.batch_order import evaluation_batches, micro_batches, step_rows
+from app.durable import read_json, write_json
 from app.errors import NonFiniteError
 from app.workers.deepspeed_engine import backward_scaled, full_weights, load_engine, optimizer_step, save_engine, start_engine
 from app.workers.supervised_task import TrainingJob, TrainingResult, WorkerOutcome
 
+HELD_OUT = "held_out.json"
+"""In a trained model's folder: the step it is from, and its metrics on held-out data."""
+
 
 @dataclass
 class Progress:
-    """What a checkpoint keeps beside the engine. `step` counts finished optimizer steps."""
+    """What a checkpoint keeps beside the engine. `step` counts finished optimizer steps, `stale` evaluations since `best_loss`."""
 
     step: int = 0
     tokens: int = 0
@@ -34,6 +38,8 @@ class Progress:
     before: dict[str, float] = field(default_factory=dict)
     evaluated: dict[str, float] = field(default_factory=dict)
     evaluated_step: int = -1
+    best_loss: float = math.inf
+    stale: int = 0
 
 
 @dataclass
@@ -86,27 +92,27 @@ class TrainingLoop:
                 self.progress = Progress(**load_engine(self.engine, Path(folder))["progress"])
 
     def run(self) -> WorkerOutcome:
-        """Train to the last step, or to a stop request; the model is exported only in the first case."""
-        progress, window, stop = self.progress, Window(), False
+        """Train to the last step, out of patience, or to a stop request, which alone leaves no model."""
+        progress, window, stop, exhausted = self.progress, Window(), False, False
         if not progress.before:
             progress.before = self.evaluate()
-        while progress.step < self.job.steps and not stop:
+        while progress.step < self.job.steps and not stop and not exhausted:
             stop = self.train_step(window)
             step = progress.step
             if step % self.config.log_every == 0 or step == self.job.steps:
                 self.log(window)
                 window = Window()
             if step % self.config.eval_every == 0 and step < self.job.steps and not stop:
-                self.evaluate()
+                exhausted = self.judge()
             if stop or (step % self.config.save_every == 0 and step < self.job.steps):
                 self.save()
         if stop and progress.step < self.job.steps:
             return WorkerOutcome(progress.step)
-        after = self.evaluate()
-        with full_weights(self.engine):
-            if self.rank == 0:
-                self.export()
-        dist.barrier()
+        if not exhausted:
+            self.judge()
+        after = self.take_best() if self.config.keep_best else progress.evaluated
+        if not self.config.keep_best:
+            self.export(self.job.model_folder)
         result = TrainingResult(progress.before, after, progress.step, progress.tokens, progress.seconds)
         return WorkerOutcome(progress.step, result=result)
 
@@ -182,6 +188,23 @@ class TrainingLoop:
             self.job.events.log(self.task.stage, progress.step, metrics)
         return progress.evaluated
 
+    def judge(self) -> bool:
+        """Evaluate, keep the model where `keep_best` wants it, and say whether patience has run out. The same on every rank.
+
+        Raises NonFiniteError for a held-out loss that is not finite.
+        """
+        progress = self.progress
+        loss = self.evaluate()["loss"]
+        if not math.isfinite(loss):
+            raise NonFiniteError(f"{self.task.stage}: held-out loss is {loss} after step {progress.step}: lower optimizer.lr")
+        if loss < progress.best_loss:
+            progress.best_loss, progress.stale = loss, 0
+            if self.config.keep_best:
+                self.export(self.best_folder)
+        else:
+            progress.stale += 1
+        return self.config.patience is not None and progress.stale >= self.config.patience
+
     def log(self, window: Window) -> None:
         """Send means since the last logged point."""
         if self.rank:
@@ -206,11 +229,29 @@ class TrainingLoop:
                 checkpoint_dir_name=f"step-{self.progress.step:08d}",
             )
 
-    def export(self) -> None:
-        """Replace the model folder in one step: what is there is complete."""
-        target = self.job.model_folder
-        unfinished = target.with_name(f".{target.name}.saving")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        self.task.export(self.engine.module, unfinished)
-        shutil.rmtree(target, ignore_errors=True)
-        unfinished.rename(target)
+    @property
+    def best_folder(self) -> Path:
+        """Where the best model so far waits for the end of training."""
+        return self.job.model_folder.with_name(f".{self.job.model_folder.name}.best")
+
+    def export(self, target: Path) -> None:
+        """Replace a model folder in one step, so that what is there is complete; held-out metrics go with it. Collective."""
+        unfinished = target.with_name(f"{target.name}.saving")
+        with full_weights(self.engine):
+            if self.rank == 0:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                self.task.export(self.engine.module, unfinished)
+                write_json(unfinished / HELD_OUT, {"step": self.progress.step, "metrics": self.progress.evaluated})
+                shutil.rmtree(target, ignore_errors=True)
+                unfinished.rename(target)
+        dist.barrier()
+
+    def take_best(self) -> dict[str, float]:
+        """Make the best model the stage's model; returns its held-out metrics. Collective."""
+        metrics: dict[str, float] = read_json(self.best_folder / HELD_OUT)["metrics"]
+        dist.barrier()
+        if self.rank == 0:
+            shutil.rmtree(self.job.model_folder, ignore_errors=True)
+            self.best_folder.rename(self.job.model_folder)
+        dist.barrier()
+        return metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,7 +105,8 @@ def sft(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> SftRun:
                 "max_steps": 12,
                 "epochs": 4,
                 "micro_batch_size": 2,
-                "eval_every": 100,
+                "eval_every": 6,
+                "keep_best": True,
                 "max_replies": 3,
                 "workers": {**SMALL_WORKER, "count": 2},
             },
@@ -117,10 +119,12 @@ def sft(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> SftRun:
     return SftRun(recipe, run, results, curve)
 
 
-def fit_again(sft: SftRun, base: str, folder: Path, curve: Curve, *, stop: bool = False, **layout: object) -> None:
-    """The SFT run in another layout of workers and micro-batches."""
+def fit_again(
+    sft: SftRun, base: str, folder: Path, curve: Curve, *, stop: bool = False, pack_to: int | None = None, **layout: object
+) -> None:
+    """The SFT run in another layout of workers, micro-batches and rows."""
     config = TrainingConfig.model_validate({**SHAPE, **layout})
-    task = SftTask(sft.folder.path / "sft" / "data", base, "fp32", False)
+    task = SftTask(sft.folder.path / "sft" / "data", base, "fp32", False, pack_to=pack_to)
     fit(
         task, config, steps=STEPS, precision="fp32", seed=sft.recipe.run.seed, folder=folder, tracker=curve,
         deadline_seconds=300, stop_requested=lambda: stop,
@@ -174,12 +178,12 @@ def test_accumulation_with_a_stop_in_the_middle_trains_like_one_batch(
     layout = {"micro_batch_size": 2, "workers": WorkersConfig(cpus=0.5)}
     curve = Curve()
     with pytest.raises(Interrupted, match="goes on from there"):
-        fit_again(sft, base, tmp_path, curve, stop=True, **layout)
+        fit_again(sft, base, tmp_path, curve, stop=True, pack_to=64, **layout)
     stopped = max(curve.losses)
     assert stopped < STEPS
     assert not (tmp_path / "model").exists()
     rest = Curve()
-    fit_again(sft, base, tmp_path, rest, **layout)
+    fit_again(sft, base, tmp_path, rest, pack_to=64, **layout)
     assert min(rest.losses) == stopped + 1, "resumed from the checkpoint written at the stop"
     for name in ("losses", "held_out", "grad_norms"):
         getattr(curve, name).update(getattr(rest, name))
@@ -188,7 +192,11 @@ def test_accumulation_with_a_stop_in_the_middle_trains_like_one_batch(
 
 def test_reward_model_learns_the_ranking(sft: SftRun, prepared: Prepared) -> None:
     run, model = sft.folder, sft.folder.path / "rm" / "model"
-    results = train_reward_model(sft.recipe, run, Curve(), prepared, sft_path=str(run.path / "sft" / "model"))
+    curve = Curve()
+    results = train_reward_model(sft.recipe, run, curve, prepared, sft_path=str(run.path / "sft" / "model"))
+    kept = json.loads((model / "held_out.json").read_text())
+    assert sorted(curve.held_out) == [0, 6, 12]
+    assert results["loss"] == kept["metrics"]["loss"] == curve.held_out[kept["step"]] == min(curve.held_out.values())
     assert results["pair_accuracy"] >= 0.9
     assert results["best_vs_worst"] >= 0.9
     assert results["loss"] < results["loss_before"]

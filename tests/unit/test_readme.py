@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.main import main
+from jobs.main import build_parser, main
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -26,6 +26,9 @@ def test_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch, capsys: p
     words = shlex.split(command)[1:]
     if words[0] == "doctor":
         assert (ROOT / words[1]).is_file()
+        return
+    if words[0] == "chat":
+        assert build_parser(words).parse_args(words).command == "chat"
         return
     assert main([*words, "--dry-run"]) == 0
     assert capsys.readouterr().out

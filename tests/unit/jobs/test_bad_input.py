@@ -141,6 +141,8 @@ def test_incomplete_models(refused: Refused, tmp_path: Path) -> None:
     assert "no tokenizer" in refused("sft", TINY, f"--model.path={bare}", run)
     assert "chat template" in refused("rm", TINY, f"--model.path={untemplated}", run)
     assert "no such folder" in refused("sft", TINY, f"--model.path={tmp_path / 'nowhere'}", run)
+    assert "no such folder" in refused("sft", TINY, "--model.path=./nowhere", run), "a path, not a name on the hub"
+    assert "no such file, folder or glob" in refused("sft", TINY, "--data.path=./nowhere", run)
     whole = model_folder(tmp_path / "whole")
     assert "reward.path is not set" in refused("ppo", TINY, f"--model.path={whole}", run)
     assert "no tokenizer" in refused("ppo", TINY, f"--model.path={whole}", f"--reward.path={bare}", run)

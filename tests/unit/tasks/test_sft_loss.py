@@ -66,6 +66,24 @@ def test_loss_and_gradients_are_those_of_each_thread_alone(model: PreTrainedMode
         torch.testing.assert_close(actual, wanted, atol=1e-5 * largest, rtol=0)
 
 
+def test_poly_loss_is_added_in_training_alone(model: PreTrainedModel) -> None:
+    batch = collate_threads(threads())
+    plain, poly = TargetLoss(model).eval(), TargetLoss(model, poly_eps=0.5).eval()
+    assert poly(*batch) == plain(*batch)
+    poly.training = True  # the model itself stays in evaluation mode, where dropout is off
+    probabilities = torch.tensor([float((-literal_loss(model, row_of(row, t)).detach()).exp()) for row in threads() for t in targets(row)])
+    torch.testing.assert_close(poly(*batch), plain(*batch) + 0.5 * (1 - probabilities).sum(), rtol=1e-5, atol=0)
+
+
+def targets(row: SftRow) -> list[int]:
+    return [t for t in range(1, len(row.ids)) if row.loss_mask[t]]
+
+
+def row_of(row: SftRow, target: int) -> SftRow:
+    """The row with one target only."""
+    return SftRow(row.ids, np.arange(len(row.ids)) == target)
+
+
 def test_a_thread_sees_nothing_of_its_neighbour_in_the_row(model: PreTrainedModel) -> None:
     rows = threads()
     batch = collate_threads(rows, pack_to=PACK_TO)

@@ -1,0 +1,82 @@
+"""Which parameters of a model are trained: all of them, the upper layers, or low-rank adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from app.config.training import AdapterConfig, TrainingConfig
+from app.errors import ModelError
+
+ADAPTER = "default"
+"""The name that peft gives an adapter."""
+
+
+def choose_trainable(model: PreTrainedModel, config: TrainingConfig, *, seed: int) -> None:
+    """Freeze or adapt `model`, in place, as `config.freeze_layers` and `config.lora` say. Raises ModelError."""
+    if config.lora is not None:
+        add_adapters(model, config.lora, seed=seed)
+    elif config.freeze_layers:
+        freeze_lower_layers(model, config.freeze_layers)
+
+
+def freeze_lower_layers(model: PreTrainedModel, count: int) -> None:
+    """Freeze the token embeddings and the `count` layers next to them, in place; a head tied to the embeddings is frozen with them.
+
+    Raises ModelError when the model has no more than `count` layers.
+    """
+    trunk = model.base_model
+    depth = model.config.get_text_config().num_hidden_layers
+    layers = next((part for part in trunk.children() if isinstance(part, nn.ModuleList) and len(part) == depth), None)
+    if layers is None:
+        raise ModelError(f"{type(model).__name__}: its layers are in no list of {depth}; set freeze_layers = 0")
+    if count >= depth:
+        raise ModelError(f"freeze_layers = {count} leaves nothing of the {depth} layers of {type(model).__name__} to train: lower it")
+    for part in (trunk.get_input_embeddings(), *layers[:count]):
+        part.requires_grad_(False)
+
+
+def add_adapters(model: PreTrainedModel, config: AdapterConfig, *, seed: int) -> None:
+    """Put LoRA beside linear layers of the trunk, in place, and freeze the rest of it; `config` says about embeddings and output head.
+
+    A score head stays trainable.
+
+    Raises ModelError when none of `config.targets` is a linear layer of the trunk.
+    """
+    trunk = model.base_model
+    linear = [name for name, part in trunk.named_modules() if isinstance(part, nn.Linear)]
+    chosen = [name for name in linear if not config.targets or name.rpartition(".")[2] in config.targets]
+    if not chosen:
+        there = sorted({name.rpartition(".")[2] for name in linear})
+        raise ModelError(f"lora.targets = {list(config.targets)}: {type(model).__name__} has the linear layers {', '.join(there)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=chosen)
+        inject_adapter_in_model(lora, trunk, ADAPTER)
+    for part in (trunk.get_input_embeddings(), model.get_output_embeddings()):
+        if part is not None:
+            part.requires_grad_(config.embeddings)
+
+
+def merged_state(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
+    """What to save of a model with adapters: its weights under their own names, each adapter added to what it stands beside.
+
+    The model itself stays as it is. None for a model without adapters, whose own state is what to save.
+    """
+    adapters: dict[str, Any] = {name: part for name, part in model.named_modules() if isinstance(part, LoraLayer)}
+    if not adapters:
+        return None
+    merged = {}
+    for name, tensor in model.state_dict().items():
+        owner, found, leaf = name.rpartition(".base_layer.")
+        if found:
+            delta = adapters[owner].get_delta_weight(ADAPTER) if leaf == "weight" else None
+            merged[f"{owner}.{leaf}"] = tensor if delta is None else tensor + delta.to(tensor.dtype)
+        elif not any(name.startswith(f"{adapted}.") for adapted in adapters):
+            merged[name] = tensor
+    return merged

@@ -1,0 +1,67 @@
+"""`corral chat`: turns, streaming, and what happens when the context is full."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+from app.errors import ModelError
+from app.models.chat import Chat
+from jobs.main import main
+from tests.tiny_models import CONTEXT, make_llama
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    return str(make_llama(tmp_path / "model"))
+
+
+def chat(folder: str, **options: object) -> Chat:
+    return Chat(folder, temperature=0.0, max_new_tokens=8, **options)  # type: ignore[arg-type]
+
+
+def test_every_turn_is_part_of_the_next_prompt(folder: str) -> None:
+    pieces: list[str] = []
+    talk = chat(folder, system="Be brief.")
+    first = talk.reply("Hello", pieces.append)
+    assert "".join(pieces).strip() == first
+    talk.reply("Again", pieces.append)
+    assert [turn.role for turn in talk.turns] == ["user", "assistant"] * 2
+    fresh = chat(folder, system="Be brief.")
+    assert fresh.reply("Hello", pieces.append) == first
+    talk.forget()
+    assert talk.reply("Hello", pieces.append) == first
+
+
+def test_the_oldest_exchange_makes_room(folder: str) -> None:
+    talk = chat(folder)
+    for _ in range(4):
+        talk.reply("x" * 40, lambda piece: None)
+    assert len(talk.turns) < 8
+    kept = list(talk.turns)
+    with pytest.raises(ModelError, match=f"do not fit the model's {CONTEXT}"):
+        talk.reply("x" * CONTEXT, lambda piece: None)
+    assert talk.turns == kept, "what does not fit is forgotten, the conversation is not"
+
+
+def test_command_reads_lines_until_the_input_ends(folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\n/new\nHello\n"))
+    assert main(["chat", folder, "--temperature=0", "--max-new-tokens=6"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["./nowhere"], "no such folder"),
+        ([".", "--temperature=-1"], "--temperature must be"),
+        ([".", "--data.path=x"], "no option --data.path=x"),
+    ],
+)
+def test_bad_input(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", *arguments]) == 2
+    assert message in capsys.readouterr().err
