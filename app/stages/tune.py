@@ -67,6 +67,9 @@ class TrialNotes(tune.Callback):
     def __init__(self, tracker: RunTracker, recipe: Recipe) -> None:
         self._tracker, self._recipe, self._ended = tracker, recipe, 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune saves its callbacks for a resumption that is never asked for
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial came to its last step, or ASHA stopped it."""
         metrics = trial.last_result
