@@ -14,6 +14,7 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 from app.config.ppo import ScoringConfig
 from app.config.shared import WorkersConfig
 from app.errors import DeadlineError, ScoringError
+from app.workers.pending import last_line
 from app.workers.processes import process_options
 from app.workers.scoring_client import REFERENCE, REWARD, ServeScorer
 from serve.replicas import Precision, ReferenceReplica, RewardReplica
@@ -126,16 +127,11 @@ def _wait_until_running(name: str, deadline_seconds: float) -> None:
             return
         late = {role: deployment for role, deployment in application.deployments.items() if deployment.status != "HEALTHY"}
         if application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
-            reasons = "; ".join(f"{role}: {_last_line(deployment.message)}" for role, deployment in late.items())
-            raise ScoringError(f"scoring service {name} cannot start: {reasons or _last_line(application.message)}")
+            reasons = "; ".join(f"{role}: {last_line(deployment.message)}" for role, deployment in late.items())
+            raise ScoringError(f"scoring service {name} cannot start: {reasons or last_line(application.message)}")
         if time.monotonic() > deadline:
             raise DeadlineError(
                 f"starting the scoring service {name} waits on {', '.join(late) or 'Serve'} for more than {deadline_seconds:g} s: "
                 "check that the cluster has the CPUs and GPUs of scoring.reward and scoring.reference"
             )
         time.sleep(POLL_SECONDS)
-
-
-def _last_line(message: str) -> str:
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return lines[-1] if lines else "no reason given"

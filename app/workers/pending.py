@@ -39,9 +39,9 @@ def collect(references: Sequence[ray.ObjectRef[Any]], *, phase: str, deadline_se
         raise failure(f"{phase}: a worker process died ({str(error).splitlines()[0]}); rerun the same command to go on") from error
 
 
-def last_line(error: BaseException) -> str:
+def last_line(message: BaseException | str) -> str:
     """The last line that says something: Ray's messages end with the innermost error."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(message).splitlines() if line.strip()]
     return lines[-1] if lines else "no message"
 
 
