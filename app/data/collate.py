@@ -40,15 +40,14 @@ def collate_threads(rows: Sequence[SftRow], device: torch.device | str = "cpu", 
     The first token of a thread is never a target: nothing predicts it. Padding counts its positions on, so that it belongs to
     the last thread of its row, none of whose tokens sees it.
     """
-    bins = (
-        [[row] for row in rows] if pack_to is None else [[rows[i] for i in chosen] for chosen in pack([len(r.ids) for r in rows], pack_to)]
-    )
-    ids_BS, _ = _pad([np.concatenate([row.ids for row in chosen]) for chosen in bins])
+    chosen = [[i] for i in range(len(rows))] if pack_to is None else pack([len(row.ids) for row in rows], pack_to)
+    bins = [[rows[i] for i in indices] for indices in chosen]
+    ids_BS, _ = _pad([np.concatenate([row.ids for row in threads]) for threads in bins])
     positions_BS = torch.arange(ids_BS.shape[1]).repeat(len(bins), 1)
     targets_BS = torch.zeros(ids_BS.shape, dtype=torch.bool)
-    for positions, targets, chosen in zip(positions_BS, targets_BS, bins, strict=True):
+    for positions, targets, threads in zip(positions_BS, targets_BS, bins, strict=True):
         start = 0
-        for row in chosen:
+        for row in threads:
             end = start + len(row.ids)
             positions[start:] -= int(positions[start])
             targets[start + 1 : end] = torch.from_numpy(row.loss_mask[1:])

@@ -77,8 +77,7 @@ def sequence_logprobs(
     blank_BR = torch.zeros(pick_BR.shape, dtype=torch.float32, device=ids_BS.device)
     if not pick_BR.any():
         return blank_BR
-    transformed = any(getattr(config, key, None) not in (None, 1.0) for key in LOGIT_TRANSFORMS)
-    pieces = (_logits_by_rows if transformed else _logits_by_tokens)(model, ids_BS, attention_BS, pick_BR, chunk)
+    pieces = (_logits_by_rows if _transforms_logits(model) else _logits_by_tokens)(model, ids_BS, attention_BS, pick_BR, chunk)
     logprobs = [label_logprobs(logits_nV[None], targets_n[None], temperature)[0] for logits_nV, targets_n in pieces]
     return blank_BR.masked_scatter(pick_BR, torch.cat(logprobs))
 
@@ -89,15 +88,19 @@ def target_logprobs(model: PreTrainedModel, ids_BS: torch.Tensor, positions_BS: 
     positions_BS restarts at 0 where a sequence begins, and a row may hold several: attention stays within each. Padding may only
     stand behind a row's last sequence, so that causal attention needs no mask. The head runs on what predicts a target alone.
     """
-    config = model.config.get_text_config()
     pick_BR = targets_BS[:, 1:]
-    transformed = any(getattr(config, key, None) not in (None, 1.0) for key in LOGIT_TRANSFORMS)
     inputs = {"input_ids": ids_BS, "position_ids": positions_BS, "use_cache": False}
-    if transformed:
+    if _transforms_logits(model):
         logits_NV = model(**inputs).logits[:, :-1][pick_BR]
     else:
         logits_NV = model.get_output_embeddings()(model.base_model(**inputs).last_hidden_state[:, :-1][pick_BR])
     return label_logprobs(logits_NV[None], ids_BS[:, 1:][pick_BR][None])[0]
+
+
+def _transforms_logits(model: PreTrainedModel) -> bool:
+    """Whether logits are more than what the output head gives."""
+    config = model.config.get_text_config()
+    return any(getattr(config, key, None) not in (None, 1.0) for key in LOGIT_TRANSFORMS)
 
 
 Pieces = Iterator[tuple[torch.Tensor, torch.Tensor]]

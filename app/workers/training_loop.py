@@ -110,8 +110,10 @@ class TrainingLoop:
             return WorkerOutcome(progress.step)
         if not exhausted:
             self.judge()
-        after = self.take_best() if self.config.keep_best else progress.evaluated
-        if not self.config.keep_best:
+        if self.config.keep_best:
+            after = self.take_best()
+        else:
+            after = progress.evaluated
             self.export(self.job.model_folder)
         result = TrainingResult(progress.before, after, progress.step, progress.tokens, progress.seconds)
         return WorkerOutcome(progress.step, result=result)
