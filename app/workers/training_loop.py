@@ -249,10 +249,14 @@ class TrainingLoop:
         dist.barrier()
 
     def take_best(self) -> dict[str, float]:
-        """Make the best model the stage's model; returns its held-out metrics. Collective."""
-        metrics: dict[str, float] = read_json(self.best_folder / HELD_OUT)["metrics"]
+        """Make the best model the stage's model; returns its held-out metrics. Collective.
+
+        A run that was stopped after its training, before its stage was committed, has done so already.
+        """
+        waits = self.best_folder.is_dir()
+        metrics: dict[str, float] = read_json((self.best_folder if waits else self.job.model_folder) / HELD_OUT)["metrics"]
         dist.barrier()
-        if self.rank == 0:
+        if waits and self.rank == 0:
             shutil.rmtree(self.job.model_folder, ignore_errors=True)
             self.best_folder.rename(self.job.model_folder)
         dist.barrier()
