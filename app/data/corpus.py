@@ -78,8 +78,9 @@ def load_corpus(config: DataConfig, *, seed: int, folder: Path) -> Corpus:
     rows, bad, sha256 = _decode(path)
     row_count = len(rows) + len(bad)
     name = _format_name(config, rows, bad)
-    trees, unusable = FORMATS[name].read(rows, Filters(config.lang, config.top_k, config.columns.named()))
-    bad = sorted([*bad, *unusable], key=lambda row: (row.file, row.line))
+    found = list(FORMATS[name].read(rows, Filters(config.lang, config.top_k, config.columns.named())))
+    trees = [records for records in found if isinstance(records, TreeRecords)]
+    bad = sorted([*bad, *(row for row in found if isinstance(row, BadRow))], key=lambda row: (row.file, row.line))
     if bad and config.strict:
         first = bad[0]
         raise DataError(f"{first.file}:{first.line}: {first.reason}; mend the row, or set data.strict = false to leave it out")

@@ -1,10 +1,10 @@
-"""Tokenised rows of the three stages, and their parquet files, so that workers read ids instead of tokenising text."""
+"""Tokenised rows of the three stages in parquet files, so that workers read ids instead of tokenising text."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from app.data.templates import Template
 from app.errors import DataError
 from app.experience import IntArray, Prompt
-from app.formats.records import PromptItem, RankedGroup, Thread
 
 TRAIN_FILE, HELD_OUT_FILE = "train.parquet", "validation.parquet"
 """Token caches of a stage, in `DIR/<stage>/data`."""
 
 BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
-
-PROMPT_SHARE = 4
-"""An over-long reply leaves at least 1 / PROMPT_SHARE of a sequence to the newest tokens of its prompt."""
 
 
 @dataclass(frozen=True)
@@ -42,47 +37,6 @@ class GroupRow:
     id: str
     sequences: tuple[IntArray, ...]
 
-
-def encode_threads(items: Iterable[Thread], template: Template, max_length: int) -> list[SftRow]:
-    """The first `max_length` tokens of each thread; threads with no assistant token among them are left out."""
-    rows = []
-    for thread in items:
-        ids, mask = template.encode(thread.messages, open_assistant=False)
-        if any(mask[:max_length]):
-            rows.append(SftRow(np.array(ids[:max_length], np.int32), np.array(mask[:max_length], np.bool_)))
-    return rows
-
-
-def encode_groups(items: Iterable[RankedGroup], template: Template, max_length: int) -> list[GroupRow]:
-    """Every reply behind its prompt, at most `max_length` tokens: the prompt loses its oldest tokens, an over-long reply its last
-    ones, the end token always stays (a reward model reads its score there)."""
-    rows = []
-    for group in items:
-        prompt, _ = template.encode(group.prefix, open_assistant=True)
-        sequences = tuple(join_reply(prompt, template.encode_text(reply), template.eos_id, max_length) for reply in group.replies)
-        rows.append(GroupRow(group.id, sequences))
-    return rows
-
-
-def encode_prompts(items: Iterable[PromptItem], template: Template, max_length: int) -> list[Prompt]:
-    """Conversations that end in an open assistant turn; over-long ones lose their oldest tokens."""
-    prompts = []
-    for item in items:
-        ids, _ = template.encode(item.messages, open_assistant=True)
-        messages = tuple(message.as_dict() for message in item.messages)
-        prompts.append(Prompt(item.id, item.messages[-1].content, np.array(ids[-max_length:], np.int32), messages))
-    return prompts
-
-
-def join_reply(prompt: Sequence[int], reply: Sequence[int], eos_id: int, max_length: int) -> IntArray:
-    """prompt + reply + end token, int32 [S <= max_length], cut as `encode_groups` says."""
-    reserved = min(len(prompt), max_length // PROMPT_SHARE)
-    kept = list(reply[: max_length - 1 - reserved])
-    room = max_length - 1 - len(kept)
-    return np.array([*prompt[max(0, len(prompt) - room) :], *kept, eos_id], np.int32)
-
-
-# --- parquet -------------------------------------------------------------------------------------------------------------
 
 _INTS = pa.list_(pa.int32())
 

@@ -202,29 +202,33 @@ def _matches(value: Any) -> bool:
     return isinstance(value, Mapping) and ("message_id" in value or ("message_tree_id" in value and "prompt" in value))
 
 
-def _read(rows: Iterable[Row], filters: Filters) -> tuple[list[TreeRecords], list[BadRow]]:
-    nested: list[Row] = []
+def _read(rows: Iterable[Row], filters: Filters) -> Iterator[TreeRecords | BadRow]:
+    """Trees as they come; flat messages are held until the end, when all of them are there to be joined."""
+    seen: set[str] = set()
     flat: list[Row] = []
-    bad: list[BadRow] = []
     for row in rows:
         if not _matches(row.value):
-            bad.append(BadRow(row.file, row.line, row.text, "neither a message tree nor a message of the OASST export format"))
+            yield BadRow(row.file, row.line, row.text, "neither a message tree nor a message of the OASST export format")
+        elif _is_flat(row.value):
+            flat.append(row)
         else:
-            (flat if _is_flat(row.value) else nested).append(row)
+            yield _extracted(row, filters, seen)
     joined, orphans = _join_flat(flat)
-    bad += orphans
-    trees: dict[str, TreeRecords] = {}
-    for row in (*nested, *joined):
-        try:
-            tree = parse_tree(row.value)
-            if tree.id in trees:
-                raise DataError(f"tree {tree.id} was already read")
-            trees[tree.id] = extract(tree, filters)
-        except DataError as error:
-            bad.append(BadRow(row.file, row.line, row.text, str(error)))
-        except RecursionError:
-            bad.append(BadRow(row.file, row.line, row.text, "replies are nested too deeply"))
-    return list(trees.values()), bad
+    yield from orphans
+    yield from (_extracted(row, filters, seen) for row in joined)
+
+
+def _extracted(row: Row, filters: Filters, seen: set[str]) -> TreeRecords | BadRow:
+    try:
+        tree = parse_tree(row.value)
+        if tree.id in seen:
+            raise DataError(f"tree {tree.id} was already read")
+        seen.add(tree.id)
+        return extract(tree, filters)
+    except DataError as error:
+        return BadRow(row.file, row.line, row.text, str(error))
+    except RecursionError:
+        return BadRow(row.file, row.line, row.text, "replies are nested too deeply")
 
 
 FORMAT = Format(matches=_matches, read=_read)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,9 +10,20 @@ MessageRole = Literal["system", "user", "assistant"]
 
 
 @dataclass(frozen=True)
+class Labels:
+    """What people said of a message, averaged, 0 to 1; None where nobody did. lang: its language."""
+
+    lang: str | None = None
+    quality: float | None = None
+    humor: float | None = None
+    creativity: float | None = None
+
+
+@dataclass(frozen=True)
 class Message:
     role: MessageRole
     content: str
+    labels: Labels | None = None
 
     def as_dict(self) -> dict[str, str]:
         """The mapping that chat templates take."""
@@ -21,11 +32,12 @@ class Message:
 
 @dataclass(frozen=True)
 class Thread:
-    """A conversation that ends in an assistant turn: one SFT sample."""
+    """A conversation that ends in an assistant turn: one SFT sample. dataset: the set of `data.sets` that it is from."""
 
     id: str
     tree_id: str
     messages: tuple[Message, ...]
+    dataset: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,7 @@ class RankedGroup:
     prefix: tuple[Message, ...]
     replies: tuple[str, ...]
     gold: tuple[float, ...] | None = None
+    dataset: str = ""
 
     @property
     def pairs(self) -> int:
@@ -54,11 +67,12 @@ class PromptItem:
     id: str
     tree_id: str
     messages: tuple[Message, ...]
+    dataset: str = ""
 
 
 @dataclass(frozen=True)
 class TreeRecords:
-    """What one conversation tree gives; all of it stays on one side of the train/validation split.
+    """What a row gives; all records of one tree, whichever rows they come from, stay on one side of the train/validation split.
 
     messages: how many messages the tree has, filtered ones included; lang: of its first message, where the data says so.
     """
@@ -103,7 +117,7 @@ class Filters:
 
 @dataclass(frozen=True)
 class Format:
-    """A data format. `matches` looks at one decoded row; `read` turns rows into trees and rows that it cannot use."""
+    """A data format. `matches` looks at one decoded row; `read` turns rows, as they come, into records and rows that it cannot use."""
 
     matches: Callable[[Any], bool]
-    read: Callable[[Iterable[Row], Filters], tuple[list[TreeRecords], list[BadRow]]]
+    read: Callable[[Iterable[Row], Filters], Iterator[TreeRecords | BadRow]]

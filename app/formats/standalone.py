@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -27,23 +25,18 @@ ROLES: dict[str, MessageRole] = {
 def standalone(matches: Callable[[Any], bool], parse: Callable[[Any, Filters], TreeRecords], expected: str) -> Format:
     """A format from a function that turns one row into records and raises DataError for a row it cannot use.
 
-    Conversations with the same first user turn become one tree, so that none of them is on both sides of the split.
+    Conversations with the same first user turn belong to one tree, so that none of them is on both sides of the split.
     expected: what a row should be, for the message about one that is something else.
     """
 
-    def read(rows: Iterable[Row], filters: Filters) -> tuple[list[TreeRecords], list[BadRow]]:
-        trees: dict[str, list[TreeRecords]] = defaultdict(list)
-        bad: list[BadRow] = []
+    def read(rows: Iterable[Row], filters: Filters) -> Iterator[TreeRecords | BadRow]:
         for row in rows:
             try:
                 if not _could_be(row.value, matches, filters):
                     raise DataError(f"not {expected}")
-                records = parse(row.value, filters)
+                yield parse(row.value, filters)
             except DataError as error:
-                bad.append(BadRow(row.file, row.line, row.text, str(error)))
-                continue
-            trees[records.tree_id].append(records)
-        return [_joined(parts) for parts in trees.values()], bad
+                yield BadRow(row.file, row.line, row.text, str(error))
 
     return Format(matches=matches, read=read)
 
@@ -158,14 +151,3 @@ def as_reply(value: Any, name: str) -> str:
 
 def _name(messages: Sequence[Message]) -> str:
     return digest("\0".join(f"{message.role}:{message.content}" for message in messages))
-
-
-def _joined(parts: Sequence[TreeRecords]) -> TreeRecords:
-    """The rows of one tree, at least one; what several of them hold is kept once."""
-    return replace(
-        parts[0],
-        messages=sum(part.messages for part in parts),
-        threads=tuple({item.id: item for part in parts for item in part.threads}.values()),
-        groups=tuple(dict.fromkeys(group for part in parts for group in part.groups)),
-        prompts=tuple({item.id: item for part in parts for item in part.prompts}.values()),
-    )

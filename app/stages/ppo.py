@@ -11,7 +11,7 @@ from app.checkpoint import CheckpointStore
 from app.config.recipe import Recipe
 from app.curves import read_curves
 from app.data.embedded import gold_score
-from app.data.token_cache import encode_prompts
+from app.data.encoding import encode_prompts
 from app.errors import ConfigError
 from app.experience import IntArray, Prompt
 from app.formats.records import Message

@@ -12,7 +12,8 @@ import ray
 from app.config.recipe import Recipe
 from app.config.shared import WorkersConfig
 from app.data.baselines import length_baseline
-from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, encode_groups, write_groups
+from app.data.encoding import encode_groups
+from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, write_groups
 from app.durable import read_json, write_json
 from app.errors import CorralError
 from app.experience import IntArray

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from app.config.recipe import Recipe
-from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, encode_threads, write_threads
+from app.data.encoding import encode_threads
+from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, write_threads
 from app.models.context import require_context
 from app.run_folder import RunFolder
 from app.stages.preparation import Prepared

@@ -16,8 +16,8 @@ from app.config.loading import load_recipe
 from app.data.baselines import bag_of_words_baseline, best_constant_answer, pair_accuracy
 from app.data.corpus import load_corpus
 from app.data.embedded import gold_score
+from app.data.encoding import encode_groups
 from app.data.templates import build_template
-from app.data.token_cache import encode_groups
 from app.formats.records import Message
 from app.models.forward import pad_sequences
 from app.models.heads import load_reward_model, sequence_scores

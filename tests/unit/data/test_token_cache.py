@@ -9,12 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.data.encoding import encode_groups, encode_prompts, encode_threads, join_reply
 from app.data.templates import Message, Template, build_template
 from app.data.token_cache import (
-    encode_groups,
-    encode_prompts,
-    encode_threads,
-    join_reply,
     read_groups,
     read_prompts,
     read_threads,

@@ -9,7 +9,7 @@ import pytest
 from app.errors import DataError
 from app.formats import FORMATS, detect_format
 from app.formats.oasst import parse_tree
-from app.formats.records import Filters, Row
+from app.formats.records import Filters, Row, TreeRecords
 
 
 @pytest.mark.parametrize(
@@ -51,8 +51,9 @@ def test_nested_message_is_a_tree() -> None:
     assert (tree.id, tree.state, tree.lang, tree.root_accepted) == ("a", "ready_for_export", "en", True)
 
 
-def test_equal_prompts_are_kept_once() -> None:
+def test_equal_prompts_are_one_tree() -> None:
     rows = [Row("f", line, text, text) for line, text in enumerate(["Why?", "How?", "Why?"], 1)]
-    trees, bad = FORMATS["prompts"].read(rows, Filters())
-    assert [tree.prompts[0].messages[0].content for tree in trees] == ["Why?", "How?"]
-    assert bad == []
+    first, second, third = FORMATS["prompts"].read(rows, Filters())
+    assert first == third
+    assert isinstance(first, TreeRecords) and isinstance(second, TreeRecords)
+    assert first.tree_id != second.tree_id

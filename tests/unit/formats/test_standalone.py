@@ -15,7 +15,8 @@ CHAT = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "B
 
 def read(name: str, *values: Any, columns: dict[str, str] | None = None) -> tuple[list[TreeRecords], list[BadRow]]:
     rows = [Row("f", line, repr(value), value) for line, value in enumerate(values, 1)]
-    return FORMATS[name].read(rows, Filters(columns=columns or {}))
+    found = list(FORMATS[name].read(rows, Filters(columns=columns or {})))
+    return [item for item in found if isinstance(item, TreeRecords)], [item for item in found if isinstance(item, BadRow)]
 
 
 def one(name: str, value: Any, **columns: str) -> TreeRecords:
