@@ -25,6 +25,7 @@ import numpy as np  # noqa: E402
 
 from app.config.ppo import PpoConfig, RolloutConfig, ScoringConfig  # noqa: E402
 from app.config.shared import DeepSpeedConfig, OptimizerConfig, WorkersConfig  # noqa: E402
+from app.data.prompt_stream import PromptStream  # noqa: E402
 from app.experience import Prompt  # noqa: E402
 
 PROMPT_TOKENS = 16
@@ -110,7 +111,9 @@ def run(arguments: argparse.Namespace) -> list[Mapping[str, float]]:
             learner.ready()
             canaries = [rng.integers(vocabulary, size=PROMPT_TOKENS + 8, dtype=np.int32)]
             publisher = WeightPublisher(learner, pool, canaries, limit=ppo.max_logprob_mismatch, nccl_tensor_parallel=None)
-            parts = Parts(learner, pool, publisher, REWARDS["reward_model"](scorer), scorer, recorder, recorder, prompts, pad_id=0)
+            parts = Parts(
+                learner, pool, publisher, REWARDS["reward_model"](scorer), scorer, recorder, recorder, PromptStream.over(prompts), pad_id=0
+            )
             actor_learner_loop(parts, ppo, LoopState(), seed=0)
     return recorder.steps
 

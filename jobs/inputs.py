@@ -27,9 +27,9 @@ REWARD_COMMANDS = ("ppo", "tune", "serve", "evaluate")
 
 def check_inputs(recipe: Recipe, command: str) -> None:
     """Whether data, model and reward model are there. Raises DataError, ModelError or ConfigError; asks no hub."""
-    data = recipe.data.path
-    if data != "embedded" and "://" not in data and not is_hub_name(data):
-        local_files(data)
+    for source in recipe.data.sources().values():
+        if source.path not in (None, "embedded") and "://" not in source.path and not is_hub_name(source.path):
+            local_files(source.path)
     if recipe.model.path in BUILT_IN_MODELS and command == "serve":
         raise ConfigError(f"model.path = {recipe.model.path}: `corral serve` needs the folder of an SFT model, such as runs/demo/sft/model")
     if recipe.model.path not in BUILT_IN_MODELS:
@@ -85,5 +85,5 @@ def read_data(recipe: Recipe, command: str, run: RunFolder) -> Corpus:
     corpus = load_corpus(recipe.data, seed=recipe.run.seed, folder=run.path / "data")
     for require in REQUIRED_DATA[command]:
         require(corpus)
-    run.record_data(corpus.sha256, path=str(corpus.path), format=corpus.format, counts=corpus.counts, quarantined=corpus.quarantined)
+    run.record_data(corpus.sha256, **corpus.facts())
     return corpus

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from app.schema import Config
+
+SINGLE = "data"
+"""Name of the data set that `data.path` names."""
 
 
 class EmbeddedTaskConfig(Config):
@@ -43,14 +46,53 @@ class ColumnsConfig(Config):
         return {meaning: column for meaning, column in self.model_dump().items() if column is not None}
 
 
+FormatName = Literal["auto", "oasst", "hh", "ranking", "preference", "messages", "instruction", "prompts"]
+
+
+class SetConfig(Config):
+    """One data set of a mixture. What is not set here is as in the `data` section."""
+
+    path: str | None = None
+    """File, folder, glob, URL or hub name; without one, the set's name is looked up in the table of public sets."""
+    format: FormatName = "auto"
+    columns: ColumnsConfig = ColumnsConfig()
+    subset: str | None = None
+    """Configuration of a hub data set that has several."""
+    split: str | None = None
+    """Split of a hub data set; all of them without one."""
+    fraction: float | None = Field(None, gt=0, le=1)
+    """Share of the set's training rows that an epoch takes, drawn anew for each epoch."""
+    size: int | None = Field(None, ge=1)
+    """Training rows of the set that an epoch takes (all of them where it has fewer), drawn anew for each epoch."""
+    lang: tuple[str, ...] | None = None
+    top_k: int | None = Field(None, ge=1)
+    val_split: float | None = Field(None, gt=0, lt=1)
+    max_val_set: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _fraction_or_size(self) -> SetConfig:
+        if self.fraction is not None and self.size is not None:
+            raise ValueError("fraction and size exclude each other: keep one of them")
+        return self
+
+    def rows_per_epoch(self, rows: int) -> int:
+        """How many of `rows` training rows an epoch takes: at least one of a set that has any."""
+        if self.size is not None:
+            return min(self.size, rows)
+        return rows if self.fraction is None else min(rows, max(1, round(self.fraction * rows)))
+
+
 class DataConfig(Config):
     """Conversations: where they are and how they are read."""
 
     path: str = "embedded"
     """File, folder, glob, URL or hub name; `embedded` generates the built-in task."""
-    format: Literal["auto", "oasst", "hh", "ranking", "preference", "messages", "instruction", "prompts"] = "auto"
+    format: FormatName = "auto"
     """Row format; `auto` looks at the first row, or at data.columns."""
     columns: ColumnsConfig = ColumnsConfig()
+    sets: dict[str, SetConfig] = Field(default_factory=dict)
+    """Several data sets instead of data.path: name -> table of path, format, columns, subset and split (of a hub set), fraction or size
+    (what an epoch takes of it), lang, top_k, val_split, max_val_set."""
     strict: bool = False
     """Stop at the first malformed row; otherwise bad rows are counted and written to `quarantine.jsonl` with line and reason."""
     lang: tuple[str, ...] = ("en",)
@@ -59,6 +101,8 @@ class DataConfig(Config):
     """SFT: keep only threads whose assistant messages all rank below this (1 = best replies only)."""
     val_split: float = Field(0.2, gt=0, lt=1)
     """Share of conversation trees held out; split by tree, so no conversation is on both sides."""
+    max_val_set: int | None = Field(None, ge=1)
+    """Held-out threads, groups and prompts of a set to keep, drawn at random; the others are left out."""
     template: Literal["auto", "oasst", "chat"] = "auto"
     """`chat` is the tokenizer's own template, `oasst` Open-Assistant's role tokens; `auto` takes `chat` where the tokenizer has one."""
     max_length: int = Field(512, ge=8)
@@ -66,3 +110,19 @@ class DataConfig(Config):
     max_prompt_length: int = Field(256, ge=4)
     """Tokens per PPO prompt; longer ones lose their oldest tokens."""
     embedded: EmbeddedTaskConfig = EmbeddedTaskConfig()
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataConfig:
+        alone = [f"data.{name}" for name in ("path", "format", "columns") if getattr(self, name) != type(self).model_fields[name].default]
+        if self.sets and alone:
+            raise ValueError(f"data.sets and {', '.join(alone)} exclude each other: give each set its own, or remove data.sets")
+        return self
+
+    def sources(self) -> dict[str, SetConfig]:
+        """Every data set by its name, with all that the section says for it; one that `data.path` names is called `data`."""
+        given = self.sets or {SINGLE: SetConfig(path=self.path, format=self.format, columns=self.columns)}
+        shared = {name: getattr(self, name) for name in ("lang", "top_k", "val_split", "max_val_set")}
+        return {
+            name: source.model_copy(update={key: value for key, value in shared.items() if getattr(source, key) is None})
+            for name, source in given.items()
+        }

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 from pydantic import TypeAdapter
 
@@ -30,8 +30,9 @@ class RecipeKey:
 
     @property
     def is_nested_table(self) -> bool:
-        """A free table of free tables: what follows the key in a dotted name is a path, not one name."""
-        return self.is_table and self.annotation == dict[str, Any]
+        """A free table of tables: what follows the key in a dotted name is a path, not one name."""
+        inside = get_args(self.annotation)[1] if self.is_table else None
+        return inside is Any or (isinstance(inside, type) and issubclass(inside, Config))
 
     def accepts(self, value: Any) -> bool:
         """Whether `value` has the key's type (its range is checked with the whole recipe)."""

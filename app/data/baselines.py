@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations
 from typing import TypeVar
 
@@ -25,13 +25,13 @@ def pair_accuracy(scores: Sequence[Sequence[float]]) -> float:
     return sum(wins) / len(wins)
 
 
-def length_baseline(train: Sequence[RankedGroup], validation: Sequence[RankedGroup]) -> float:
+def length_baseline(train: Iterable[RankedGroup], validation: Iterable[RankedGroup]) -> float:
     """Pair accuracy on `validation` of "the longer reply wins" (characters), or of its opposite where that does better on `train`."""
     sign = 1.0 if _length_accuracy(train) >= 0.5 else -1.0
     return pair_accuracy([[sign * len(reply) for reply in group.replies] for group in validation])
 
 
-def _length_accuracy(groups: Sequence[RankedGroup]) -> float:
+def _length_accuracy(groups: Iterable[RankedGroup]) -> float:
     return pair_accuracy([[float(len(reply)) for reply in group.replies] for group in groups])
 
 

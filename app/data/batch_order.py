@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
 
-import numpy as np
+from app.data.mixture import Mixture
 
 
-def total_steps(rows: int, *, epochs: float, batch_size: int, max_steps: int | None) -> int:
-    """Optimizer steps that make at least `epochs` passes over `rows`, cut at `max_steps`."""
-    steps = max(1, math.ceil(epochs * rows / batch_size))
+def total_steps(rows_per_epoch: int, *, epochs: float, batch_size: int, max_steps: int | None) -> int:
+    """Optimizer steps that take at least `epochs` epochs, cut at `max_steps`."""
+    steps = max(1, math.ceil(epochs * rows_per_epoch / batch_size))
     return steps if max_steps is None else min(steps, max_steps)
 
 
-def step_rows(step: int, *, rows: int, batch_size: int, seed: int) -> list[int]:
-    """The `batch_size` row indices of optimizer step `step` (from 0).
-
-    Each epoch is a permutation drawn from (seed, epoch); batches run on across the seam between epochs, so every row comes
-    equally often and every batch is full.
-    """
-    positions = range(step * batch_size, (step + 1) * batch_size)
-    epochs = {position // rows for position in positions}
-    orders = {epoch: _epoch_order(rows, seed, epoch) for epoch in epochs}
-    return [int(orders[position // rows][position % rows]) for position in positions]
-
-
-@lru_cache(maxsize=2)  # two epochs meet in a batch at most times; large sets take milliseconds to shuffle
-def _epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    return np.random.default_rng([seed, epoch]).permutation(rows)
+def step_rows(step: int, *, mixture: Mixture, batch_size: int, seed: int) -> list[int]:
+    """The `batch_size` row indices of optimizer step `step` (from 0). Batches run on across epochs, so every batch is full."""
+    return mixture.rows(step * batch_size, batch_size, seed=seed)
 
 
 def micro_batches(indices: Sequence[int], lengths: Sequence[int], *, micro_batch_size: int, rank: int, world_size: int) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -15,25 +15,21 @@ PROMPT_SHARE = 4
 """An over-long reply leaves at least 1 / PROMPT_SHARE of a sequence to the newest tokens of its prompt."""
 
 
-def encode_threads(items: Iterable[Thread], template: Template, max_length: int) -> list[SftRow]:
+def encode_threads(items: Iterable[Thread], template: Template, max_length: int) -> Iterator[SftRow]:
     """The first `max_length` tokens of each thread; threads with no assistant token among them are left out."""
-    rows = []
     for thread in items:
         ids, mask = template.encode(thread.messages, open_assistant=False)
         if any(mask[:max_length]):
-            rows.append(SftRow(np.array(ids[:max_length], np.int32), np.array(mask[:max_length], np.bool_)))
-    return rows
+            yield SftRow(np.array(ids[:max_length], np.int32), np.array(mask[:max_length], np.bool_), thread.dataset)
 
 
-def encode_groups(items: Iterable[RankedGroup], template: Template, max_length: int) -> list[GroupRow]:
+def encode_groups(items: Iterable[RankedGroup], template: Template, max_length: int) -> Iterator[GroupRow]:
     """Every reply behind its prompt, at most `max_length` tokens: the prompt loses its oldest tokens, an over-long reply its last
     ones, the end token always stays (a reward model reads its score there)."""
-    rows = []
     for group in items:
         prompt, _ = template.encode(group.prefix, open_assistant=True)
         sequences = tuple(join_reply(prompt, template.encode_text(reply), template.eos_id, max_length) for reply in group.replies)
-        rows.append(GroupRow(group.id, sequences))
-    return rows
+        yield GroupRow(group.id, sequences, group.dataset)
 
 
 def encode_prompts(items: Iterable[PromptItem], template: Template, max_length: int) -> list[Prompt]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from heapq import nlargest
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +37,7 @@ class Inspection:
     reasons: dict[str, int]
     languages: dict[str, int]
     unit: str
-    lengths: tuple[int, ...]
+    lengths: Sequence[int]
     longest: tuple[tuple[int, str], ...]
     duplicates: int
     leakage: int
@@ -66,11 +70,22 @@ class Inspection:
 
 def inspect_corpus(corpus: Corpus, folder: Path, template: Template | None = None, max_length: int = 0) -> Inspection:
     """Look at a corpus whose quarantine file lies in `folder`. With a template, lengths are tokens and the round trip is tried."""
-    threads = (*corpus.train.threads, *corpus.validation.threads)
-    encoded = [template.encode(thread.messages, open_assistant=False)[0] for thread in threads] if template else None
-    lengths = tuple(len(ids) for ids in encoded) if encoded is not None else tuple(_words(thread) for thread in threads)
-    order = sorted(range(len(threads)), key=lambda k: lengths[k], reverse=True)[:LONGEST]
-    conversations = Counter(thread.messages for thread in threads)
+    lengths = array("q")
+    longest: list[tuple[int, str]] = []
+    seen: set[int] = set()
+    failures = repeated = 0
+    for thread in chain(corpus.train.threads, corpus.validation.threads):
+        if template is None:
+            length = _words(thread)
+        else:
+            ids, _ = template.encode(thread.messages, open_assistant=False)
+            length = len(ids)
+            failures += not comes_back(template, ids, thread.messages)
+        lengths.append(length)
+        longest = nlargest(LONGEST, [*longest, (length, thread.messages[0].content)], key=itemgetter(0))
+        conversation = hash(thread.messages)
+        repeated += conversation in seen
+        seen.add(conversation)
     return Inspection(
         format=corpus.format,
         rows=corpus.rows,
@@ -78,15 +93,13 @@ def inspect_corpus(corpus: Corpus, folder: Path, template: Template | None = Non
         quarantined=corpus.quarantined,
         reasons=quarantine_reasons(folder / QUARANTINE),
         languages=corpus.languages,
-        unit="words" if encoded is None else "tokens",
+        unit="words" if template is None else "tokens",
         lengths=lengths,
-        longest=tuple((lengths[k], threads[k].messages[0].content) for k in order),
-        duplicates=sum(count - 1 for count in conversations.values()),
+        longest=tuple(longest),
+        duplicates=repeated + sum(source.repeated for source in corpus.sources.values()),
         leakage=len(_first_turns(corpus.train) & _first_turns(corpus.validation)),
-        truncated=None if encoded is None else sum(length > max_length for length in lengths),
-        round_trip_failures=None
-        if encoded is None or template is None
-        else sum(not comes_back(template, ids, thread.messages) for ids, thread in zip(encoded, threads, strict=True)),
+        truncated=None if template is None else sum(length > max_length for length in lengths),
+        round_trip_failures=None if template is None else failures,
     )
 
 
@@ -135,6 +148,6 @@ def _words(thread: Thread) -> int:
     return sum(len(message.content.split()) for message in thread.messages)
 
 
-def _first_turns(split: Split) -> set[str]:
-    conversations = [thread.messages for thread in split.threads] + [prompt.messages for prompt in split.prompts]
-    return {next(message.content for message in messages if message.role == "user") for messages in conversations}
+def _first_turns(split: Split) -> set[int]:
+    """Hashes of the user turns that conversations begin with."""
+    return {hash(next(message.content for message in messages if message.role == "user")) for messages in split.conversations()}

@@ -1,19 +1,26 @@
-"""Which prompts a PPO step uses: a function of seed and cursor only, so a resumed run goes on with the same prompts."""
+"""Which prompts a PPO step uses: a function of seed and cursor alone, so a resumed run goes on with the same prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-import numpy as np
-
+from app.data.mixture import Mixture
 from app.experience import Prompt
 
 
-def take_prompts(prompts: Sequence[Prompt], cursor: int, count: int, *, seed: int) -> list[Prompt]:
-    """`count` prompts from position `cursor` of an endless stream that runs through all prompts in a fresh order each pass."""
-    batch: list[Prompt] = []
-    while len(batch) < count:
-        epoch, offset = divmod(cursor + len(batch), len(prompts))
-        order = np.random.default_rng([seed, epoch]).permutation(len(prompts))
-        batch.extend(prompts[i] for i in order[offset : offset + count - len(batch)])
-    return batch
+@dataclass(frozen=True)
+class PromptStream:
+    """An endless stream of prompts, mixed as `mixture` says."""
+
+    prompts: Sequence[Prompt]
+    mixture: Mixture
+
+    @classmethod
+    def over(cls, prompts: Sequence[Prompt]) -> PromptStream:
+        """Each pass takes every prompt once, in a fresh order."""
+        return cls(prompts, Mixture.of([""] * len(prompts), {}))
+
+    def take(self, cursor: int, count: int, *, seed: int) -> list[Prompt]:
+        """`count` prompts from position `cursor`."""
+        return [self.prompts[i] for i in self.mixture.rows(cursor, count, seed=seed)]

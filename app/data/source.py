@@ -53,12 +53,15 @@ def is_hub_name(path: str) -> bool:
     return bool(_HUB_NAME.fullmatch(path)) and not path.endswith(SUFFIXES) and not Path(path).exists()
 
 
-def read_lines(path: str) -> Iterator[RawLine]:
-    """Every line of every file behind `path`, in a fixed order. Raises DataError when something cannot be read."""
+def read_lines(path: str, *, subset: str | None = None, split: str | None = None) -> Iterator[RawLine]:
+    """Every line of every file behind `path`, in a fixed order; of a hub data set the given configuration and split, else all splits.
+
+    Raises DataError when something cannot be read.
+    """
     if "://" in path:
         yield from _read_url(path)
     elif is_hub_name(path):
-        yield from _read_hub(path)
+        yield from _read_hub(path, subset, split)
     else:
         for file in local_files(path):
             opener: Callable[..., IO[bytes]] = gzip.open if file.name.endswith(".gz") else open  # type: ignore[assignment]
@@ -96,18 +99,18 @@ def _read_url(url: str) -> Iterator[RawLine]:
         raise DataError(f"data.path = {url}: cannot be read ({error}); check the address, or download it and name the file") from error
 
 
-def _read_hub(name: str) -> Iterator[RawLine]:
+def _read_hub(name: str, subset: str | None, split: str | None) -> Iterator[RawLine]:
     import datasets
 
     try:
-        splits = datasets.load_dataset(name)
+        loaded = datasets.load_dataset(name, subset, split=split)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(
             f"data.path = {name}: no local file of this name, and the hub did not give a data set ({reason}); check the path or the network"
         ) from error
     number = 0
-    for split in sorted(splits):
-        for value in splits[split]:
+    for rows in [loaded] if split is not None else [loaded[part] for part in sorted(loaded)]:
+        for value in rows:
             number += 1
             yield RawLine(name, number, _as_json(value))

@@ -18,9 +18,9 @@ import torch
 from app.algorithms import ALGORITHMS
 from app.algorithms.credit import credit_metrics
 from app.config.ppo import PpoConfig
-from app.data.prompt_stream import take_prompts
+from app.data.prompt_stream import PromptStream
 from app.errors import Interrupted, RolloutError, ScoringError, StaleRolloutError
-from app.experience import Experience, FinishReason, FloatArray, Prompt, Rollout, TokenBatch, pad_rows
+from app.experience import Experience, FinishReason, FloatArray, Rollout, TokenBatch, pad_rows
 from app.interfaces import Learner, Pending, Publisher, Reward, RolloutPool, Scorer, Tracker
 from app.numerics import shape_scores
 
@@ -51,7 +51,7 @@ class Parts:
     scorer: Scorer
     tracker: Tracker
     checkpoints: Checkpoints
-    prompts: Sequence[Prompt]
+    prompts: PromptStream
     pad_id: int
 
 
@@ -78,7 +78,7 @@ def actor_learner_loop(
     """
     algorithm = ALGORITHMS["ppo"](config.algorithm)
     parts.publisher.publish(state.version)
-    stream = RolloutStream(parts.pool, parts.prompts, config, state, seed=seed)
+    stream = RolloutStream(parts, config, state, seed=seed)
     while state.step < config.steps:
         clock = PhaseClock()
         began = time.perf_counter()
@@ -121,8 +121,8 @@ def actor_learner_loop(
 class RolloutStream:
     """Batches of rollouts, `max_lag` of them sampled ahead of the learner."""
 
-    def __init__(self, pool: RolloutPool, prompts: Sequence[Prompt], config: PpoConfig, state: LoopState, *, seed: int) -> None:
-        self._pool, self._prompts, self._config, self._seed = pool, prompts, config, seed
+    def __init__(self, parts: Parts, config: PpoConfig, state: LoopState, *, seed: int) -> None:
+        self._parts, self._config, self._seed = parts, config, seed
         self._cursor = state.prompt_cursor
         self._remaining = config.steps - state.step
         self._in_flight: deque[Pending[list[Rollout]]] = deque()
@@ -136,8 +136,8 @@ class RolloutStream:
 
     def _fill(self, count: int) -> None:
         while len(self._in_flight) < count and self._remaining:
-            batch = take_prompts(self._prompts, self._cursor, self._config.batch_size, seed=self._seed)
-            self._in_flight.append(self._pool.submit(batch, seed=self._seed + self._cursor))
+            batch = self._parts.prompts.take(self._cursor, self._config.batch_size, seed=self._seed)
+            self._in_flight.append(self._parts.pool.submit(batch, seed=self._seed + self._cursor))
             self._cursor += self._config.batch_size
             self._remaining -= 1
 

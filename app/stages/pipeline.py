@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import cached_property
 from types import TracebackType
 from typing import Any
 
 from app.config.loading import with_values
 from app.config.recipe import Recipe
 from app.data.corpus import Corpus
-from app.experience import Prompt
 from app.models.load import seen_from_anywhere
 from app.report import write_report
 from app.run_folder import MODEL, RunFolder
 from app.stages.evaluate import answer, compare, write_examples
 from app.stages.interruption import raise_unserved
-from app.stages.ppo import StartScoring, gold_of, open_pool, prompt_sets, train_ppo
+from app.stages.ppo import PromptSets, StartScoring, gold_of, open_pool, prompt_sets, train_ppo
 from app.stages.preparation import prepare
 from app.stages.reward_model import set_reward_offset, train_reward_model
 from app.stages.sft import train_sft
@@ -38,7 +38,6 @@ class Pipeline:
     def __init__(self, recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker) -> None:
         self.recipe, self.run, self.tracker = recipe, run, tracker
         self.prepared = prepare(recipe, run, corpus)
-        self.prompts = prompt_sets(recipe, self.prepared)
         self._parents: dict[str, str] = {"data": corpus.sha256}
         self._open = ExitStack()
         self._pool: VllmRolloutPool | None = None
@@ -51,6 +50,11 @@ class Pipeline:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._open.close()
         self._memory.__exit__(kind, error, trace)
+
+    @cached_property
+    def prompts(self) -> PromptSets:
+        """Both sides of the corpus as prompts; SFT alone needs none."""
+        return prompt_sets(self.recipe, self.prepared)
 
     def sft(self) -> str:
         """Fine-tune the base model; returns the folder of the SFT model."""
@@ -84,7 +88,8 @@ class Pipeline:
                 self.recipe,
                 self.run,
                 self.tracker,
-                self.prepared,
+                self.prepared.template,
+                self.prompts,
                 policy_path=sft_path,
                 reward_path=reward_path,
                 pool=self.engines(sft_path),
@@ -96,8 +101,8 @@ class Pipeline:
     def engines(self, sft_path: str) -> VllmRolloutPool:
         """The run's rollout engines, started with the SFT model; they may still be loading."""
         if self._pool is None:
-            prompts = self.prompts.train + self.prompts.held_out
-            self._pool = self._open.enter_context(open_pool(self.recipe, sft_path, prompts, self.prepared.template.eos_id))
+            eos_id = self.prepared.template.eos_id
+            self._pool = self._open.enter_context(open_pool(self.recipe, sft_path, self.prompts.all, eos_id))
         return self._pool
 
     def close_engines(self) -> None:
@@ -115,7 +120,7 @@ class Pipeline:
         return summary
 
     def _centre(self, pool: VllmRolloutPool) -> float:
-        prompts: list[Prompt] = self.prompts.train[: self.recipe.rm.offset_samples]
+        prompts = self.prompts.train.prompts[: self.recipe.rm.offset_samples]
         self.tracker.note(f"rm: scoring {len(prompts)} answers of the SFT model, whose mean becomes the zero of the reward")
         pool.ready()
         answers = pool.submit(prompts, seed=self.recipe.run.seed).result()

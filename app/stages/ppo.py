@@ -12,6 +12,9 @@ from app.config.recipe import Recipe
 from app.curves import read_curves
 from app.data.embedded import gold_score
 from app.data.encoding import encode_prompts
+from app.data.mixture import Mixture
+from app.data.prompt_stream import PromptStream
+from app.data.templates import Template
 from app.errors import ConfigError
 from app.experience import IntArray, Prompt
 from app.formats.records import Message
@@ -35,15 +38,22 @@ StartScoring = Callable[[str, str], AbstractContextManager[Scorer]]
 class PromptSets:
     """Prompts to train on, and held-out ones to compare answers on."""
 
-    train: list[Prompt]
+    train: PromptStream
     held_out: list[Prompt]
+
+    @property
+    def all(self) -> list[Prompt]:
+        return [*self.train.prompts, *self.held_out]
 
 
 def prompt_sets(recipe: Recipe, prepared: Prepared) -> PromptSets:
     """Both sides of the corpus as token ids; at most `evaluation.prompts` held-out ones."""
     corpus, template, length = prepared.corpus, prepared.template, recipe.data.max_prompt_length
+    mixture = Mixture.of((item.dataset for item in corpus.train.prompts), recipe.data.sources())
     held_out = corpus.validation.prompts[: recipe.evaluation.prompts]
-    return PromptSets(encode_prompts(corpus.train.prompts, template, length), encode_prompts(held_out, template, length))
+    return PromptSets(
+        PromptStream(encode_prompts(corpus.train.prompts, template, length), mixture), encode_prompts(held_out, template, length)
+    )
 
 
 def gold_of(recipe: Recipe) -> Gold | None:
@@ -87,7 +97,8 @@ def train_ppo(
     recipe: Recipe,
     run: RunFolder,
     tracker: RunTracker,
-    prepared: Prepared,
+    template: Template,
+    prompts: PromptSets,
     *,
     policy_path: str,
     reward_path: str,
@@ -100,7 +111,6 @@ def train_ppo(
     Raises Interrupted with a checkpoint saved when the run is asked to stop, and what `actor_learner_loop` raises.
     """
     folder = run.stage("ppo")
-    prompts = prompt_sets(recipe, prepared)
     if len(prompts.held_out) < 2:
         raise ConfigError("evaluation needs at least two held-out prompts: raise data.val_split")
     gold = gold_of(recipe)
@@ -110,11 +120,11 @@ def train_ppo(
     ):
         pool.ready()
         learner.ready()
-        before = answer(pool, scorer, prompts.held_out, prepared.template, recipe.evaluation, gold)
+        before = answer(pool, scorer, prompts.held_out, template, recipe.evaluation, gold)
         canaries = canaries_of(before.rollouts)
-        state = _resume_and_run(recipe, run, tracker, learner, pool, scorer, prompts.train, prepared.template.pad_id, canaries)
+        state = _resume_and_run(recipe, run, tracker, learner, pool, scorer, prompts.train, template.pad_id, canaries)
         learner.export(str(folder / "model"))
-        after = answer(pool, scorer, prompts.held_out, prepared.template, recipe.evaluation, gold)
+        after = answer(pool, scorer, prompts.held_out, template, recipe.evaluation, gold)
     results = compare(before, after, recipe.evaluation) | loop_results(run, state)
     write_examples(run.path / "examples.jsonl", prompts.held_out, before, after, recipe.evaluation.examples)
     tracker.log("evaluation", state.step, _scalars(before, after))
@@ -128,7 +138,7 @@ def _resume_and_run(
     learner: RayLearner,
     pool: VllmRolloutPool,
     scorer: Scorer,
-    prompts: Sequence[Prompt],
+    prompts: PromptStream,
     pad_id: int,
     canaries: Sequence[IntArray],
 ) -> LoopState:
@@ -155,7 +165,7 @@ def loop_parts(
     scorer: Scorer,
     tracker: Tracker,
     checkpoints: Checkpoints,
-    prompts: Sequence[Prompt],
+    prompts: PromptStream,
     pad_id: int,
     canaries: Sequence[IntArray],
 ) -> Parts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,8 @@ from app.config.recipe import Recipe
 from app.config.shared import WorkersConfig
 from app.data.baselines import length_baseline
 from app.data.encoding import encode_groups
-from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, write_groups
+from app.data.mixture import Mixture
+from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, read_groups, write_groups
 from app.durable import read_json, write_json
 from app.errors import CorralError
 from app.experience import IntArray
@@ -38,13 +39,16 @@ def train_reward_model(recipe: Recipe, run: RunFolder, tracker: RunTracker, prep
     """
     require_context(prepared.context, recipe.data.max_length, "data.max_length")
     data, corpus = run.stage("rm") / "data", prepared.corpus
-    groups, held_out_groups = (_best_replies(side.groups, recipe.rm.max_replies) for side in (corpus.train, corpus.validation))
-    require_rows("reward model", "ranked groups", groups, held_out_groups)
-    write_groups(encode_groups(groups, prepared.template, recipe.data.max_length), data / TRAIN_FILE)
-    write_groups(encode_groups(held_out_groups, prepared.template, recipe.data.max_length), data / HELD_OUT_FILE)
+    limit = recipe.rm.max_replies
+    rows, held_out = (
+        write_groups(encode_groups(_best_replies(side.groups, limit), prepared.template, recipe.data.max_length), data / file)
+        for side, file in ((corpus.train, TRAIN_FILE), (corpus.validation, HELD_OUT_FILE))
+    )
+    require_rows("reward model", "ranked groups", rows, held_out)
+    mixture = Mixture.of(read_groups(data / TRAIN_FILE).datasets, recipe.data.sources())
     task = RewardModelTask(data, sft_path, recipe.run.seed, recipe.model.trust_remote_code, recipe.rm)
-    result = train(task, recipe.rm, recipe, rows=len(groups), folder=run.stage("rm"), tracker=tracker)
-    baseline = length_baseline(groups, held_out_groups)
+    result = train(task, recipe.rm, recipe, mixture=mixture, folder=run.stage("rm"), tracker=tracker)
+    baseline = length_baseline(_best_replies(corpus.train.groups, limit), _best_replies(corpus.validation.groups, limit))
     return {**result.after, "loss_before": result.before["loss"], "length_baseline": baseline, **speed(result)}
 
 
@@ -70,6 +74,6 @@ def set_reward_offset(
     return offset
 
 
-def _best_replies(groups: Sequence[RankedGroup], limit: int) -> list[RankedGroup]:
+def _best_replies(groups: Iterable[RankedGroup], limit: int) -> Iterator[RankedGroup]:
     """Each group's `limit` best replies."""
-    return [replace(group, replies=group.replies[:limit], gold=None if group.gold is None else group.gold[:limit]) for group in groups]
+    return (replace(group, replies=group.replies[:limit], gold=None if group.gold is None else group.gold[:limit]) for group in groups)

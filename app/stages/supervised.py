@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from app.config.recipe import Recipe
 from app.config.training import TrainingConfig
+from app.data.mixture import Mixture
 from app.errors import DataError
 from app.stages.interruption import stop_requests
 from app.tracking import RunTracker
@@ -15,15 +15,18 @@ from app.workers.supervised_task import SupervisedTask, TrainingResult
 from app.workers.training import fit, training_steps
 
 
-def train(task: SupervisedTask, config: TrainingConfig, recipe: Recipe, *, rows: int, folder: Path, tracker: RunTracker) -> TrainingResult:
-    """Train on `rows` rows; SIGINT and SIGTERM end it with a checkpoint and Interrupted. Raises what `fit` raises."""
-    steps = training_steps(config, rows)
+def train(
+    task: SupervisedTask, config: TrainingConfig, recipe: Recipe, *, mixture: Mixture, folder: Path, tracker: RunTracker
+) -> TrainingResult:
+    """Train on the rows that `mixture` describes; SIGINT and SIGTERM end it with a checkpoint and Interrupted. Raises what `fit` raises."""
+    steps = training_steps(config, mixture.rows_per_epoch)
     tracker.begin(task.stage, steps)
     with stop_requests() as stop_requested:
         result = fit(
             task,
             config,
             steps=steps,
+            mixture=mixture,
             precision=recipe.model.precision,
             seed=recipe.run.seed,
             folder=folder,
@@ -35,11 +38,11 @@ def train(task: SupervisedTask, config: TrainingConfig, recipe: Recipe, *, rows:
     return result
 
 
-def require_rows(stage: str, kind: str, train_rows: Sequence[Any], held_out: Sequence[Any]) -> None:
+def require_rows(stage: str, kind: str, train_rows: int, held_out: int) -> None:
     """Raises DataError unless there is something to train on and something to evaluate on."""
     if not train_rows or not held_out:
         raise DataError(
-            f"{stage} has {len(train_rows)} {kind} to train on and {len(held_out)} held out, and needs both: "
+            f"{stage} has {train_rows} {kind} to train on and {held_out} held out, and needs both: "
             "give more conversation trees (data.path), or change data.val_split"
         )
 

@@ -19,8 +19,8 @@ from app.config.loading import with_values
 from app.config.recipe import Recipe
 from app.config.tune import Choice, TuneConfig
 from app.data.corpus import Corpus
+from app.data.prompt_stream import PromptStream
 from app.errors import ConfigError, CorralError
-from app.experience import Prompt
 from app.interfaces import Scorer
 from app.run_folder import RunFolder
 from app.stages.actor_learner import LoopState, actor_learner_loop
@@ -40,7 +40,7 @@ class TrialInputs:
     sft_path: str
     reward_path: str
     scorer: Scorer
-    prompts: tuple[Prompt, ...]
+    prompts: PromptStream
     eos_id: int
     pad_id: int
 
@@ -101,12 +101,14 @@ def run_trial(config: dict[str, Any], *, inputs: TrialInputs) -> None:
         return [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=first + i) for i in range(count)]
 
     with (
-        open_pool(recipe, inputs.sft_path, inputs.prompts, inputs.eos_id, bundles(1 + learners, recipe.rollout.engines.count)) as pool,
+        open_pool(
+            recipe, inputs.sft_path, inputs.prompts.prompts, inputs.eos_id, bundles(1 + learners, recipe.rollout.engines.count)
+        ) as pool,
         start_learner(recipe, inputs.sft_path, inputs.reward_path, bundles(1, learners)) as learner,
     ):
         pool.ready()
         learner.ready()
-        canaries = [prompt.ids for prompt in inputs.prompts[:CANARIES]]
+        canaries = [prompt.ids for prompt in inputs.prompts.prompts[:CANARIES]]
         parts = loop_parts(
             recipe, learner, pool, inputs.scorer, TrialTracker(recipe.tune), NoCheckpoints(), inputs.prompts, inputs.pad_id, canaries
         )
@@ -148,7 +150,7 @@ def run_tune(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker
         pipeline.close_engines()  # trials bring their own, in their own placement groups
         with start_scoring(reward_path, sft_path) as scorer:
             template = pipeline.prepared.template
-            inputs = TrialInputs(recipe, sft_path, reward_path, scorer, tuple(pipeline.prompts.train), template.eos_id, template.pad_id)
+            inputs = TrialInputs(recipe, sft_path, reward_path, scorer, pipeline.prompts.train, template.eos_id, template.pad_id)
             tracker.note(f"tune: {recipe.tune.trials} trials of up to {recipe.ppo.steps} PPO steps, {recipe.tune.concurrent} at a time")
             grid = _search(recipe, inputs, space, run, TrialNotes(tracker, recipe))
         rows = [trial_row(result, recipe.ppo.steps) for result in grid]

@@ -56,7 +56,7 @@ class RewardModelTask:
         choose_trainable(model, self.config, seed=self.seed)
         return SequenceScores(model)
 
-    def load_rows(self) -> tuple[list[GroupRow], list[GroupRow]]:
+    def load_rows(self) -> tuple[Sequence[GroupRow], Sequence[GroupRow]]:
         return read_groups(self.data / TRAIN_FILE), read_groups(self.data / HELD_OUT_FILE)
 
     def length(self, row: GroupRow) -> int:

@@ -58,7 +58,7 @@ class SftTask:
         choose_trainable(model, self.config, seed=self.seed)
         return TargetLoss(model, self.config.poly_eps)
 
-    def load_rows(self) -> tuple[list[SftRow], list[SftRow]]:
+    def load_rows(self) -> tuple[Sequence[SftRow], Sequence[SftRow]]:
         return read_threads(self.data / TRAIN_FILE), read_threads(self.data / HELD_OUT_FILE)
 
     def length(self, row: SftRow) -> int:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from app.config.training import TrainingConfig
+from app.data.mixture import Mixture
 from app.errors import CorralError
 from app.workers.event_channel import EventSender
 
@@ -20,8 +21,8 @@ from app.workers.event_channel import EventSender
 class SupervisedTask(Protocol):
     """What is learnt: model, rows, loss, evaluation. Pickled to every worker, so it holds paths and settings, no data.
 
-    A row is whatever `load_rows` makes. `engine` is the DeepSpeed engine around what `build_model` returned; losses and
-    metrics go through calling it, because ZeRO 3 gathers parameters there.
+    A row is whatever `load_rows` makes; its `dataset` names the set that it is from. `engine` is the DeepSpeed engine around what
+    `build_model` returned; losses and metrics go through calling it, because ZeRO 3 gathers parameters there.
     """
 
     @property
@@ -66,13 +67,14 @@ class SupervisedTask(Protocol):
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """Everything a worker needs. `steps` is the total number of optimizer steps."""
+    """Everything a worker needs. `steps` is the total number of optimizer steps; `mixture` says which rows each of them takes."""
 
     task: SupervisedTask
     config: TrainingConfig
     precision: str
     seed: int
     steps: int
+    mixture: Mixture
     model_folder: Path
     events: EventSender
 

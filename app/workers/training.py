@@ -16,6 +16,7 @@ from ray.train.torch import TorchTrainer
 
 from app.config.training import TrainingConfig
 from app.data.batch_order import total_steps
+from app.data.mixture import Mixture
 from app.errors import CorralError, DeadlineError, Interrupted
 from app.interfaces import Tracker
 from app.workers.deepspeed_engine import deepspeed_config
@@ -37,9 +38,9 @@ RAY_TRAIN_SETTINGS = {
 }
 
 
-def training_steps(config: TrainingConfig, rows: int) -> int:
-    """Optimizer steps of a run over `rows` training rows."""
-    return total_steps(rows, epochs=config.epochs, batch_size=config.batch_size, max_steps=config.max_steps)
+def training_steps(config: TrainingConfig, rows_per_epoch: int) -> int:
+    """Optimizer steps of a run whose epochs have so many rows."""
+    return total_steps(rows_per_epoch, epochs=config.epochs, batch_size=config.batch_size, max_steps=config.max_steps)
 
 
 def fit(
@@ -47,6 +48,7 @@ def fit(
     config: TrainingConfig,
     *,
     steps: int,
+    mixture: Mixture,
     precision: str,
     seed: int,
     folder: Path,
@@ -65,7 +67,7 @@ def fit(
     deepspeed_config(config.deepspeed, optimizer, precision=precision, micro_batch_size=micro, accumulation=accumulation)  # refuses early
     folder = folder.absolute()  # Ray Train changes the workers' directory
     with EventChannel(tracker) as channel:
-        job = TrainingJob(task, config, precision, seed, steps, folder / "model", channel.sender)
+        job = TrainingJob(task, config, precision, seed, steps, mixture, folder / "model", channel.sender)
         trainer, phase = _trainer(job, folder), f"{task.stage} training"
         outcome = _wait_for(trainer, channel, stop_requested, phase=phase, deadline_seconds=deadline_seconds)
     if outcome.error is not None:

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -76,6 +77,9 @@ class TrainingLoop:
         self.device: torch.device = ray.train.torch.get_device()
         self.train_rows, self.held_out = self.task.load_rows()
         self.lengths = [self.task.length(row) for row in self.train_rows]
+        self.held_out_sets: dict[str, list[int]] = defaultdict(list)
+        for index, row in enumerate(self.held_out):
+            self.held_out_sets[row.dataset].append(index)
         self.progress = Progress()
         self.engine = start_engine(
             self.task.build_model(),
@@ -122,7 +126,7 @@ class TrainingLoop:
         """One optimizer step; returns whether the driver asked to stop. Raises NonFiniteError."""
         began = time.perf_counter()
         progress = self.progress
-        indices = step_rows(progress.step, rows=len(self.train_rows), batch_size=self.config.batch_size, seed=self.job.seed)
+        indices = step_rows(progress.step, mixture=self.job.mixture, batch_size=self.config.batch_size, seed=self.job.seed)
         denominator = sum(self.task.weight(self.train_rows[i]) for i in indices)
         mine = micro_batches(
             indices, self.lengths, micro_batch_size=self.config.micro_batch_size, rank=self.rank, world_size=self.world_size
@@ -171,24 +175,33 @@ class TrainingLoop:
         if progress.evaluated_step == progress.step:
             return progress.evaluated
         self.engine.eval()
-        lengths = [self.task.length(row) for row in self.held_out]
-        batches = evaluation_batches(lengths, micro_batch_size=self.config.micro_batch_size, rank=self.rank, world_size=self.world_size)
-        sums: dict[str, float] = defaultdict(float)
-        for batch in batches:
-            # An empty share still takes part, because under ZeRO 3 every forward pass is a collective.
-            counted = bool(batch)
-            for name, value in self.task.evaluate(self.engine, [self.held_out[i] for i in batch or [0]], self.device).items():
-                sums[name] += value if counted else 0.0
+        sums = {dataset: self.evaluation_sums(rows) for dataset, rows in self.held_out_sets.items()}
         self.engine.train()
-        names = sorted(sums)
-        vector = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=self.device)
-        dist.all_reduce(vector)
-        progress.evaluated = self.task.summarise(dict(zip(names, vector.tolist(), strict=True)))
+        total = {name: sum(of_set[name] for of_set in sums.values()) for name in next(iter(sums.values()))}
+        progress.evaluated = self.task.summarise(total)
+        if len(sums) > 1:
+            each = {dataset: self.task.summarise(of_set) for dataset, of_set in sums.items()}
+            progress.evaluated |= {f"{dataset}/{name}": value for dataset, found in each.items() for name, value in found.items()}
         progress.evaluated_step = progress.step
         if self.rank == 0:
             metrics = {f"eval_{name}": value for name, value in progress.evaluated.items()}
             self.job.events.log(self.task.stage, progress.step, metrics)
         return progress.evaluated
+
+    def evaluation_sums(self, indices: Sequence[int]) -> dict[str, float]:
+        """What `SupervisedTask.evaluate` adds up to over some held-out rows, each computed on one rank. The same on every rank."""
+        micro = self.config.micro_batch_size
+        lengths = [self.task.length(self.held_out[i]) for i in indices]
+        sums: dict[str, float] = defaultdict(float)
+        for batch in evaluation_batches(lengths, micro_batch_size=micro, rank=self.rank, world_size=self.world_size):
+            # An empty share still takes part, because under ZeRO 3 every forward pass is a collective.
+            rows = [self.held_out[indices[k]] for k in batch or [0]]
+            for name, value in self.task.evaluate(self.engine, rows, self.device).items():
+                sums[name] += value if batch else 0.0
+        names = sorted(sums)
+        vector = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=self.device)
+        dist.all_reduce(vector)
+        return dict(zip(names, vector.tolist(), strict=True))
 
     def judge(self) -> bool:
         """Evaluate, keep the model where `keep_best` wants it, and say whether patience has run out. The same on every rank.
@@ -217,7 +230,7 @@ class TrainingLoop:
             "grad_norm": window.grad_norm,
             "tokens_per_second": window.tokens / window.seconds,
             "lr": window.lr,
-            "epoch": step * self.config.batch_size / len(self.train_rows),
+            "epoch": step * self.config.batch_size / self.job.mixture.rows_per_epoch,
         }
         self.job.events.log(self.task.stage, step, metrics)
 

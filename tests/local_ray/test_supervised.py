@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from app.config.recipe import Recipe
 from app.config.shared import DeepSpeedConfig, OptimizerConfig, WorkersConfig
 from app.config.training import TrainingConfig
-from app.data.corpus import Corpus, Split
+from app.data.corpus import Corpus, Source, Split
+from app.data.mixture import Mixture
 from app.data.templates import build_template
 from app.errors import Interrupted, NonFiniteError
 from app.formats.records import Message, RankedGroup, Thread
@@ -71,7 +72,8 @@ def corpus() -> Corpus:
         groups = tuple(RankedGroup(f"g{n}", f"g{n}", (user(n),), replies) for n in numbers)
         return Split(threads, groups, ())
 
-    return Corpus(split(range(37)), split(range(37, 50)), "oasst", 50, {}, {}, 0, "0" * 64, Path("corpus"))
+    source = Source(Path("corpus"), "oasst", 50, {}, {}, 0, 0, "0" * 64)
+    return Corpus(split(range(37)), split(range(37, 50)), {"data": source})
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +128,8 @@ def fit_again(
     config = TrainingConfig.model_validate({**SHAPE, **layout})
     task = SftTask(sft.folder.path / "sft" / "data", base, "fp32", False, pack_to=pack_to)
     fit(
-        task, config, steps=STEPS, precision="fp32", seed=sft.recipe.run.seed, folder=folder, tracker=curve,
+        task, config, steps=STEPS, mixture=Mixture.of(["data"] * 37, {}), precision="fp32", seed=sft.recipe.run.seed, folder=folder,
+        tracker=curve,
         deadline_seconds=300, stop_requested=lambda: stop,
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.data.batch_order import evaluation_batches, micro_batches, step_rows, total_steps
+from app.data.mixture import Mixture
 
 
 @pytest.mark.parametrize(
@@ -22,14 +23,16 @@ def test_total_steps_of_100_rows(epochs: float, batch_size: int, max_steps: int 
 @settings(deadline=None)
 @given(rows=st.integers(1, 40), batch_size=st.integers(1, 50), seed=st.integers(0, 5))
 def test_every_epoch_holds_every_row_once(rows: int, batch_size: int, seed: int) -> None:
-    stream = [row for step in range(2 * rows) for row in step_rows(step, rows=rows, batch_size=batch_size, seed=seed)]
+    stream = [
+        row for step in range(2 * rows) for row in step_rows(step, mixture=Mixture.of([""] * rows, {}), batch_size=batch_size, seed=seed)
+    ]
     for start in range(0, len(stream) - rows + 1, rows):
         assert sorted(stream[start : start + rows]) == list(range(rows))
 
 
 def test_order_depends_on_seed_and_epoch() -> None:
     def epoch(seed: int, number: int) -> list[int]:
-        return step_rows(number, rows=50, batch_size=50, seed=seed)
+        return step_rows(number, mixture=Mixture.of([""] * 50, {}), batch_size=50, seed=seed)
 
     assert epoch(1, 0) == epoch(1, 0)
     assert len({tuple(epoch(1, 0)), tuple(epoch(1, 1)), tuple(epoch(2, 0))}) == 3

@@ -222,7 +222,7 @@ def test_split_is_by_tree_and_ignores_row_order(tmp_path: Path) -> None:
     assert not openings[0] & openings[1]
 
     backwards = tmp_path / "backwards.jsonl"
-    backwards.write_text("".join(reversed(corpus.path.read_text().splitlines(keepends=True))))
+    backwards.write_text("".join(reversed(Path(corpus.path).read_text().splitlines(keepends=True))))
     again = load_corpus(DataConfig(path=str(backwards)), seed=3, folder=tmp_path)
     assert {thread.tree_id for thread in again.validation.threads} == validation
     other = load_corpus(config.model_copy(update={"path": str(corpus.path)}), seed=4, folder=tmp_path)

@@ -13,10 +13,8 @@ from app.data.encoding import encode_groups, encode_prompts, encode_threads, joi
 from app.data.templates import Message, Template, build_template
 from app.data.token_cache import (
     read_groups,
-    read_prompts,
     read_threads,
     write_groups,
-    write_prompts,
     write_threads,
 )
 from app.errors import DataError
@@ -32,15 +30,17 @@ def template() -> Template:
 
 
 def test_threads(template: Template, tmp_path: Path) -> None:
-    thread = Thread("t", "t", (QUESTION, ANSWER))
+    thread = Thread("t", "t", (QUESTION, ANSWER), "chats")
     (row,) = encode_threads([thread], template, 512)
     ids, mask = template.encode(thread.messages, open_assistant=False)
     assert (row.ids.tolist(), row.loss_mask.tolist()) == (ids, mask)
     (cut,) = encode_threads([thread], template, len(ids) - 1)
     assert cut.ids.tolist() == ids[:-1]
-    assert encode_threads([thread], template, mask.index(True)) == []  # no target left
-    write_threads([row, cut], tmp_path / "sft.parquet")
-    for before, after in zip([row, cut], read_threads(tmp_path / "sft.parquet"), strict=True):
+    assert list(encode_threads([thread], template, mask.index(True))) == []  # no target left
+    assert write_threads([row, cut], tmp_path / "sft.arrow") == 2
+    back = read_threads(tmp_path / "sft.arrow")
+    assert back.datasets == [back[0].dataset, back[1].dataset] == ["chats", "chats"]
+    for before, after in zip([row, cut], back, strict=True):
         assert after.ids.dtype == np.int32
         assert after.loss_mask.dtype == np.bool_
         np.testing.assert_array_equal(before.ids, after.ids)
@@ -51,8 +51,8 @@ def test_groups(template: Template, tmp_path: Path) -> None:
     group = RankedGroup("g", "t", (QUESTION,), (ANSWER.content, "No idea."))
     (row,) = encode_groups([group], template, 512)
     assert row.sequences[0].tolist() == template.encode((QUESTION, ANSWER), open_assistant=False)[0]
-    write_groups([row, row], tmp_path / "rm.parquet")
-    back = read_groups(tmp_path / "rm.parquet")
+    write_groups([row, row], tmp_path / "rm.arrow")
+    back = read_groups(tmp_path / "rm.arrow")
     assert [after.id for after in back] == ["g", "g"]
     for after in back:
         for before_ids, after_ids in zip(row.sequences, after.sequences, strict=True):
@@ -60,17 +60,14 @@ def test_groups(template: Template, tmp_path: Path) -> None:
             np.testing.assert_array_equal(before_ids, after_ids)
 
 
-def test_prompts(template: Template, tmp_path: Path) -> None:
+def test_prompts(template: Template) -> None:
     item = PromptItem("p", "t", (QUESTION, ANSWER, QUESTION))
     (prompt,) = encode_prompts([item], template, 256)
     ids, _ = template.encode(item.messages, open_assistant=True)
     assert prompt.ids.tolist() == ids
     (cut,) = encode_prompts([item], template, 5)
     assert cut.ids.tolist() == ids[-5:]
-    write_prompts([prompt], tmp_path / "ppo.parquet")
-    (back,) = read_prompts(tmp_path / "ppo.parquet")
-    assert (back.id, back.text, back.messages) == ("p", QUESTION.content, prompt.messages)
-    np.testing.assert_array_equal(back.ids, prompt.ids)
+    assert (prompt.id, prompt.text, prompt.messages[0]) == ("p", QUESTION.content, {"role": "user", "content": QUESTION.content})
 
 
 @given(prompt=st.integers(1, 60), reply=st.integers(0, 60), max_length=st.integers(8, 64))
@@ -88,7 +85,7 @@ def test_join_reply(prompt: int, reply: int, max_length: int) -> None:
 
 
 def test_damaged_cache_is_named(tmp_path: Path) -> None:
-    (tmp_path / "bad.parquet").write_text("no parquet")
-    for file in ("bad.parquet", "missing.parquet"):
+    (tmp_path / "bad.arrow").write_text("no table")
+    for file in ("bad.arrow", "missing.arrow"):
         with pytest.raises(DataError, match=file):
             read_threads(tmp_path / file)
