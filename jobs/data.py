@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import sys
 import tempfile
 from pathlib import Path
@@ -48,10 +49,15 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.plot:
         plot(inspection, Path(arguments.plot))
     if arguments.json:
-        sys.stdout.write(json.dumps(inspection.as_dict()) + "\n")
+        sys.stdout.write(json.dumps(inspection.as_dict() | {"peak_memory": peak_memory()}) + "\n")
     else:
         show(inspection)
     return 0
+
+
+def peak_memory() -> int:
+    """The most that this process has held, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def show(inspection: Inspection) -> None:
@@ -70,6 +76,7 @@ def show(inspection: Inspection) -> None:
         if facts[name] is not None:
             table.add_row(name, f"{facts[name]:,}")
     console.print(table)
+    console.print(f"peak memory {peak_memory() / 2**30:.2f} GiB")
     if inspection.languages:
         console.print("languages of the trees: " + ", ".join(f"{lang} {count}" for lang, count in inspection.languages.items()))
     for reason, count in inspection.reasons.items():

@@ -31,8 +31,13 @@ class RecipeKey:
     @property
     def is_nested_table(self) -> bool:
         """A free table of tables: what follows the key in a dotted name is a path, not one name."""
+        return self.annotation == dict[str, Any] or self.entry is not None
+
+    @property
+    def entry(self) -> type[Config] | None:
+        """The config class of every entry of a free table; None where the entries are of no such class."""
         inside = get_args(self.annotation)[1] if self.is_table else None
-        return inside is Any or (isinstance(inside, type) and issubclass(inside, Config))
+        return inside if isinstance(inside, type) and issubclass(inside, Config) else None
 
     def accepts(self, value: Any) -> bool:
         """Whether `value` has the key's type (its range is checked with the whole recipe)."""

@@ -215,6 +215,9 @@ def _describe(error: ValidationError, settings: Settings, source: str) -> str:
     if key is None:  # a rule about a whole section; it carries its own remedy
         return f"{source}: {f'{path}: ' if path else ''}{reason}{more}"
     where = settings[key.name].source if key.name in settings else source
+    if first["type"] == "extra_forbidden" and key.entry is not None:
+        near = difflib.get_close_matches(str(first["loc"][-1]), key.entry.model_fields, n=1)
+        return f"{where}: unknown key {path}: {f'did you mean {near[0]}?' if near else ', '.join(key.entry.model_fields)}{more}"
     value = json.dumps(first["input"], default=str)
     return f"{where}: {path} = {value}: {reason[0].lower() + reason[1:]}; default: {_toml_value(key.default)}{more}"
 
