@@ -7,23 +7,22 @@ memory is a few numbers a record.
 from __future__ import annotations
 
 import hashlib
-from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from app.config.data import DataConfig, SetConfig
+from app.config.data import DataConfig
 from app.data import embedded
-from app.data.record_store import RecordTable, RecordWriter
-from app.data.rows import Quarantine, RowReader
+from app.data.reading import EMBEDDED, Keys, Reading, RecordFiles, read_set
+from app.data.record_store import RecordTable
+from app.data.rows import Quarantine
 from app.errors import DataError
-from app.formats import FORMATS
-from app.formats.records import BadRow, Filters, Message, PromptItem, RankedGroup, Thread, TreeRecords
+from app.formats.records import Message, PromptItem, RankedGroup, Thread
 
 __all__ = [
     "Corpus",
@@ -39,9 +38,8 @@ __all__ = [
 ]
 
 QUARANTINE = "quarantine.jsonl"
+EMBEDDED_FILE = "embedded.jsonl"
 RECORDS = "records"
-
-Keys = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 @dataclass(frozen=True)
@@ -141,106 +139,27 @@ def load_corpus(config: DataConfig, *, seed: int, folder: Path) -> Corpus:
     """
     folder.mkdir(parents=True, exist_ok=True)
     sources = config.sources()
-    readings: dict[str, _Reading] = {}
+    readings: dict[str, Reading] = {}
     with ExitStack() as open_files:
         quarantine = open_files.enter_context(Quarantine(folder / QUARANTINE, strict=config.strict))
-        records = _Records(folder / RECORDS, open_files)
+        records = RecordFiles(folder / RECORDS, open_files, seed)
+        if any(source.path == EMBEDDED for source in sources.values()):
+            embedded.write_trees(folder / EMBEDDED_FILE, trees=config.embedded.trees, seed=seed)
         for name, source in sources.items():
-            readings[name] = _read_set(name, source, config, records, quarantine, seed, folder)
+            path = str(folder / EMBEDDED_FILE) if source.path == EMBEDDED else source.path
+            if path is None:
+                raise DataError(f"data.sets.{name} has no path: name its file, folder, URL or hub name")
+            readings[name] = read_set(name, source, path, records, quarantine)
     held_out = np.concatenate([_held_out_trees(readings[name].trees, source.val_split or 0.0) for name, source in sources.items()])
     threads, groups, prompts = records.tables()
-    limits = {name: source.max_val_set for name, source in sources.items()}
+    limits = [source.max_val_set for source in sources.values()]
 
     def side(*, validation: bool) -> Split:
-        chosen = [_side(table, held_out, limits if validation else {}, validation, seed) for table in (threads, groups, prompts)]
+        chosen = [_side(table, held_out, limits if validation else [], validation, seed) for table in (threads, groups, prompts)]
         return Split(threads.chosen(chosen[0]), groups.chosen(chosen[1]), prompts.chosen(chosen[2]))
 
-    found = {name: _source(name, reading, threads, groups, prompts) for name, reading in readings.items()}
+    found = {name: _source(number, reading, threads, groups, prompts) for number, (name, reading) in enumerate(readings.items())}
     return Corpus(side(validation=False), side(validation=True), found)
-
-
-# --- reading -------------------------------------------------------------------------------------------------------------
-
-
-class _Records:
-    """The three files that records are written to."""
-
-    def __init__(self, folder: Path, open_files: ExitStack) -> None:
-        self._files = [folder / f"{kind}.arrow" for kind in ("threads", "groups", "prompts")]
-        self.threads = open_files.enter_context(RecordWriter(self._files[0], Thread))
-        self.groups = open_files.enter_context(RecordWriter(self._files[1], RankedGroup))
-        self.prompts = open_files.enter_context(RecordWriter(self._files[2], PromptItem))
-
-    def add(self, found: TreeRecords, tree: int, dataset: str) -> None:
-        for thread in found.threads:
-            self.threads.add(tree, replace(thread, dataset=dataset), dataset)
-        for group in found.groups:
-            self.groups.add(tree, replace(group, dataset=dataset), dataset, pairs=group.pairs)
-        for prompt in found.prompts:
-            self.prompts.add(tree, replace(prompt, dataset=dataset), dataset)
-
-    def tables(self) -> tuple[RecordTable[Thread], RecordTable[RankedGroup], RecordTable[PromptItem]]:
-        """Once the files are complete."""
-        threads, groups, prompts = self._files
-        return RecordTable(threads, Thread), RecordTable(groups, RankedGroup), RecordTable(prompts, PromptItem)
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """What is known of a set when it has been read. trees: the key of every tree, once each, sorted."""
-
-    path: Path
-    format: str
-    rows: int
-    messages: int
-    languages: Counter[str]
-    quarantined: int
-    sha256: str
-    trees: Keys
-
-
-def _read_set(
-    name: str, source: SetConfig, config: DataConfig, records: _Records, quarantine: Quarantine, seed: int, folder: Path
-) -> _Reading:
-    path = source.path
-    if path is None:
-        raise DataError(f"data.sets.{name} has no path: name its file, folder, URL or hub name")
-    is_embedded = path == "embedded"
-    if is_embedded:
-        path = str(embedded.write_trees(folder / "embedded.jsonl", trees=config.embedded.trees, seed=seed))
-    began = quarantine.count
-    reader = RowReader(path, source, quarantine)
-    filters = Filters(source.lang or (), source.top_k, source.columns.named())
-    keys, messages, languages = array("Q"), 0, Counter[str]()
-    for found in FORMATS[reader.format].read(reader, filters):
-        if isinstance(found, BadRow):
-            quarantine.add(found)
-            continue
-        if is_embedded:
-            found = replace(found, groups=tuple(_with_gold(group) for group in found.groups))
-        key = tree_key(found.tree_id, seed)
-        records.add(found, key, name)
-        keys.append(key)
-        messages += found.messages
-        languages.update([found.lang] if found.lang is not None else [])
-    quarantined = quarantine.count - began
-    if not keys:
-        reason = f"none of {quarantined} rows can be used (first: {quarantine.first_reason})"
-        raise DataError(f"data.path = {source.path}: {reason}; see {quarantine.file}")
-    trees = np.unique(np.frombuffer(keys, np.uint64))
-    return _Reading(Path(path), reader.format, reader.count, messages, languages, quarantined, reader.sha256, trees)
-
-
-def _with_gold(group: RankedGroup) -> RankedGroup:
-    return replace(group, gold=tuple(embedded.gold_score(group.prefix, reply) for reply in group.replies))
-
-
-# --- the split -----------------------------------------------------------------------------------------------------------
-
-
-def tree_key(tree_id: str, seed: int) -> int:
-    """An unsigned 64-bit number by which the trees of a set are ordered; the smallest ones are held out."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{tree_id}".encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
 def _held_out_trees(trees: Keys, val_split: float) -> Keys:
@@ -248,34 +167,31 @@ def _held_out_trees(trees: Keys, val_split: float) -> Keys:
     return trees[: min(max(round(val_split * len(trees)), 1), len(trees) - 1)]
 
 
-def _side(table: RecordTable[Any], held_out: Keys, limits: dict[str, int | None], validation: bool, seed: int) -> np.ndarray[Any, Any]:
+def _side(table: RecordTable[Any], held_out: Keys, limits: Sequence[int | None], validation: bool, seed: int) -> np.ndarray[Any, Any]:
     """Which records belong to one side: bool, one entry a record. limits: the most that each data set may have there."""
     chosen: np.ndarray[Any, Any] = np.isin(table.trees, held_out) == validation
-    for number, (name, limit) in enumerate(limits.items()):
-        ours = np.flatnonzero(chosen & (table.datasets == name))
+    for number, limit in enumerate(limits):
+        ours = np.flatnonzero(chosen & (table.datasets == number))
         if limit is not None and len(ours) > limit:
             chosen[np.random.default_rng([seed, number]).permutation(ours)[limit:]] = False
     return chosen
 
 
 def _source(
-    name: str, reading: _Reading, threads: RecordTable[Thread], groups: RecordTable[RankedGroup], prompts: RecordTable[PromptItem]
+    number: int, reading: Reading, threads: RecordTable[Thread], groups: RecordTable[RankedGroup], prompts: RecordTable[PromptItem]
 ) -> Source:
-    of_set = groups.datasets == name
+    of_set = groups.datasets == number
     counts = {
         "trees": len(reading.trees),
         "messages": reading.messages,
-        "threads": int((threads.datasets == name).sum()),
+        "threads": int((threads.datasets == number).sum()),
         "groups": int(of_set.sum()),
         "pairs": int(groups.pairs[of_set].sum()),
-        "prompts": int((prompts.datasets == name).sum()),
+        "prompts": int((prompts.datasets == number).sum()),
     }
     languages = dict(reading.languages.most_common())
-    repeated = threads.repeated.get(name, 0)
+    repeated = int(threads.repeated[number]) if number < len(threads.repeated) else 0
     return Source(reading.path, reading.format, reading.rows, counts, languages, repeated, reading.quarantined, reading.sha256)
-
-
-# --- what stages need ----------------------------------------------------------------------------------------------------
 
 
 def require_threads(corpus: Corpus) -> None:

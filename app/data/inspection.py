@@ -14,6 +14,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from app.data.corpus import QUARANTINE, Corpus, Split
 from app.data.templates import Template
 from app.formats.records import Message, Thread
@@ -72,8 +74,8 @@ def inspect_corpus(corpus: Corpus, folder: Path, template: Template | None = Non
     """Look at a corpus whose quarantine file lies in `folder`. With a template, lengths are tokens and the round trip is tried."""
     lengths = array("q")
     longest: list[tuple[int, str]] = []
-    seen: set[int] = set()
-    failures = repeated = 0
+    conversations = array("q")
+    failures = 0
     for thread in chain(corpus.train.threads, corpus.validation.threads):
         if template is None:
             length = _words(thread)
@@ -83,9 +85,7 @@ def inspect_corpus(corpus: Corpus, folder: Path, template: Template | None = Non
             failures += not comes_back(template, ids, thread.messages)
         lengths.append(length)
         longest = nlargest(LONGEST, [*longest, (length, thread.messages[0].content)], key=itemgetter(0))
-        conversation = hash(thread.messages)
-        repeated += conversation in seen
-        seen.add(conversation)
+        conversations.append(hash(thread.messages))
     return Inspection(
         format=corpus.format,
         rows=corpus.rows,
@@ -96,8 +96,10 @@ def inspect_corpus(corpus: Corpus, folder: Path, template: Template | None = Non
         unit="words" if template is None else "tokens",
         lengths=lengths,
         longest=tuple(longest),
-        duplicates=repeated + sum(source.repeated for source in corpus.sources.values()),
-        leakage=len(_first_turns(corpus.train) & _first_turns(corpus.validation)),
+        duplicates=len(conversations)
+        - len(np.unique(np.array(conversations)))
+        + sum(source.repeated for source in corpus.sources.values()),
+        leakage=len(np.intersect1d(_first_turns(corpus.train), _first_turns(corpus.validation))),
         truncated=None if template is None else sum(length > max_length for length in lengths),
         round_trip_failures=None if template is None else failures,
     )
@@ -148,6 +150,7 @@ def _words(thread: Thread) -> int:
     return sum(len(message.content.split()) for message in thread.messages)
 
 
-def _first_turns(split: Split) -> set[int]:
+def _first_turns(split: Split) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Hashes of the user turns that conversations begin with."""
-    return {hash(next(message.content for message in messages if message.role == "user")) for messages in split.conversations()}
+    openings = (next(message.content for message in messages if message.role == "user") for messages in split.conversations())
+    return np.fromiter(map(hash, openings), np.int64)

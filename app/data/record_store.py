@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,9 +17,10 @@ T = TypeVar("T")
 
 ROWS_PER_BATCH = 1024
 SCHEMA = pa.schema(
-    [("tree", pa.uint64()), ("dataset", pa.string()), ("pairs", pa.int32()), ("content", pa.uint64()), ("record", pa.binary())]
+    [("tree", pa.uint64()), ("dataset", pa.int16()), ("pairs", pa.int32()), ("content", pa.uint64()), ("record", pa.binary())]
 )
-"""tree: key of the record's tree; pairs: of a ranked group; content: hash of the record, for telling equal ones."""
+"""tree: key of the record's tree; dataset: number of its set; pairs: of a ranked group; content: hash of the record, which tells
+equal ones."""
 
 
 class RecordWriter(Generic[T]):
@@ -29,7 +29,7 @@ class RecordWriter(Generic[T]):
     def __init__(self, file: Path, kind: type[T]) -> None:
         self._file, self._temporary = file, file.with_suffix(".tmp")
         self._adapter = TypeAdapter(kind)
-        self._rows: list[tuple[int, str, int, int, bytes]] = []
+        self._rows: list[tuple[int, int, int, int, bytes]] = []
 
     def __enter__(self) -> RecordWriter[T]:
         self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ class RecordWriter(Generic[T]):
         else:
             self._temporary.unlink()
 
-    def add(self, tree: int, record: T, dataset: str, *, pairs: int = 0) -> None:
+    def add(self, tree: int, record: T, dataset: int, *, pairs: int = 0) -> None:
         """tree: the tree's key, an unsigned 64-bit number."""
         data = self._adapter.dump_json(record)
         self._rows.append((tree, dataset, pairs, key_of(data), data))
@@ -60,7 +60,7 @@ class RecordWriter(Generic[T]):
 
 class RecordTable(Generic[T]):
     """A written file. `trees`, `datasets` and `pairs`: one entry a record, those left out that are equal to an earlier one;
-    repeated: how many were left out, by data set."""
+    repeated: how many were left out, by number of the data set."""
 
     def __init__(self, file: Path, kind: type[T]) -> None:
         table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
@@ -69,8 +69,8 @@ class RecordTable(Generic[T]):
         content = table["content"].to_numpy()
         first = np.unique(content, return_index=True)[1] if len(content) else np.empty(0, np.int64)
         self._rows = np.sort(first)
-        datasets = table["dataset"].to_numpy(zero_copy_only=False)
-        self.repeated = Counter(datasets.tolist()) - Counter(datasets[self._rows].tolist())
+        datasets = table["dataset"].to_numpy()
+        self.repeated = np.bincount(datasets) - np.bincount(datasets[self._rows])
         self.datasets = datasets[self._rows]
         self.trees = table["tree"].to_numpy()[self._rows]
         self.pairs = table["pairs"].to_numpy()[self._rows]
