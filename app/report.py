@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from app.curves import Curve, draw, read_curves
@@ -56,10 +56,7 @@ def write_report(run_path: Path) -> Path:
     summary = _optional(run_path / "summary.json")
     manifest = _optional(run_path / MANIFEST)
     curves = read_curves(run_path / METRICS_FILE)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.get_template(TEMPLATE).render(
+    page = page_template(TEMPLATE).render(
         name=run_path.resolve().name,
         started=_date(manifest.get("created")),
         sessions=manifest.get("sessions", []),
@@ -77,6 +74,14 @@ def write_report(run_path: Path) -> Path:
     path = run_path / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def page_template(name: str) -> Template:
+    """One of the HTML templates beside this module; what is put into it is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template(name)
 
 
 def _optional(path: Path) -> dict[str, Any]:

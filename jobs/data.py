@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="what data.path takes: file, folder, glob, URL, hub name or `embedded`")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="measure lengths in this model's tokens, and try the round trip through them")
-    parser.add_argument("--plot", metavar="FILE", help="write the length histogram there (.png or .svg)")
+    parser.add_argument("--plot", metavar="FILE", help="write the length histogram there (.png, .svg), or all findings as a page (.html)")
     parser.add_argument("--quarantine", metavar="FILE", help="keep the rows that cannot be used, with line and reason, as JSON lines")
 
 
@@ -33,8 +33,11 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from app.data.corpus import QUARANTINE, load_corpus
     from app.data.inspection import inspect_corpus
     from app.data.templates import build_template
+    from app.inspection_page import check_plot_file, write_plot
     from app.models.load import check_model_folder, load_tokenizer
 
+    if arguments.plot:
+        check_plot_file(Path(arguments.plot))
     recipe = load_recipe(None, [f"--data.path={json.dumps(arguments.source)}", *overrides])
     template = None
     if arguments.tokenizer is not None:
@@ -47,7 +50,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         if arguments.quarantine and quarantine.is_file():
             Path(arguments.quarantine).write_bytes(quarantine.read_bytes())
     if arguments.plot:
-        plot(inspection, Path(arguments.plot))
+        write_plot(inspection, Path(arguments.plot), arguments.source)
     if arguments.json:
         sys.stdout.write(json.dumps(inspection.as_dict() | {"peak_memory": peak_memory()}) + "\n")
     else:
@@ -88,24 +91,6 @@ def show(inspection: Inspection) -> None:
         console.print(f"{low:>7}-{high - 1:<7} {count:>7}  {'█' * round(40 * count / highest)}")
     for length, text in inspection.longest:
         console.print(f"longest: {length} {inspection.unit}: {' '.join(text.split())[:SHOWN_CHARACTERS]}", markup=False)
-
-
-def plot(inspection: Inspection, file: Path) -> None:
-    """The length histogram as a picture. Raises ConfigError for a file type that cannot be drawn."""
-    import matplotlib
-
-    from app.errors import ConfigError
-
-    if file.suffix not in (".png", ".svg"):
-        raise ConfigError(f"--plot {file}: give a file that ends in .png or .svg")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 3.5))
-    axes.hist(inspection.lengths, bins=40)
-    axes.set(xlabel=f"{inspection.unit} per SFT thread", ylabel="threads", title=f"{inspection.format}: {len(inspection.lengths)} threads")
-    figure.tight_layout()
-    figure.savefig(file)
 
 
 TOOL = Tool(

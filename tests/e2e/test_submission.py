@@ -69,7 +69,7 @@ def head() -> Iterator[Head]:
     ports = dict(zip(PORT_OPTIONS, free_ports(len(PORT_OPTIONS)), strict=True))
     options = [f"--{name}={port}" for name, port in ports.items()]
     process = subprocess.Popen(
-        ["ray", "start", "--head", "--block", "--num-cpus=2", "--object-store-memory=300000000", "--disable-usage-stats", *options],
+        ["ray", "start", "--head", "--block", "--num-cpus=4", "--object-store-memory=300000000", "--disable-usage-stats", *options],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -93,22 +93,21 @@ def check_run(folder: Path) -> None:
         assert (folder / stage / "model" / "config.json").is_file()
 
 
-def test_corral_submit(head: Head, tmp_path: Path) -> None:
-    run = tmp_path / "submitted"
-    command = [sys.executable, "-m", "jobs", "submit", MINIMAL, f"--address={head.address}", f"--run.dir={run}"]
-    done = subprocess.run(command, cwd=ROOT, env=head.environment, capture_output=True, text=True, check=False, timeout=RUN_SECONDS)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    assert f"{run}/summary.json" in done.stdout
-    check_run(run)
-
-
-def test_plain_ray_job_submit(head: Head, tmp_path: Path) -> None:
-    run = tmp_path / "plain"
-    job = ["python", "-m", "jobs", "pipeline", MINIMAL, f"--run.dir={run}"]
-    command = ["ray", "job", "submit", f"--address={head.address}", "--working-dir=.", "--", *job]
-    done = subprocess.run(command, cwd=ROOT, env=head.environment, capture_output=True, text=True, check=False, timeout=RUN_SECONDS)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    check_run(run)
+def test_both_ways_to_submit(head: Head, tmp_path: Path) -> None:
+    """Two jobs at once on one cluster, each with its own run folder."""
+    runs = {"corral": tmp_path / "submitted", "ray": tmp_path / "plain"}
+    ours = [sys.executable, "-m", "jobs", "submit", MINIMAL, f"--address={head.address}", f"--run.dir={runs['corral']}"]
+    job = ["python", "-m", "jobs", "pipeline", MINIMAL, f"--run.dir={runs['ray']}"]
+    plain = ["ray", "job", "submit", f"--address={head.address}", "--working-dir=.", "--", *job]
+    started = {
+        name: subprocess.Popen(command, cwd=ROOT, env=head.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for name, command in (("corral", ours), ("ray", plain))
+    }
+    for name, process in started.items():
+        output, _ = process.communicate(timeout=RUN_SECONDS)
+        assert process.returncode == 0, output[-3000:]
+        assert f"{runs[name]}/summary.json" in output
+        check_run(runs[name])
 
 
 def test_a_failed_job_fails_the_submission(head: Head, tmp_path: Path) -> None:

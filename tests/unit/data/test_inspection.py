@@ -74,6 +74,13 @@ def test_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (facts["sft_threads"], facts["rm_groups"], facts["quarantined"]) == (21, 0, 3)
     assert [json.loads(line)["line"] for line in kept.read_text().splitlines()] == [22, 23, 24]
     assert picture.read_bytes().startswith(b"\x89PNG")
+    page = tmp_path / "findings.html"
+    assert main(["data", "inspect", str(source), f"--plot={page}"]) == 0
+    written = page.read_text()
+    assert "<svg" in written and "Question 19?" in written and "`messages[1]` is empty" not in written and "is empty" in written
+    assert "http" not in written.replace("http://www.w3.org", "")
+    assert main(["data", "inspect", str(source), "--plot=lengths.pdf"]) == 2
+    assert "lengths.pdf: give a file that ends in .png, .svg, .html" in capsys.readouterr().err
     assert main(["data", "inspect", str(source), "--data.strict=true"]) == 2
     assert "chats.jsonl:22: `messages[1]` is empty" in capsys.readouterr().err
     assert main(["data", "inspect", str(source)]) == 0
