@@ -17,7 +17,8 @@ class EmbeddedTaskConfig(Config):
 
 
 class ColumnsConfig(Config):
-    """Where a set has column names of its own: the column of each meaning."""
+    """Where a set has column names of its own: the column of each meaning, a path into one such as `answers.text.0`, or a template
+    such as `{context} {question}`."""
 
     prompt: str | None = None
     """Text of a prompt, or its messages."""
@@ -33,12 +34,18 @@ class ColumnsConfig(Config):
     """The other answer."""
     prefixes: str | None = None
     """Turns of the conversation that ranked replies answer."""
-    responses: str | None = None
-    """Ranked replies, best first."""
+    responses: str | tuple[str, ...] | None = None
+    """Ranked replies, best first: one column that holds a list, or one column each."""
+    scores: str | tuple[str, ...] | None = None
+    """Numbers that rank the replies instead of their order, higher is better."""
+    best: str | None = None
+    """Position of the best reply, from 0, where the others are not ranked; one of them is taken as the worse."""
+    augmented: str | tuple[str, ...] | None = None
+    """Generated replies, each worse than the ranked ones; in training one of them is appended as the worst."""
     messages: str | None = None
     """Messages of a whole conversation."""
 
-    def named(self) -> dict[str, str]:
+    def named(self) -> dict[str, str | tuple[str, ...]]:
         """Meaning -> column, of those that are set."""
         return {meaning: column for meaning, column in self.model_dump().items() if column is not None}
 
@@ -57,6 +64,12 @@ class DataConfig(Config):
     """Languages of the root prompt to keep; empty keeps all."""
     top_k: int | None = Field(None, ge=1)
     """SFT: keep only threads whose assistant messages all rank below this (1 = best replies only)."""
+    phrases: tuple[str, ...] = ()
+    """Leave out SFT samples with an answer that holds one of these phrases, in any case; `refusals` stands for a list of refusals."""
+    fill_min_length: int = Field(0, ge=0)
+    """SFT: join conversations, in an order drawn by run.seed, until a sample has so many characters; 0 leaves them as they are."""
+    max_characters: int = Field(1_000_000, ge=1)
+    """Rows with a longer message are set aside."""
     val_split: float = Field(0.2, gt=0, lt=1)
     """Share of conversation trees held out; split by tree, so no conversation is on both sides."""
     template: Literal["auto", "oasst", "chat"] = "auto"

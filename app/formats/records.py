@@ -129,7 +129,11 @@ STORED = 2_000
 def set_aside(row: Row, reason: str, *, malformed: bool = True) -> BadRow:
     """The row with the reason why it is not used; its text is cut, so that one row of 10 MB does not fill the quarantine file."""
     text = row.text if len(row.text) <= STORED else f"{row.text[:STORED]}... ({len(row.text)} characters)"
-    return BadRow(row.file, row.line, *(part.encode("utf-8", "backslashreplace").decode() for part in (text, reason[:STORED])), malformed)
+    return BadRow(row.file, row.line, _writable(text), _writable(reason[:STORED]), malformed)
+
+
+def _writable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)

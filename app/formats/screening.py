@@ -65,8 +65,8 @@ def check_length(records: TreeRecords, limit: int) -> None:
 
 
 def _texts(records: TreeRecords) -> Iterator[str]:
-    for item in (*records.threads, *records.prompts):
-        yield from (message.content for message in item.messages)
+    threads, prompts = ([item.messages for item in items] for items in (records.threads, records.prompts))
+    yield from (message.content for messages in (*threads, *prompts) for message in messages)
     for group in records.groups:
         yield from (message.content for message in group.prefix)
         yield from group.replies

@@ -139,8 +139,8 @@ def _message_or_pair(item: Any, name: str, number: int) -> Iterator[Message]:
     if not isinstance(item, Mapping):
         raise DataError(f"`{name}`: message {number} is no mapping")
     if "input" in item and "output" in item:
-        for role, key in (("user", "input"), ("assistant", "output")):
-            yield Message(ROLES[role], text_of(item[key], f"{name}[{number}].{key}"))
+        yield Message("user", text_of(item["input"], f"{name}[{number}].input"))
+        yield Message("assistant", text_of(item["output"], f"{name}[{number}].output"))
         return
     role = next((item[key] for key in ("role", "from") if item.get(key) is not None), None)
     if not isinstance(role, str) or role.lower() not in ROLES:
