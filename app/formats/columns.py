@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from app.errors import DataError
@@ -28,6 +29,18 @@ def look_up(row: Mapping[str, Any], name: str | tuple[str, ...]) -> Any:
     if _FIELD.search(name):
         return _FIELD.sub(lambda field: _as_text(look_up(row, field[1]), field[1]), name)
     return _follow(row, name)
+
+
+@cache
+def columns_of(name: str | tuple[str, ...]) -> frozenset[str]:
+    """The columns that a name looks into.
+
+    >>> sorted(columns_of(("{a} {b.0}", "c")))
+    ['a', 'b', 'b.0', 'c']
+    """
+    parts = name if isinstance(name, tuple) else (name,)
+    fields = [field for part in parts for field in _FIELD.findall(part) or (part,)]
+    return frozenset(column for field in fields for column in (field, field.partition(".")[0]))
 
 
 def _follow(row: Mapping[str, Any], path: str) -> Any:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from app.errors import DataError
-from app.formats.columns import look_up
+from app.formats.columns import columns_of, look_up
 from app.formats.records import (
     BadRow,
     Filters,
@@ -188,7 +188,7 @@ def column(value: Mapping[str, Any], filters: Filters, meaning: str, *names: str
             return look_up(value, chosen)
         except DataError as error:
             raise DataError(f"data.columns.{meaning}: {error}") from error
-    taken = filters.columns.values()
+    taken = frozenset[str]().union(*map(columns_of, filters.columns.values()))
     lower = {str(key).lower(): entry for key, entry in value.items() if key not in taken}
     return next((lower[name] for name in names if lower.get(name) is not None), None)
 

@@ -153,8 +153,9 @@ def test_paths_and_templates_as_columns() -> None:
 
 def test_a_column_has_one_meaning() -> None:
     row = {"instruction": "Be brief.", "input": "Why?", "output": "So."}
-    tree = one("instruction", row, system="instruction", prompt="input", response="output")
-    assert turns(tree.threads[0].messages) == [("system", "Be brief."), ("user", "Why?"), ("assistant", "So.")]
+    for prompt in ("input", "{input}"):
+        tree = one("instruction", row, system="instruction", prompt=prompt, response="output")
+        assert turns(tree.threads[0].messages) == [("system", "Be brief."), ("user", "Why?"), ("assistant", "So.")]
 
 
 def test_replies_ranked_by_scores() -> None:
