@@ -55,5 +55,5 @@ def test_only_threads_under_the_same_system_message_are_joined() -> None:
     ]
     chains = list(chain_threads(threads, 25, seed=1))
     roles = sorted("".join(message.role[0] for message in chain.messages) for chain in chains)
-    assert roles == ["sua", "suauaua"[:5], "uaua"] or roles == ["sua", "sua", "suaua", "uaua"]
+    assert roles == ["sua", "sua", "suaua", "uaua"]
     assert sum(len(chain.messages) for chain in chains if chain.messages[0].content == "Be kind.") == 3
