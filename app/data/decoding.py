@@ -10,11 +10,9 @@ from app.errors import DataError
 from app.formats.records import BadRow, Row, set_aside
 
 
-def decode(raw: RawLine) -> Row | BadRow | None:
-    """The row of a line; None for a blank line."""
+def decode(raw: RawLine) -> Row | BadRow:
+    """One line of JSON."""
     text = raw.data.decode("utf-8", errors="replace").strip()
-    if not text:
-        return None
     row = Row(raw.file, raw.line, text, None)
     try:
         return Row(raw.file, raw.line, text, json.loads(raw.data.decode("utf-8").strip(), object_pairs_hook=_mapping))

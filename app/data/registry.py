@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from app.data.source import HubPart
 from app.errors import DataError
 
 Stage = Literal["sft", "rm", "ppo"]
@@ -20,13 +19,14 @@ Columns = Mapping[str, str | tuple[str, ...]]
 
 @dataclass(frozen=True)
 class PublicSet:
-    """path: hub name or URL; part: what to read of it; format, columns, phrases, fill_min_length: as the options of `data` say;
-    stages: which may train on it."""
+    """stages: which may train on the set. All other fields are named as the options of `data.sets` and mean the same."""
 
     path: str
     format: str
     columns: Columns = field(default_factory=dict)
-    part: HubPart = HubPart(splits=("train",))
+    subset: str | None = None
+    split: str = "train"
+    files: tuple[str, ...] = ()
     stages: tuple[Stage, ...] = ("sft",)
     phrases: tuple[str, ...] = ()
     fill_min_length: int = 0
@@ -44,23 +44,21 @@ def lookup(name: str, stage: Stage) -> PublicSet:
     return found
 
 
-def _answers(path: str, subset: str | None = None, splits: tuple[str, ...] = ("train",), **columns: str) -> PublicSet:
+def _answers(path: str, subset: str | None = None, **columns: str) -> PublicSet:
     """A set of questions and answers, or of texts and what was made of them."""
-    return PublicSet(path, "instruction", columns, HubPart(subset, splits))
+    return PublicSet(path, "instruction", columns, subset)
 
 
-def _instructions(
-    path: str, prompt: str = "INSTRUCTION", response: str = "RESPONSE", files: tuple[str, ...] = (), **columns: str
-) -> PublicSet:
+def _instructions(path: str, prompt: str = "INSTRUCTION", response: str = "RESPONSE", file: str = "", **columns: str) -> PublicSet:
     """A set of instructions, without answers that refuse them."""
     columns = {"prompt": prompt, "response": response, **columns}
-    return PublicSet(path, "instruction", columns, HubPart(splits=("train",), files=files), phrases=("refusals",))
+    return PublicSet(path, "instruction", columns, files=(file,) if file else (), phrases=("refusals",))
 
 
 def _translations(pair: str, source: str, language: str) -> PublicSet:
     first, second = pair.split("-")
     prompt = f"Translate this from {source} into {language}:\n\n{{translation.{first}}}"
-    return _answers("wmt/wmt19", pair, ("train",), prompt=prompt, response=f"translation.{second}")
+    return _answers("wmt/wmt19", pair, prompt=prompt, response=f"translation.{second}")
 
 
 _QUESTIONS = {
@@ -123,15 +121,15 @@ _INSTRUCTIONS = {
     "oa_stackexchange": _instructions("donfu/oa-stackexchange"),
     "tell_a_joke": _instructions("mikegarts/oa_tell_a_joke_20000"),
     "wizardlm_70k": _instructions("ehartford/WizardLM_alpaca_evol_instruct_70k_unfiltered", "instruction", "output"),
-    "megacode": _instructions("rombodawg/MegaCodeTraining112k", "prompt", "completion", ("RombosCodeTraining112k.json",)),
+    "megacode": _instructions("rombodawg/MegaCodeTraining112k", "prompt", "completion", "RombosCodeTraining112k.json"),
     "megacode2": _instructions(
         "rombodawg/LosslessMegaCodeTrainingV2_1m_Evol_Uncensored",
         "USER",
         "ASSISTANT",
-        ("DeDuped_LosslessMegaCodeTrainingV2_942k_Evol_Uncensored.json",),
+        "DeDuped_LosslessMegaCodeTrainingV2_942k_Evol_Uncensored.json",
     ),
     "megacode3": _instructions(
-        "rombodawg/LosslessMegaCodeTrainingV3_2.2m_Evol", "USER", "ASSISTANT", ("LosslessMegaCodeTrainingV3_2.2m_Evol.json",)
+        "rombodawg/LosslessMegaCodeTrainingV3_2.2m_Evol", "USER", "ASSISTANT", "LosslessMegaCodeTrainingV3_2.2m_Evol.json"
     ),
     "evol_instruct_code": _instructions("nickrosh/Evol-Instruct-Code-80k-v1", "instruction", "output"),
     "evol-codealpaca-v1": _instructions("theblackcat102/evol-codealpaca-v1", "instruction", "output"),
@@ -139,13 +137,13 @@ _INSTRUCTIONS = {
     "alpaca": PublicSet("yahma/alpaca-cleaned", "instruction", stages=("sft", "ppo"), phrases=("refusals",)),
     "code_alpaca": _instructions("sahil2801/CodeAlpaca-20k", "instruction", "output"),
     "alpaca_gpt4": _instructions("teknium/GPT4-LLM-Cleaned", "instruction", "output"),
-    "gpt4all": _instructions("Nebulous/gpt4all_pruned", "prompt", "response", ("data_singleround_pruned_3.jsonl",)),
+    "gpt4all": _instructions("Nebulous/gpt4all_pruned", "prompt", "response", "data_singleround_pruned_3.jsonl"),
     "dolly15k": _instructions("OllieStanley/oa_dolly_15k", input="METADATA.CONTEXT"),
     "dolly15k_multilingual": PublicSet(
         "argilla/databricks-dolly-15k-curated-multilingual",
         "instruction",
         {"prompt": "instruction", "response": "response", "input": "context"},
-        HubPart(splits=("de", "en", "es", "fr")),
+        split="de+en+es+fr",
         phrases=("refusals",),
     ),
     "multi-chapter-summaries": _answers("shahules786/Multi-chapter-summaries", prompt="{context}\n\n{prompt}", response="summary"),
@@ -153,7 +151,7 @@ _INSTRUCTIONS = {
         "ehartford/dolphin",
         "instruction",
         {"system": "instruction", "prompt": "input", "response": "output"},
-        HubPart(splits=("train",), files=("flan5m-alpaca-uncensored.jsonl",)),
+        files=("flan5m-alpaca-uncensored.jsonl",),
         fill_min_length=8000,
     ),
     "joke": _answers(
@@ -173,14 +171,14 @@ _DIALOGUES = {
         "Aeala/ShareGPT_Vicuna_unfiltered",
         "messages",
         {"messages": "conversations"},
-        HubPart(splits=("train",), files=("ShareGPT_V4.3_unfiltered_cleaned_split.json",)),
+        files=("ShareGPT_V4.3_unfiltered_cleaned_split.json",),
         stages=("sft", "ppo"),
     ),
     "wizard_evol_instruct_v2": PublicSet(
         "ehartford/WizardLM_evol_instruct_V2_196k_unfiltered_merged_split",
         "messages",
         {"messages": "conversations"},
-        HubPart(splits=("train",), files=("WizardLM_evol_instruct_V2_196k_unfiltered_merged_split.json",)),
+        files=("WizardLM_evol_instruct_V2_196k_unfiltered_merged_split.json",),
     ),
     "soda": PublicSet("allenai/soda", "messages", {"messages": "dialogue", "system": "{narrative} You are {speakers.1}."}),
     "soda_dialogue": PublicSet("emozilla/soda_synthetic_dialogue", "messages", {"messages": "conversation"}),
@@ -188,12 +186,12 @@ _DIALOGUES = {
         "shahules786/orca-chat",
         "messages",
         {"messages": "conversation", "system": "instruction"},
-        HubPart(splits=("train",), files=("orca-chat-gpt4.json",)),
+        files=("orca-chat-gpt4.json",),
     ),
 }
 _RANKED = {
-    "oasst_export": PublicSet("OpenAssistant/oasst1", "oasst", part=HubPart(splits=("train", "validation")), stages=("sft", "rm", "ppo")),
-    "anthropic_rlhf": PublicSet("Anthropic/hh-rlhf", "hh", part=HubPart(splits=("train", "test")), stages=("rm",)),
+    "oasst_export": PublicSet("OpenAssistant/oasst1", "oasst", split="train+validation", stages=("sft", "rm", "ppo")),
+    "anthropic_rlhf": PublicSet("Anthropic/hh-rlhf", "hh", split="train+test", stages=("rm",)),
     "webgpt": PublicSet(
         "openai/webgpt_comparisons",
         "ranking",
@@ -204,14 +202,14 @@ _RANKED = {
         "stanfordnlp/SHP",
         "ranking",
         {"prompt": "history", "responses": ("human_ref_A", "human_ref_B"), "scores": ("score_A", "score_B")},
-        HubPart(splits=("train", "validation")),
+        split="train+validation",
         stages=("rm",),
     ),
     "hellaswag": PublicSet(
         "Rowan/hellaswag",
         "ranking",
         {"prompt": "Finish this text:\n\n{ctx}", "responses": "endings", "best": "label"},
-        HubPart(splits=("train", "validation")),
+        split="train+validation",
         stages=("rm",),
     ),
     "hf_summary_pairs": PublicSet(
@@ -222,7 +220,8 @@ _RANKED = {
             "responses": ("summaries.0.text", "summaries.1.text"),
             "best": "choice",
         },
-        HubPart("comparisons", ("train", "validation")),
+        "comparisons",
+        "train+validation",
         stages=("rm", "ppo"),
     ),
 }

@@ -41,16 +41,6 @@ class RawLine:
     data: bytes
 
 
-@dataclass(frozen=True)
-class HubPart:
-    """What to read of a set on the hub. subset: its configuration; splits: none means all; files: of the repository, where not all of
-    its files belong together."""
-
-    subset: str | None = None
-    splits: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
-
-
 def local_files(path: str) -> list[Path]:
     """The files that a local `data.path` names, sorted. Raises DataError when there are none."""
     here = Path(path).expanduser()
@@ -72,13 +62,16 @@ def is_hub_name(path: str) -> bool:
     return bool(_HUB_NAME.fullmatch(path)) and not path.endswith(SUFFIXES) and not Path(path).exists()
 
 
-def read_lines(path: str, part: HubPart = HubPart()) -> Iterator[RawLine]:
-    """Every line of every file behind `path`, in a fixed order; of a hub set only the given part. Raises DataError when something
-    cannot be read."""
+def read_lines(path: str, *, subset: str | None = None, split: str | None = None, files: tuple[str, ...] = ()) -> Iterator[RawLine]:
+    """Every line of every file behind `path`, in a fixed order; of a hub data set the given configuration, split (or several, joined
+    by +) and files, else all splits of all files.
+
+    Raises DataError when something cannot be read.
+    """
     if "://" in path:
         yield from _read_url(path)
     elif is_hub_name(path):
-        yield from _read_hub(path, part)
+        yield from _read_hub(path, subset, split, files)
     else:
         for file in local_files(path):
             opener: Callable[..., IO[bytes]] = gzip.open if file.name.endswith(".gz") else open  # type: ignore[assignment]
@@ -139,24 +132,22 @@ def _read_url(url: str) -> Iterator[RawLine]:
         raise DataError(f"data.path = {url}: cannot be read ({error}); check the address, or download it and name the file") from error
 
 
-def _read_hub(name: str, part: HubPart) -> Iterator[RawLine]:
+def _read_hub(name: str, subset: str | None, split: str | None, files: tuple[str, ...]) -> Iterator[RawLine]:
     import datasets
 
     try:
-        found = datasets.load_dataset(name, part.subset, data_files=list(part.files) or None)
+        loaded = datasets.load_dataset(name, subset, split=split, data_files=list(files) or None)
     except (OSError, ValueError, RuntimeError) as error:
         if "scripts are no longer supported" in str(error):
-            for split in part.splits or ("*",):
-                yield from _read_url(f"hf://datasets/{name}@{CONVERTED}/{part.subset or '*'}/{split}/*.parquet")
+            for part in (split or "*").split("+"):
+                yield from _read_url(f"hf://datasets/{name}@{CONVERTED}/{subset or '*'}/{part}/*.parquet")
             return
         reason = str(error).splitlines()[0]
         raise DataError(
             f"data.path = {name}: no local file of this name, and the hub did not give a data set ({reason}); check the path or the network"
         ) from error
-    if unknown := sorted(set(part.splits) - set(found)):
-        raise DataError(f"data.path = {name}: it has no split {', '.join(unknown)}; it has {', '.join(sorted(found))}")
     number = 0
-    for split in sorted(part.splits or found):
-        for value in found[split]:
+    for rows in [loaded] if split is not None else [loaded[part] for part in sorted(loaded)]:
+        for value in rows:
             number += 1
             yield RawLine(name, number, _as_json(value))

@@ -14,14 +14,14 @@ import pytest
 
 from app.data import source
 from app.data.decoding import decode
-from app.data.source import HubPart, RawLine, read_lines
+from app.data.source import RawLine, read_lines
 from app.errors import DataError
 from app.formats import FORMATS
 from app.formats.records import STORED, BadRow, Filters, Row, TreeRecords
 
 
 def decoded(path: Path) -> list[Row | BadRow]:
-    return [found for raw in read_lines(str(path)) if (found := decode(raw)) is not None]
+    return [decode(raw) for raw in read_lines(str(path)) if raw.data.strip()]
 
 
 def values(path: Path) -> list[Any]:
@@ -97,21 +97,19 @@ def test_parquet_bytes_that_are_no_text(tmp_path: Path) -> None:
 def test_parts_of_hub_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def load(name: str, subset: str | None, data_files: list[str] | None) -> dict[str, list[Any]]:
-        asked.append((name, subset, data_files))
-        return {"validation": ["c"], "train": ["a", "b"]}
+    def load(name: str, subset: str | None, split: str | None, data_files: list[str] | None) -> Any:
+        asked.append((name, subset, split, data_files))
+        return ["a", "b"] if split else {"validation": ["c"], "train": ["a", "b"]}
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert [json.loads(raw.data) for raw in read_lines("owner/name")] == ["a", "b", "c"]
-    part = HubPart("en", ("train",), ("x.json",))
-    assert [json.loads(raw.data) for raw in read_lines("owner/name", part)] == ["a", "b"]
-    assert asked == [("owner/name", None, None), ("owner/name", "en", ["x.json"])]
-    with pytest.raises(DataError, match=r"owner/name: it has no split test; it has train, validation"):
-        list(read_lines("owner/name", HubPart(splits=("train", "test"))))
+    found = read_lines("owner/name", subset="en", split="train+test", files=("x.json",))
+    assert [json.loads(raw.data) for raw in found] == ["a", "b"]
+    assert asked == [("owner/name", None, None, None), ("owner/name", "en", "train+test", ["x.json"])]
 
 
 def test_hub_sets_with_a_script_are_read_from_their_parquet_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(name: str, subset: str | None, data_files: list[str] | None) -> None:
+    def load(name: str, subset: str | None, split: str | None, data_files: list[str] | None) -> None:
         raise RuntimeError("Dataset scripts are no longer supported, but found name.py")
 
     def read_url(url: str) -> Iterator[RawLine]:
@@ -121,5 +119,5 @@ def test_hub_sets_with_a_script_are_read_from_their_parquet_copy(monkeypatch: py
     monkeypatch.setattr(source, "_read_url", read_url)
     copy = "hf://datasets/owner/name@refs/convert/parquet"
     assert [raw.file for raw in read_lines("owner/name")] == [f"{copy}/*/*/*.parquet"]
-    found = read_lines("owner/name", HubPart("pairs", ("train", "validation")))
+    found = read_lines("owner/name", subset="pairs", split="train+validation")
     assert [raw.file for raw in found] == [f"{copy}/pairs/train/*.parquet", f"{copy}/pairs/validation/*.parquet"]

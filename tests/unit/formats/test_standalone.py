@@ -94,13 +94,13 @@ def test_instruction_columns() -> None:
     assert turns(alpaca.threads[0].messages) == [("system", "Be brief."), ("user", "Sum up.\n\nA text."), ("assistant", "Text.")]
 
 
-def test_rows_with_the_same_first_turn_belong_to_one_tree() -> None:
+def test_rows_with_the_same_first_turn_are_one_tree() -> None:
     rows = [{"prompt": "Why?", "chosen": "a", "rejected": other} for other in ("b", "c", "b")]
     trees, bad = read("preference", *rows)
     assert not bad
     assert len({tree.tree_id for tree in trees}) == 1
-    assert [group.replies for tree in trees for group in tree.groups] == [("a", "b"), ("a", "c"), ("a", "b")]
-    assert trees[0] == trees[2]
+    assert [tree.groups[0].replies for tree in trees] == [("a", "b"), ("a", "c"), ("a", "b")]
+    assert trees[0].threads == trees[1].threads
 
 
 @pytest.mark.parametrize(
