@@ -89,7 +89,7 @@ def test_parquet_files_of_one_folder_may_differ(tmp_path: Path) -> None:
 def test_parquet_bytes_that_are_no_text(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": ["Why?"], "response": [b"\xff\xfe"]}), tmp_path / "a.parquet")
     (row,) = decoded(tmp_path / "a.parquet")
-    (bad,) = FORMATS["instruction"].read([row], Filters())  # type: ignore[list-item]
+    (bad,) = FORMATS["instruction"].read([row], Filters())
     assert isinstance(bad, BadRow)
     assert bad.reason == "`response` is no text"
 

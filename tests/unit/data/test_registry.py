@@ -34,7 +34,7 @@ def test_entries_are_what_the_options_take(name: str) -> None:
     assert entry.stages
     assert set(entry.phrases) <= set(PHRASES)
     named = {meaning: column for meaning, column in entry.columns.items() if meaning != "text"}
-    assert ColumnsConfig(**named).named() == named  # type: ignore[arg-type]
+    assert ColumnsConfig(**named).named() == named
 
 
 def test_the_document_lists_every_set_with_its_source_and_stages() -> None:
