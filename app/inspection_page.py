@@ -69,5 +69,5 @@ def draw_lengths(inspection: Inspection) -> Figure:
 
 def _svg(inspection: Inspection) -> str:
     out = StringIO()
-    draw_lengths(inspection).savefig(out, format="svg", metadata={key: None for key in ("Creator", "Date", "Format", "Type")})
+    draw_lengths(inspection).savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return out.getvalue()[out.getvalue().index("<svg") :]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from app.config.recipe import Recipe
 from app.data.corpus import Corpus, load_corpus, require_groups, require_prompts, require_threads
+from app.data.registry import Stage, complete, lookup
 from app.data.source import is_hub_name, local_files
 from app.errors import ConfigError, ModelError
 from app.models.context import context_of, require_context
@@ -20,6 +21,7 @@ REQUIRED_DATA = {
     "evaluate": (require_prompts,),
     "pipeline": (require_threads, require_groups, require_prompts),
 }
+STAGE_OF: dict[str, Stage] = {"sft": "sft", "rm": "rm", "ppo": "ppo", "tune": "ppo", "evaluate": "ppo"}
 SEQUENCE_COMMANDS = ("sft", "rm", "pipeline")
 BASE_MODEL_COMMANDS = ("sft", "pipeline")
 REWARD_COMMANDS = ("ppo", "tune", "serve", "evaluate")
@@ -27,7 +29,10 @@ REWARD_COMMANDS = ("ppo", "tune", "serve", "evaluate")
 
 def check_inputs(recipe: Recipe, command: str) -> None:
     """Whether data, model and reward model are there. Raises DataError, ModelError or ConfigError; asks no hub."""
-    for source in recipe.data.sources().values():
+    for name, source in recipe.data.sets.items():
+        if source.path is None and command in STAGE_OF:
+            lookup(name, STAGE_OF[command])
+    for source in complete(recipe.data).sources().values():
         if source.path not in (None, "embedded") and "://" not in source.path and not is_hub_name(source.path):
             local_files(source.path)
     if recipe.model.path in BUILT_IN_MODELS and command == "serve":

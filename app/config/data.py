@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from app.schema import Config
 
+SHARED = ("lang", "top_k", "phrases", "fill_min_length", "max_characters", "val_split", "max_val_set")
+"""Options of the `data` section that a data set may have of its own."""
 SINGLE = "data"
 """Name of the data set that `data.path` names."""
 
@@ -20,7 +22,8 @@ class EmbeddedTaskConfig(Config):
 
 
 class ColumnsConfig(Config):
-    """Where a set has column names of its own: the column of each meaning."""
+    """Where a set has column names of its own: the column of each meaning, a path into one such as `answers.text.0`, or a template
+    such as `{context} {question}`."""
 
     prompt: str | None = None
     """Text of a prompt, or its messages."""
@@ -36,12 +39,18 @@ class ColumnsConfig(Config):
     """The other answer."""
     prefixes: str | None = None
     """Turns of the conversation that ranked replies answer."""
-    responses: str | None = None
-    """Ranked replies, best first."""
+    responses: str | tuple[str, ...] | None = None
+    """Ranked replies, best first: one column that holds a list, or one column each."""
+    scores: str | tuple[str, ...] | None = None
+    """Numbers that rank the replies instead of their order, higher is better."""
+    best: str | None = None
+    """Position of the best reply, from 0, where the others are not ranked; one of them is taken as the worse."""
+    augmented: str | tuple[str, ...] | None = None
+    """Generated replies, each worse than the ranked ones; in training one of them is appended as the worst."""
     messages: str | None = None
     """Messages of a whole conversation."""
 
-    def named(self) -> dict[str, str]:
+    def named(self) -> dict[str, str | tuple[str, ...]]:
         """Meaning -> column, of those that are set."""
         return {meaning: column for meaning, column in self.model_dump().items() if column is not None}
 
@@ -59,13 +68,20 @@ class SetConfig(Config):
     subset: str | None = None
     """Configuration of a hub data set that has several."""
     split: str | None = None
-    """Split of a hub data set; all of them without one."""
+    """Split of a hub data set, or several joined by +; all of them without one."""
+    files: tuple[str, ...] = ()
+    """Files of a hub data set, where not all belong to it."""
+    stages: tuple[Literal["sft", "rm", "ppo"], ...] = ("sft", "rm", "ppo")
+    """Stages that the set is for: SFT takes its conversations, the reward model its rankings, PPO its prompts."""
     fraction: float | None = Field(None, gt=0, le=1)
     """Share of the set's training rows that an epoch takes, drawn anew for each epoch."""
     size: int | None = Field(None, ge=1)
     """Training rows of the set that an epoch takes (all of them where it has fewer), drawn anew for each epoch."""
     lang: tuple[str, ...] | None = None
     top_k: int | None = Field(None, ge=1)
+    phrases: tuple[str, ...] | None = None
+    fill_min_length: int | None = Field(None, ge=0)
+    max_characters: int | None = Field(None, ge=1)
     val_split: float | None = Field(None, gt=0, lt=1)
     max_val_set: int | None = Field(None, ge=1)
 
@@ -91,14 +107,20 @@ class DataConfig(Config):
     """Row format; `auto` looks at the first row, or at data.columns."""
     columns: ColumnsConfig = ColumnsConfig()
     sets: dict[str, SetConfig] = Field(default_factory=dict)
-    """Several data sets instead of data.path: name -> table of path, format, columns, subset and split (of a hub set), fraction or size
-    (what an epoch takes of it), lang, top_k, val_split, max_val_set."""
+    """Several data sets instead of data.path: name -> table of path, format, columns; subset, split and files (of a hub set); stages;
+    fraction or size (what an epoch takes); and lang, top_k, phrases, fill_min_length, max_characters, val_split, max_val_set of its own."""
     strict: bool = False
     """Stop at the first malformed row; otherwise bad rows are counted and written to `quarantine.jsonl` with line and reason."""
     lang: tuple[str, ...] = ("en",)
     """Languages of the root prompt to keep; empty keeps all."""
     top_k: int | None = Field(None, ge=1)
     """SFT: keep only threads whose assistant messages all rank below this (1 = best replies only)."""
+    phrases: tuple[str, ...] = ()
+    """Leave out SFT samples with an answer that holds one of these phrases, in any case; `refusals` stands for a list of refusals."""
+    fill_min_length: int = Field(0, ge=0)
+    """SFT: join conversations, in an order drawn by run.seed, until a sample has so many characters; 0 leaves them as they are."""
+    max_characters: int = Field(1_000_000, ge=1)
+    """Rows with a longer message are set aside."""
     val_split: float = Field(0.2, gt=0, lt=1)
     """Share of conversation trees held out; split by tree, so no conversation is on both sides."""
     max_val_set: int | None = Field(None, ge=1)
@@ -121,7 +143,7 @@ class DataConfig(Config):
     def sources(self) -> dict[str, SetConfig]:
         """Every data set by its name, with all that the section says for it; one that `data.path` names is called `data`."""
         given = self.sets or {SINGLE: SetConfig(path=self.path, format=self.format, columns=self.columns)}
-        shared = {name: getattr(self, name) for name in ("lang", "top_k", "val_split", "max_val_set")}
+        shared = {name: getattr(self, name) for name in SHARED}
         return {
             name: source.model_copy(update={key: value for key, value in shared.items() if getattr(source, key) is None})
             for name, source in given.items()

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from app.config.data import DataConfig
+from app.config.data import DataConfig, SetConfig
 from app.data import embedded
 from app.data.reading import EMBEDDED, Keys, Reading, RecordFiles, read_set
 from app.data.record_store import RecordTable
+from app.data.registry import complete
 from app.data.rows import Quarantine
 from app.errors import DataError
 from app.formats.records import Message, PromptItem, RankedGroup, Thread
@@ -69,7 +70,7 @@ class Split:
 class Source:
     """What one data set gave. rows: lines read; counts: trees, messages, threads, groups, pairs and prompts over both splits;
     repeated: equal threads left out; quarantined: rows set aside; languages: trees by language, where the data says so;
-    sha256: of the lines read; path: the embedded task's file, else as configured."""
+    sha256: of the lines read; path: the embedded task's file, else as configured; settings: how it was read."""
 
     path: Path
     format: str
@@ -79,6 +80,7 @@ class Source:
     repeated: int
     quarantined: int
     sha256: str
+    settings: SetConfig = SetConfig()
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,18 @@ class Corpus:
     def format(self) -> str:
         return ", ".join(dict.fromkeys(source.format for source in self.sources.values()))
 
+    @property
+    def settings(self) -> dict[str, SetConfig]:
+        """How each set was read."""
+        return {name: source.settings for name, source in self.sources.items()}
+
     def facts(self) -> dict[str, Any]:
         """For a run's manifest: the whole and, where there are several, each set."""
         whole = {"path": self.path, "format": self.format, "counts": self.counts, "quarantined": self.quarantined}
         if len(self.sources) == 1:
             return whole
-        return whole | {"sets": {name: asdict(source) | {"path": str(source.path)} for name, source in self.sources.items()}}
+        sets = {name: asdict(source) for name, source in self.sources.items()}
+        return whole | {"sets": {name: {**facts, "path": str(facts["path"]), "settings": None} for name, facts in sets.items()}}
 
     @property
     def rows(self) -> int:
@@ -138,7 +146,7 @@ def load_corpus(config: DataConfig, *, seed: int, folder: Path) -> Corpus:
     Raises DataError when nothing can be read, the format is unknown, or (`data.strict`) at the first malformed row.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    sources = config.sources()
+    sources = complete(config).sources()
     readings: dict[str, Reading] = {}
     with ExitStack() as open_files:
         quarantine = open_files.enter_context(Quarantine(folder / QUARANTINE, strict=config.strict))
@@ -147,8 +155,7 @@ def load_corpus(config: DataConfig, *, seed: int, folder: Path) -> Corpus:
             embedded.write_trees(folder / EMBEDDED_FILE, trees=config.embedded.trees, seed=seed)
         for name, source in sources.items():
             path = str(folder / EMBEDDED_FILE) if source.path == EMBEDDED else source.path
-            if path is None:
-                raise DataError(f"data.sets.{name} has no path: name its file, folder, URL or hub name")
+            assert path is not None, "completed above"
             readings[name] = read_set(name, source, path, records, quarantine)
     held_out = np.concatenate([_held_out_trees(readings[name].trees, source.val_split or 0.0) for name, source in sources.items()])
     threads, groups, prompts = records.tables()
@@ -158,7 +165,9 @@ def load_corpus(config: DataConfig, *, seed: int, folder: Path) -> Corpus:
         chosen = [_side(table, held_out, limits if validation else [], validation, seed) for table in (threads, groups, prompts)]
         return Split(threads.chosen(chosen[0]), groups.chosen(chosen[1]), prompts.chosen(chosen[2]))
 
-    found = {name: _source(number, reading, threads, groups, prompts) for number, (name, reading) in enumerate(readings.items())}
+    found = {
+        name: _source(number, readings[name], source, threads, groups, prompts) for number, (name, source) in enumerate(sources.items())
+    }
     return Corpus(side(validation=False), side(validation=True), found)
 
 
@@ -178,7 +187,12 @@ def _side(table: RecordTable[Any], held_out: Keys, limits: Sequence[int | None],
 
 
 def _source(
-    number: int, reading: Reading, threads: RecordTable[Thread], groups: RecordTable[RankedGroup], prompts: RecordTable[PromptItem]
+    number: int,
+    reading: Reading,
+    settings: SetConfig,
+    threads: RecordTable[Thread],
+    groups: RecordTable[RankedGroup],
+    prompts: RecordTable[PromptItem],
 ) -> Source:
     of_set = groups.datasets == number
     counts = {
@@ -191,7 +205,7 @@ def _source(
     }
     languages = dict(reading.languages.most_common())
     repeated = int(threads.repeated[number]) if number < len(threads.repeated) else 0
-    return Source(reading.path, reading.format, reading.rows, counts, languages, repeated, reading.quarantined, reading.sha256)
+    return Source(reading.path, reading.format, reading.rows, counts, languages, repeated, reading.quarantined, reading.sha256, settings)
 
 
 def require_threads(corpus: Corpus) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
+from collections.abc import Container
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from app.data.rows import Quarantine, RowReader
 from app.errors import DataError
 from app.formats import FORMATS
 from app.formats.records import BadRow, Filters, PromptItem, RankedGroup, Thread, TreeRecords
+from app.formats.screening import phrases_of
 
 EMBEDDED = "embedded"
 """As a path: the generated task."""
@@ -40,14 +42,14 @@ class RecordFiles:
         """What is added from now on is from the set of this name, the next one in number."""
         self._number, self._name = self._number + 1, name
 
-    def add(self, found: TreeRecords) -> int:
-        """Returns the key of the tree."""
+    def add(self, found: TreeRecords, stages: Container[str]) -> int:
+        """Keep what is for `stages`; returns the key of the tree."""
         key, number, name = tree_key(found.tree_id, self._seed), self._number, self._name
-        for thread in found.threads:
+        for thread in found.threads if "sft" in stages else ():
             self.threads.add(key, replace(thread, dataset=name), number)
-        for group in found.groups:
+        for group in found.groups if "rm" in stages else ():
             self.groups.add(key, replace(group, dataset=name), number, pairs=group.pairs)
-        for prompt in found.prompts:
+        for prompt in found.prompts if "ppo" in stages else ():
             self.prompts.add(key, replace(prompt, dataset=name), number)
         return key
 
@@ -75,7 +77,7 @@ def read_set(name: str, source: SetConfig, path: str, records: RecordFiles, quar
     """Extract the set that lies at `path`. Raises DataError where none of it can be read."""
     began = quarantine.count
     reader = RowReader(path, source, quarantine)
-    filters = Filters(source.lang or (), source.top_k, source.columns.named())
+    filters = Filters(source.lang or (), source.top_k, source.columns.named(), phrases_of(source.phrases or ()), source.max_characters or 0)
     keys, messages, languages = array("Q"), 0, Counter[str]()
     records.begin(name)
     for found in FORMATS[reader.format].read(reader, filters):
@@ -84,7 +86,7 @@ def read_set(name: str, source: SetConfig, path: str, records: RecordFiles, quar
             continue
         if source.path == EMBEDDED:
             found = replace(found, groups=tuple(_with_gold(group) for group in found.groups))
-        keys.append(records.add(found))
+        keys.append(records.add(found, source.stages))
         messages += found.messages
         languages.update([found.lang] if found.lang is not None else [])
     quarantined = quarantine.count - began

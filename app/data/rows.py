@@ -11,7 +11,8 @@ from pathlib import Path
 from types import TracebackType
 
 from app.config.data import SetConfig
-from app.data.source import RawLine, read_lines
+from app.data.decoding import decode
+from app.data.source import read_lines
 from app.errors import DataError
 from app.formats import FORMATS, detect_format, format_of_columns
 from app.formats.records import BadRow, Row
@@ -45,8 +46,8 @@ class Quarantine:
             self.file.unlink(missing_ok=True)
 
     def add(self, row: BadRow) -> None:
-        """Raises DataError where the run is strict."""
-        if self._strict:
+        """Raises DataError for a malformed row where the run is strict."""
+        if self._strict and row.malformed:
             raise DataError(f"{row.file}:{row.line}: {row.reason}; mend the row, or set data.strict = false to leave it out")
         self.count += 1
         self.first_reason = self.first_reason or row.reason
@@ -78,7 +79,7 @@ class RowReader:
         return chain(self._first, self._rest)
 
     def _decode(self) -> Iterator[Row]:
-        for raw in read_lines(self._path, subset=self._source.subset, split=self._source.split):
+        for raw in read_lines(self._path, subset=self._source.subset, split=self._source.split, files=self._source.files):
             self._digest.update(raw.data)
             if not raw.data.strip():
                 continue
@@ -109,17 +110,3 @@ class RowReader:
             f"{self._first[0].file}:{self._first[0].line}: no known format ({', '.join(FORMATS)}); "
             "name the columns in data.columns, set data.format, or convert the rows"
         )
-
-
-def decode(raw: RawLine) -> Row | BadRow:
-    """One line of JSON."""
-    text = raw.data.decode("utf-8", errors="replace").strip()
-    try:
-        return Row(raw.file, raw.line, text, json.loads(raw.data.decode("utf-8").strip()))
-    except UnicodeDecodeError as error:
-        reason = f"not UTF-8 (byte {error.start})"
-    except json.JSONDecodeError as error:
-        reason = f"malformed JSON: {error.msg} at column {error.colno}"
-    except RecursionError:
-        reason = "malformed JSON: nested too deeply"
-    return BadRow(raw.file, raw.line, text, reason)

@@ -20,10 +20,10 @@ def _parse(value: Any, filters: Filters) -> TreeRecords:
     prompt = as_prompt(column(value, filters, "prompt", *PROMPTS), "prompt")
     extra = column(value, filters, "input", "input")
     if isinstance(extra, str) and extra.strip():
-        prompt = (*prompt[:-1], Message("user", f"{prompt[-1].content}\n\n{extra}"))
+        prompt = (*prompt[:-1], Message("user", f"{prompt[-1].content}\n\n{text_of(extra, 'input')}"))
     system = column(value, filters, "system", "system", "system_prompt", "system_message")
     if isinstance(system, str) and system.strip():
-        prompt = (Message("system", system), *prompt)
+        prompt = (Message("system", text_of(system, "system")), *prompt)
     response = text_of(column(value, filters, "response", *RESPONSES), "response")
     return conversation((*prompt, Message("assistant", response)))
 

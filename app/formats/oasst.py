@@ -8,14 +8,28 @@ prompts of trees that wait in the prompt lottery are used for PPO.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
 from app.errors import DataError
-from app.formats.records import BadRow, Filters, Format, Message, PromptItem, RankedGroup, Row, Thread, TreeRecords
+from app.formats.oasst_flat import FlatTrees, JoinedTree
+from app.formats.records import (
+    BadRow,
+    Filters,
+    Format,
+    Message,
+    PromptItem,
+    RankedGroup,
+    Row,
+    Thread,
+    TreeRecords,
+    fault_of,
+    set_aside,
+)
+from app.formats.screening import check_length, phrase_in
 
 READY = "ready_for_export"
 LOTTERY = "prompt_lottery_waiting"
@@ -57,11 +71,14 @@ def parse_tree(row: Mapping[str, Any]) -> Tree:
     if not isinstance(prompt, Mapping):
         raise DataError("`prompt` is no message")
     root = _parse_node(prompt, expected="prompter")
+    who = f"tree {root.id}"
+    if twice := next((name for name, times in Counter(path[-1].id for path in _paths(root)).items() if times > 1), None):
+        raise DataError(f"{who}: message {twice} stands in it twice")
     return Tree(
-        id=str(row.get("message_tree_id") or root.id),
-        state=row.get("tree_state") or READY,
-        lang=prompt.get("lang"),
-        root_accepted=bool(prompt.get("review_result")),
+        id=_short(row, "message_tree_id", who) or root.id,
+        state=_short(row, "tree_state", who) or READY,
+        lang=_short(prompt, "lang", who),
+        root_accepted=bool(_flag(prompt, "review_result")),
         root=root,
     )
 
@@ -70,49 +87,49 @@ def _parse_node(message: Mapping[str, Any], expected: str) -> Node:
     name, role, text, rank = (message.get(key) for key in ("message_id", "role", "text", "rank"))
     if not isinstance(name, str) or not name:
         raise DataError("a message has no `message_id`")
-    if role not in _CHAT_ROLE:
+    if fault := fault_of(name):
+        raise DataError(f"message {name}: `message_id` {fault}")
+    if not isinstance(role, str) or role not in _CHAT_ROLE:
         raise DataError(f"message {name}: role {role!r} is neither prompter nor assistant")
     if role != expected:
         raise DataError(f"message {name}: role {role} where roles must alternate, starting with prompter")
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"message {name}: `text` is missing or empty")
-    if "\0" in text:
-        raise DataError(f"message {name}: `text` holds a NUL byte")
+    if fault := fault_of(text):
+        raise DataError(f"message {name}: `text` {fault}")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
         raise DataError(f"message {name}: rank {rank!r} is no whole number")
-    replies = message.get("replies") or []
-    if not isinstance(replies, Sequence) or not all(isinstance(reply, Mapping) for reply in replies):
+    replies = [] if message.get("replies") is None else message["replies"]
+    if not isinstance(replies, list) or not all(isinstance(reply, Mapping) for reply in replies):
         raise DataError(f"message {name}: `replies` is no list of messages")
+    if strange := next((reply["parent_id"] for reply in replies if reply.get("parent_id") not in (None, name)), None):
+        raise DataError(f"message {name}: a reply names {strange!r} as its parent")
     following = "assistant" if expected == "prompter" else "prompter"
     return Node(
         id=name,
         role=_CHAT_ROLE[role],
         text=text,
         rank=rank,
-        usable=not (message.get("deleted") or message.get("synthetic") or message.get("review_result") is False),
+        usable=not (_flag(message, "deleted") or _flag(message, "synthetic") or _flag(message, "review_result") is False),
         replies=tuple(_parse_node(reply, following) for reply in replies),
     )
 
 
-def _join_flat(rows: Sequence[Row]) -> tuple[list[Row], list[BadRow]]:
-    """Nest flat message rows by `parent_id`; each result stands at its root's line. Rows that hang on nothing are bad."""
-    children: dict[Any, list[Row]] = defaultdict(list)
-    for row in rows:
-        children[row.value.get("parent_id")].append(row)
-    placed: set[int] = set()
+def _flag(message: Mapping[str, Any], key: str) -> bool | None:
+    value = message.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise DataError(f"message {message.get('message_id')}: `{key}` {value!r} is neither true nor false")
+    return value
 
-    def nest(row: Row) -> dict[str, Any]:
-        placed.add(id(row))
-        return {**row.value, "replies": [nest(child) for child in children.get(row.value["message_id"], [])]}
 
-    roots = [replace(row, value=nest(row)) for row in children[None]]
-    names = {row.value["message_id"] for row in rows}
-
-    def why(parent: Any) -> str:
-        return f"its parents lead in a circle, by {parent!r}" if parent in names else f"its parent {parent!r} is not in the data"
-
-    bad = [BadRow(row.file, row.line, row.text, why(row.value.get("parent_id"))) for row in rows if id(row) not in placed]
-    return roots, bad
+def _short(row: Mapping[str, Any], key: str, who: str) -> str | None:
+    """An id, a state or a language; None where it is missing or empty."""
+    value = row.get(key)
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{who}: `{key}` {value!r} is no text")
+    if value and (fault := fault_of(value)):
+        raise DataError(f"{who}: `{key}` {fault}")
+    return value or None
 
 
 # --- extraction ----------------------------------------------------------------------------------------------------------
@@ -148,7 +165,7 @@ def _among_best(path: Sequence[Node], top_k: int | None) -> bool:
     return all(node.rank < top_k if node.rank is not None else len(parent.replies) == 1 for node, parent in answers)
 
 
-def _threads(tree: Tree, root: Node, top_k: int | None) -> Iterator[Thread]:
+def _threads(tree: Tree, root: Node, filters: Filters) -> Iterator[Thread]:
     """Root-to-leaf conversations. A trailing user turn is dropped; of several trailing ones the first stands for all."""
     for path in _paths(root):
         if path[-1].replies or len(path) < 2:
@@ -157,8 +174,9 @@ def _threads(tree: Tree, root: Node, top_k: int | None) -> Iterator[Thread]:
             if path[-2].replies[0] is not path[-1]:
                 continue
             path = path[:-1]
-        if _among_best(path, top_k):
-            yield Thread(path[-1].id, tree.id, _messages(path))
+        messages = _messages(path)
+        if _among_best(path, filters.top_k) and not phrase_in(messages, filters.phrases):
+            yield Thread(path[-1].id, tree.id, messages)
 
 
 def _group(tree: Tree, path: Sequence[Node]) -> RankedGroup | None:
@@ -185,7 +203,7 @@ def extract(tree: Tree, filters: Filters) -> TreeRecords:
     questions = [path for path in _paths(root) if path[-1].role == "user"]
     return replace(
         records,
-        threads=tuple(_threads(tree, root, filters.top_k)),
+        threads=tuple(_threads(tree, root, filters)),
         groups=tuple(group for path in questions if (group := _group(tree, path))),
         prompts=tuple(PromptItem(path[-1].id, tree.id, _messages(path)) for path in questions),
     )
@@ -203,19 +221,28 @@ def _matches(value: Any) -> bool:
 
 
 def _read(rows: Iterable[Row], filters: Filters) -> Iterator[TreeRecords | BadRow]:
-    """Trees as they come; flat messages are held until the end, when all of them are there to be joined."""
+    """Trees as they come; flat messages are held until their tree is there to be joined."""
     seen: set[str] = set()
-    flat: list[Row] = []
+    flat = FlatTrees()
     for row in rows:
         if not _matches(row.value):
-            yield BadRow(row.file, row.line, row.text, "neither a message tree nor a message of the OASST export format")
+            yield set_aside(row, "neither a message tree nor a message of the OASST export format")
         elif _is_flat(row.value):
-            flat.append(row)
+            yield from _joined(flat.add(row), filters, seen)
         else:
             yield _extracted(row, filters, seen)
-    joined, orphans = _join_flat(flat)
-    yield from orphans
-    yield from (_extracted(row, filters, seen) for row in joined)
+    yield from _joined(flat.rest(), filters, seen)
+
+
+def _joined(trees: Iterable[JoinedTree | BadRow], filters: Filters, seen: set[str]) -> Iterator[TreeRecords | BadRow]:
+    for tree in trees:
+        if isinstance(tree, BadRow):
+            yield tree
+            continue
+        found = _extracted(tree.root, filters, seen)
+        yield found
+        if isinstance(found, BadRow):
+            yield from (set_aside(row, f"its tree cannot be used: {found.reason}") for row in tree.rows[1:])
 
 
 def _extracted(row: Row, filters: Filters, seen: set[str]) -> TreeRecords | BadRow:
@@ -224,11 +251,13 @@ def _extracted(row: Row, filters: Filters, seen: set[str]) -> TreeRecords | BadR
         if tree.id in seen:
             raise DataError(f"tree {tree.id} was already read")
         seen.add(tree.id)
-        return extract(tree, filters)
+        records = extract(tree, filters)
+        check_length(records, filters.max_characters)
     except DataError as error:
-        return BadRow(row.file, row.line, row.text, str(error))
+        return set_aside(row, str(error))
     except RecursionError:
-        return BadRow(row.file, row.line, row.text, "replies are nested too deeply")
+        return set_aside(row, "replies are nested too deeply")
+    return records
 
 
 FORMAT = Format(matches=_matches, read=_read)

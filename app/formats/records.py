@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 MessageRole = Literal["system", "user", "assistant"]
 
@@ -45,6 +48,7 @@ class RankedGroup:
     """A conversation that ends in a user turn, and at least two replies to it, best first.
 
     gold: hidden scores of the replies, only on the embedded task; never used by training.
+    augmented: generated replies, each worse than all others; training may append one of them (`with_worst_reply`).
     """
 
     id: str
@@ -53,6 +57,7 @@ class RankedGroup:
     replies: tuple[str, ...]
     gold: tuple[float, ...] | None = None
     dataset: str = ""
+    augmented: tuple[str, ...] = ()
 
     @property
     def pairs(self) -> int:
@@ -85,6 +90,17 @@ class TreeRecords:
     lang: str | None = None
 
 
+def fault_of(text: str) -> str | None:
+    """Why a text cannot be trained on, for a message about it; None where it can.
+
+    >>> fault_of(chr(0)), fault_of(chr(0xD83D)), fault_of("Why?")
+    ('holds a NUL byte', 'holds half a character (a lone surrogate)', None)
+    """
+    if "\0" in text:
+        return "holds a NUL byte"
+    return "holds half a character (a lone surrogate)" if _SURROGATE.search(text) else None
+
+
 @dataclass(frozen=True)
 class Row:
     """One decoded row: where it stood (`line` counts from 1) and its raw text."""
@@ -97,22 +113,40 @@ class Row:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used, and why."""
+    """A row that is not used, and why. malformed: False where an option asked to leave it out; `data.strict` does not stop at those."""
 
     file: str
     line: int
     text: str
     reason: str
+    malformed: bool = True
+
+
+STORED = 2_000
+"""Characters that are kept of the text of a row that is set aside."""
+
+
+def set_aside(row: Row, reason: str, *, malformed: bool = True) -> BadRow:
+    """The row with the reason why it is not used; its text is cut, so that one row of 10 MB does not fill the quarantine file."""
+    text = row.text if len(row.text) <= STORED else f"{row.text[:STORED]}... ({len(row.text)} characters)"
+    return BadRow(row.file, row.line, _writable(text), _writable(reason[:STORED]), malformed)
+
+
+def _writable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
 class Filters:
     """lang: languages of the root prompt to keep (empty: all); top_k: SFT keeps assistant messages ranked below this;
-    columns: meaning (prompt, response, chosen, ...) -> column of the row, for formats with free column names."""
+    columns: meaning (prompt, response, chosen, ...) -> column or columns of the row, for formats with free column names;
+    phrases: no answer that SFT learns may hold one of them (see `app.formats.screening`); max_characters: of one message."""
 
     lang: tuple[str, ...] = ()
     top_k: int | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    phrases: tuple[str, ...] = ()
+    max_characters: int = 1_000_000
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from app.errors import DataError
-from app.formats.records import BadRow, Filters, Format, Message, MessageRole, PromptItem, RankedGroup, Row, Thread, TreeRecords
+from app.formats.columns import columns_of, look_up
+from app.formats.records import (
+    BadRow,
+    Filters,
+    Format,
+    Message,
+    MessageRole,
+    PromptItem,
+    RankedGroup,
+    Row,
+    Thread,
+    TreeRecords,
+    fault_of,
+    set_aside,
+)
+from app.formats.screening import check_length, phrase_in
 
 ROLES: dict[str, MessageRole] = {
     "system": "system",
@@ -20,6 +36,7 @@ ROLES: dict[str, MessageRole] = {
     "bot": "assistant",
 }
 """What the world calls the three roles."""
+_TURN = re.compile(rf"(?:^|\n)[ \t]*<?({'|'.join(ROLES)})>?:[ \t]*", re.IGNORECASE)
 
 
 def standalone(matches: Callable[[Any], bool], parse: Callable[[Any, Filters], TreeRecords], expected: str) -> Format:
@@ -34,9 +51,12 @@ def standalone(matches: Callable[[Any], bool], parse: Callable[[Any, Filters], T
             try:
                 if not _could_be(row.value, matches, filters):
                     raise DataError(f"not {expected}")
-                yield parse(row.value, filters)
+                found = _screened(row, parse(row.value, filters), filters)
             except DataError as error:
-                yield BadRow(row.file, row.line, row.text, str(error))
+                found = set_aside(row, str(error))
+            except RecursionError:
+                found = set_aside(row, "nested too deeply")
+            yield found
 
     return Format(matches=matches, read=read)
 
@@ -45,9 +65,18 @@ def _could_be(value: Any, matches: Callable[[Any], bool], filters: Filters) -> b
     return matches(value) or bool(filters.columns and isinstance(value, Mapping))
 
 
-def conversation(messages: Sequence[Message], *, group: Sequence[str] = ()) -> TreeRecords:
+def _screened(row: Row, records: TreeRecords, filters: Filters) -> TreeRecords | BadRow:
+    """The records of a row, unless a message is too long or an answer to learn from holds one of the phrases."""
+    check_length(records, filters.max_characters)
+    phrases = (phrase_in(thread.messages, filters.phrases) for thread in records.threads)
+    if phrase := next(filter(None, phrases), None):
+        return set_aside(row, f"an answer holds {phrase!r} (data.phrases)", malformed=False)
+    return records
+
+
+def conversation(messages: Sequence[Message], *, group: Sequence[str] = (), augmented: Sequence[str] = ()) -> TreeRecords:
     """Records of one conversation: an SFT thread up to its last assistant turn, a prompt per user turn and, with `group`
-    (replies, best first), the ranked group that answers the last user turn.
+    (replies, best first), the ranked group that answers the last user turn, with its generated worst replies (`augmented`).
 
     Raises DataError unless user and assistant turns alternate, after at most one leading system message.
     """
@@ -64,7 +93,7 @@ def conversation(messages: Sequence[Message], *, group: Sequence[str] = ()) -> T
         tree_id,
         messages=len(turns) + max(0, len(replies) - 1),
         threads=(Thread(_name(thread), tree_id, thread),) if any(message.role == "assistant" for message in thread) else (),
-        groups=(RankedGroup(_name(prefix), tree_id, prefix, replies),) if replies else (),
+        groups=(RankedGroup(_name(prefix), tree_id, prefix, replies, augmented=tuple(augmented)),) if replies else (),
         prompts=tuple(PromptItem(_name(prompt), tree_id, prompt) for prompt in sorted(prompts, key=len)),
     )
 
@@ -89,35 +118,78 @@ def text_of(value: Any, name: str) -> str:
         raise DataError(f"`{name}` is {'missing' if value is None else 'no text'}")
     if not value.strip():
         raise DataError(f"`{name}` is empty")
-    if "\0" in value:
-        raise DataError(f"`{name}` holds a NUL byte")
+    if fault := fault_of(value):
+        raise DataError(f"`{name}` {fault}")
     return value
 
 
 def messages_of(value: Any, name: str) -> tuple[Message, ...]:
-    """A list of {"role", "content"} (or {"from", "value"}) mappings. Raises DataError."""
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+    """Messages given as a list of {"role", "content"} (or {"from", "value"}) mappings, as {"input", "output"} pairs, as texts of user
+    and assistant in turn, or as one transcript with lines such as `User: ...` and `<bot>: ...`. Raises DataError."""
+    if isinstance(value, str):
+        return transcript(value, name)
+    if not isinstance(value, Sequence) or not value:
         raise DataError(f"`{name}` is no list of messages")
-    turns = []
-    for number, item in enumerate(value, 1):
-        if not isinstance(item, Mapping):
-            raise DataError(f"`{name}`: message {number} is no mapping")
-        role = item.get("role", item.get("from"))
-        if not isinstance(role, str) or role.lower() not in ROLES:
-            raise DataError(f"`{name}`: message {number} has the role {role!r}; known are {', '.join(ROLES)}")
-        turns.append(Message(ROLES[role.lower()], text_of(item.get("content", item.get("value")), f"{name}[{number}]")))
+    if all(isinstance(item, str) for item in value):
+        return alternating(value, name)
+    return tuple(message for number, item in enumerate(value, 1) for message in _message_or_pair(item, name, number))
+
+
+def _message_or_pair(item: Any, name: str, number: int) -> Iterator[Message]:
+    if not isinstance(item, Mapping):
+        raise DataError(f"`{name}`: message {number} is no mapping")
+    if "input" in item and "output" in item:
+        yield Message("user", text_of(item["input"], f"{name}[{number}].input"))
+        yield Message("assistant", text_of(item["output"], f"{name}[{number}].output"))
+        return
+    role = next((item[key] for key in ("role", "from") if item.get(key) is not None), None)
+    if not isinstance(role, str) or role.lower() not in ROLES:
+        raise DataError(f"`{name}`: message {number} has the role {role!r}; known are {', '.join(ROLES)}")
+    content = next((item[key] for key in ("content", "value") if item.get(key) is not None), None)
+    yield Message(ROLES[role.lower()], text_of(content, f"{name}[{number}]"))
+
+
+def alternating(value: Any, name: str) -> tuple[Message, ...]:
+    """A list of texts that belong to user and assistant in turn. Raises DataError."""
+    return tuple(Message("assistant" if number % 2 else "user", text) for number, text in enumerate(texts_of(value, name)))
+
+
+def texts_of(value: Any, name: str) -> tuple[str, ...]:
+    """A column that must hold a list of texts. Raises DataError."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise DataError(f"`{name}` is no list of texts")
+    return tuple(text_of(item, f"{name}[{number}]") for number, item in enumerate(value, 1))
+
+
+def transcript(text: str, name: str, turn: re.Pattern[str] = _TURN) -> tuple[Message, ...]:
+    """The turns of a transcript, split where `turn` finds a speaker (its group 1, a name in ROLES); paragraphs of one speaker that
+    follow each other are joined. Raises DataError."""
+    pieces = turn.split(text_of(text, name))
+    if pieces[0].strip():
+        raise DataError(f"`{name}` does not begin with a turn")
+    paragraphs: list[tuple[MessageRole, list[str]]] = []
+    for speaker, words in zip(pieces[1::2], pieces[2::2], strict=True):
+        role = ROLES[speaker.lower()]
+        if not paragraphs or paragraphs[-1][0] != role:
+            paragraphs.append((role, []))
+        paragraphs[-1][1].append(words.strip())
+    turns = [Message(role, "\n\n".join(words).strip()) for role, words in paragraphs]
+    if empty := next((number for number, turn in enumerate(turns, 1) if not turn.content), None):
+        raise DataError(f"`{name}`: turn {empty} is empty")
     return tuple(turns)
 
 
 def column(value: Mapping[str, Any], filters: Filters, meaning: str, *names: str) -> Any:
-    """A row's entry of the given meaning: under the column that data.columns names for it, else the first of `names` (in any
-    case) that the row has; None without one. Raises DataError where a named column is missing."""
+    """A row's entry of the given meaning: what `data.columns` names for it (see `look_up`), else the first of `names` (in any case)
+    that the row has and that has no other meaning; None without one. Raises DataError where a named column is missing."""
     chosen = filters.columns.get(meaning)
     if chosen is not None:
-        if chosen not in value:
-            raise DataError(f"no column {chosen!r} (data.columns.{meaning}); the row has {', '.join(map(str, value))}")
-        return value[chosen]
-    lower = {str(key).lower(): entry for key, entry in value.items()}
+        try:
+            return look_up(value, chosen)
+        except DataError as error:
+            raise DataError(f"data.columns.{meaning}: {error}") from error
+    taken = frozenset[str]().union(*map(columns_of, filters.columns.values()))
+    lower = {str(key).lower(): entry for key, entry in value.items() if key not in taken}
     return next((lower[name] for name in names if lower.get(name) is not None), None)
 
 

@@ -49,7 +49,7 @@ class PromptSets:
 def prompt_sets(recipe: Recipe, prepared: Prepared) -> PromptSets:
     """Both sides of the corpus as token ids; at most `evaluation.prompts` held-out ones."""
     corpus, template, length = prepared.corpus, prepared.template, recipe.data.max_prompt_length
-    mixture = Mixture.of((item.dataset for item in corpus.train.prompts), recipe.data.sources())
+    mixture = Mixture.of((item.dataset for item in corpus.train.prompts), corpus.settings)
     held_out = corpus.validation.prompts[: recipe.evaluation.prompts]
     return PromptSets(
         PromptStream(encode_prompts(corpus.train.prompts, template, length), mixture), encode_prompts(held_out, template, length)

@@ -14,6 +14,7 @@ from app.config.shared import WorkersConfig
 from app.data.baselines import length_baseline
 from app.data.encoding import encode_groups
 from app.data.mixture import Mixture
+from app.data.reshaping import with_worst_reply
 from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, read_groups, write_groups
 from app.durable import read_json, write_json
 from app.errors import CorralError
@@ -40,12 +41,13 @@ def train_reward_model(recipe: Recipe, run: RunFolder, tracker: RunTracker, prep
     require_context(prepared.context, recipe.data.max_length, "data.max_length")
     data, corpus = run.stage("rm") / "data", prepared.corpus
     limit = recipe.rm.max_replies
+    trained = (with_worst_reply(group, recipe.run.seed) for group in _best_replies(corpus.train.groups, limit))
     rows, held_out = (
-        write_groups(encode_groups(_best_replies(side.groups, limit), prepared.template, recipe.data.max_length), data / file)
-        for side, file in ((corpus.train, TRAIN_FILE), (corpus.validation, HELD_OUT_FILE))
+        write_groups(encode_groups(groups, prepared.template, recipe.data.max_length), data / file)
+        for groups, file in ((trained, TRAIN_FILE), (_best_replies(corpus.validation.groups, limit), HELD_OUT_FILE))
     )
     require_rows("reward model", "ranked groups", rows, held_out)
-    mixture = Mixture.of(read_groups(data / TRAIN_FILE).datasets, recipe.data.sources())
+    mixture = Mixture.of(read_groups(data / TRAIN_FILE).datasets, corpus.settings)
     task = RewardModelTask(data, sft_path, recipe.run.seed, recipe.model.trust_remote_code, recipe.rm)
     result = train(task, recipe.rm, recipe, mixture=mixture, folder=run.stage("rm"), tracker=tracker)
     baseline = length_baseline(_best_replies(corpus.train.groups, limit), _best_replies(corpus.validation.groups, limit))

@@ -7,6 +7,7 @@ from typing import Any
 from app.config.recipe import Recipe
 from app.data.encoding import encode_threads
 from app.data.mixture import Mixture
+from app.data.reshaping import chained
 from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, read_threads, write_threads
 from app.models.context import require_context
 from app.run_folder import RunFolder
@@ -26,11 +27,13 @@ def train_sft(recipe: Recipe, run: RunFolder, tracker: RunTracker, prepared: Pre
     require_context(prepared.context, recipe.data.max_length, "data.max_length")
     data, corpus = run.stage("sft") / "data", prepared.corpus
     rows, held_out = (
-        write_threads(encode_threads(side.threads, prepared.template, recipe.data.max_length), data / file)
+        write_threads(
+            encode_threads(chained(side.threads, corpus.settings, recipe.run.seed), prepared.template, recipe.data.max_length), data / file
+        )
         for side, file in ((corpus.train, TRAIN_FILE), (corpus.validation, HELD_OUT_FILE))
     )
     require_rows("SFT", "threads", rows, held_out)
-    mixture = Mixture.of(read_threads(data / TRAIN_FILE).datasets, recipe.data.sources())
+    mixture = Mixture.of(read_threads(data / TRAIN_FILE).datasets, corpus.settings)
     pack_to = recipe.data.max_length if recipe.sft.packing else None
     model = recipe.model
     task = SftTask(data, prepared.model_path, model.precision, model.trust_remote_code, recipe.sft, pack_to, recipe.run.seed)

@@ -127,7 +127,7 @@ def test_malformed_rows_are_set_aside_with_line_and_reason(tmp_path: Path) -> No
         7: "tree T1 was already read",
         8: "neither a message tree nor a message of the OASST export format",
         9: "malformed JSON: nested too deeply",
-        10: "not UTF-8 (byte 1)",
+        10: "not UTF-8 (byte 1 is 0xff, as in a Latin-1 or Windows-1252 file)",
     }
     assert rows[0]["text"] == '{"message_tree_id":'
     assert rows[0]["file"] == str(file)

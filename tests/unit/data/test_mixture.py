@@ -145,5 +145,5 @@ def test_contradictions(overrides: list[str], reason: str) -> None:
 
 
 def test_a_set_without_a_path(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.sets\.nowhere"):
+    with pytest.raises(DataError, match=r"no public data set is called 'nowhere'.*data\.sets\.nowhere\.path"):
         load_corpus(DataConfig(sets={"nowhere": SetConfig()}), seed=1, folder=tmp_path)

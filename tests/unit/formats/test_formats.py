@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +12,7 @@ import pytest
 from app.errors import DataError
 from app.formats import FORMATS, detect_format
 from app.formats.oasst import parse_tree
-from app.formats.records import Filters, Row, TreeRecords
+from app.formats.records import STORED, BadRow, Filters, Row, TreeRecords
 
 
 @pytest.mark.parametrize(
@@ -26,6 +29,9 @@ def test_detection(value: Any, name: str | None) -> None:
     assert detect_format(value) == name
 
 
+REPLY = {"message_id": "b", "role": "assistant", "text": "So."}
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -37,12 +43,26 @@ def test_detection(value: Any, name: str | None) -> None:
         ({"rank": "0"}, "no whole number"),
         ({"replies": ["text"]}, "no list of messages"),
         ({"replies": [{"message_id": "b", "role": "prompter", "text": "?"}]}, "roles must alternate"),
+        ({"replies": [REPLY | {"parent_id": "c"}]}, "a reply names 'c' as its parent"),
+        ({"replies": [REPLY | {"message_id": "a"}]}, "message a stands in it twice"),
+        ({"replies": [REPLY, REPLY]}, "message b stands in it twice"),
+        ({"replies": {"b": REPLY}}, "no list of messages"),
+        ({"role": ["prompter"]}, "neither prompter nor assistant"),
+        ({"text": "a\ud800"}, "half a character"),
+        ({"text": 3}, "missing or empty"),
+        ({"message_id": "a\ud800"}, "half a character"),
+        ({"lang": ["en"]}, "`lang` .* is no text"),
+        ({"rank": 10**400}, None),
+        ({"rank": True}, "no whole number"),
+        ({"deleted": "false"}, "`deleted` 'false' is neither true nor false"),
+        ({"synthetic": 0}, "`synthetic` 0 is neither true nor false"),
+        ({"review_result": "true"}, "`review_result` 'true' is neither true nor false"),
     ],
 )
-def test_reasons(change: dict[str, Any], reason: str) -> None:
+def test_reasons(change: dict[str, Any], reason: str | None) -> None:
     message = {"message_id": "a", "role": "prompter", "text": "Why?", "replies": []}
     assert parse_tree({"message_tree_id": "a", "prompt": message}).root.text == "Why?"
-    with pytest.raises(DataError, match=reason):
+    with nullcontext() if reason is None else pytest.raises(DataError, match=reason):
         parse_tree({"message_tree_id": "a", "prompt": message | change})
 
 
@@ -57,3 +77,57 @@ def test_equal_prompts_are_one_tree() -> None:
     assert first == third
     assert isinstance(first, TreeRecords) and isinstance(second, TreeRecords)
     assert first.tree_id != second.tree_id
+
+
+SMALL = Path(__file__).parents[2] / "fixtures" / "oasst_small.jsonl"
+
+
+def read_small(**options: Any) -> list[TreeRecords | BadRow]:
+    rows = [Row("f", line, text, json.loads(text)) for line, text in enumerate(SMALL.read_text().splitlines(), 1)]
+    return list(FORMATS["oasst"].read(rows, Filters(**options)))
+
+
+def test_phrases_leave_out_threads_of_a_tree_but_no_ranking() -> None:
+    whole, screened = read_small(), read_small(phrases=("six minutes",))
+    kept, left = ([thread for tree in trees if isinstance(tree, TreeRecords) for thread in tree.threads] for trees in (screened, whole))
+    assert 0 < len(kept) < len(left)
+    assert kept == [thread for thread in left if "Six minutes" not in str(thread.messages)]
+    groups = [[group for tree in trees if isinstance(tree, TreeRecords) for group in tree.groups] for trees in (screened, whole)]
+    assert groups[0] == groups[1]
+
+
+def test_a_tree_with_a_huge_message_is_set_aside() -> None:
+    message = {"message_id": "a", "role": "prompter", "text": "x" * 10_000_000, "review_result": True}
+    (bad,) = FORMATS["oasst"].read([Row("f", 1, json.dumps(message), {**message, "replies": []})], Filters())
+    assert isinstance(bad, BadRow)
+    assert "10000000 characters" in bad.reason
+    assert len(bad.text) < 2 * STORED
+
+
+@pytest.mark.parametrize("value", [["en"], 3, {"a": 1}, True])
+def test_ids_and_states_of_other_types(value: Any) -> None:
+    message = {"message_id": "a", "role": "prompter", "text": "Why?", "replies": [], "review_result": True}
+    rows = [Row("f", 1, "", {"message_tree_id": value, "prompt": message}), Row("f", 2, "", message | {"tree_state": value})]
+    assert ["is no text" in item.reason for item in FORMATS["oasst"].read(rows, Filters()) if isinstance(item, BadRow)] == [True, True]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {},
+        {"quality": None},
+        {"quality": {"value": None, "count": 0}, "humor": None},
+        {"name": ["quality", "humor"], "value": [None, 0.5], "count": [0, 3]},
+        {"name": None, "value": None, "count": None},
+        {"quality": 3},
+        {"quality": {"value": 10**400}},
+        {"quality": {"value": float("nan")}},
+        {"name": ["quality"], "value": []},
+        [{"name": "quality"}],
+        "good",
+    ],
+)
+def test_labels_of_any_shape_break_nothing(labels: Any) -> None:
+    message = {"message_id": "a", "role": "prompter", "text": "Why?", "lang": "en", "review_result": True, "labels": labels}
+    rows = [Row("f", 1, "", {**message, "replies": [REPLY | {"labels": labels}]}), Row("f", 2, "", message | {"message_id": "c"})]
+    assert len(list(FORMATS["oasst"].read(rows, Filters()))) == 2

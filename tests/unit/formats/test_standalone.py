@@ -7,19 +7,20 @@ from typing import Any
 import pytest
 
 from app.formats import FORMATS, detect_format, format_of_columns
-from app.formats.records import BadRow, Filters, Row, TreeRecords
+from app.formats.records import STORED, BadRow, Filters, Row, TreeRecords
+from app.formats.screening import phrases_of
 
 HH = "\n\nHuman: Why?\n\nAssistant: Because.\n\nHuman: Really?\n\nAssistant: "
 CHAT = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
 
 
-def read(name: str, *values: Any, columns: dict[str, str] | None = None) -> tuple[list[TreeRecords], list[BadRow]]:
+def read(name: str, *values: Any, **options: Any) -> tuple[list[TreeRecords], list[BadRow]]:
     rows = [Row("f", line, repr(value), value) for line, value in enumerate(values, 1)]
-    found = list(FORMATS[name].read(rows, Filters(columns=columns or {})))
+    found = list(FORMATS[name].read(rows, Filters(**options)))
     return [item for item in found if isinstance(item, TreeRecords)], [item for item in found if isinstance(item, BadRow)]
 
 
-def one(name: str, value: Any, **columns: str) -> TreeRecords:
+def one(name: str, value: Any, **columns: str | tuple[str, ...]) -> TreeRecords:
     trees, bad = read(name, value, columns=columns)
     assert not bad, bad
     return trees[0]
@@ -132,7 +133,7 @@ def test_reasons(name: str, value: Any, reason: str) -> None:
 
 def test_a_column_that_is_named_and_missing() -> None:
     _, bad = read("instruction", {"a": "x", "b": "y"}, columns={"prompt": "a", "response": "c"})
-    assert bad[0].reason == "no column 'c' (data.columns.response); the row has a, b"
+    assert bad[0].reason == "data.columns.response: no column 'c'; the row has a, b"
 
 
 def test_columns_tell_the_format() -> None:
@@ -140,3 +141,125 @@ def test_columns_tell_the_format() -> None:
     assert format_of_columns({"prompt", "chosen", "rejected"}) == "preference"
     assert format_of_columns({"prompt"}) == "prompts"
     assert format_of_columns(()) is None
+
+
+def test_paths_and_templates_as_columns() -> None:
+    row = {"context": "Rain falls.", "question": "What falls?", "answers": {"text": ["Rain", "rain"]}, "n": 3, "parts": ["a", "b"]}
+    tree = one("instruction", row, prompt="{context}\n\n{question} ({n}, {parts})", response="answers.text.1")
+    assert turns(tree.threads[0].messages) == [("user", "Rain falls.\n\nWhat falls? (3, a b)"), ("assistant", "rain")]
+    dotted = {"a.b": "Why?", "a": {"b": "How?"}, "c": "So."}
+    assert one("instruction", dotted, prompt="a.b", response="c").prompts[0].messages[0].content == "Why?"
+
+
+def test_a_column_has_one_meaning() -> None:
+    row = {"instruction": "Be brief.", "input": "Why?", "output": "So."}
+    for prompt in ("input", "{input}"):
+        tree = one("instruction", row, system="instruction", prompt=prompt, response="output")
+        assert turns(tree.threads[0].messages) == [("system", "Be brief."), ("user", "Why?"), ("assistant", "So.")]
+
+
+def test_replies_ranked_by_scores() -> None:
+    columns = {"prompt": "q.full", "responses": ("a", "b", "c"), "scores": ("sa", "sb", "sc")}
+    row = {"q": {"full": "Why?"}, "a": "worse", "b": "better", "c": "as good", "sa": -0.5, "sb": 0.5, "sc": 0.5}
+    (group,) = one("ranking", row, **columns).groups
+    assert group.replies == ("better", "worse")
+    _, bad = read("ranking", row | {"sa": 0.5}, row | {"sb": None}, row | {"sb": float("nan")}, columns=columns)
+    assert [row.reason.split(":")[0] for row in bad] == [
+        "all replies have one score",
+        *["`scores` does not hold one number for each of 3 replies"] * 2,
+    ]
+
+
+def test_the_best_of_unranked_replies() -> None:
+    row = {"ctx": "He sat", "endings": ["down", "up", "on", "in"], "label": "2"}
+    columns = {"prompt": "ctx", "responses": "endings", "best": "label"}
+    groups = [one("ranking", row | {"label": label}, **columns).groups[0] for label in ("2", 2, 2)]
+    assert groups[0] == groups[1] == groups[2]
+    assert groups[0].replies[0] == "on"
+    assert groups[0].replies[1] in {"down", "up", "in"}
+    _, bad = read("ranking", *(row | {"label": label} for label in (4, -1, True, "", None)), columns=columns)
+    assert len(bad) == 4  # without a label the order counts
+    assert all("`best` is" in row.reason for row in bad)
+
+
+def test_augmented_replies_stay_beside_the_ranked_ones() -> None:
+    (group,) = one("ranking", {"prefixes": ["Why?"], "responses": ["a", "b"], "augmented": ["x", "y"], "split": "train"}).groups
+    assert (group.replies, group.augmented, group.pairs) == (("a", "b"), ("x", "y"), 1)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        ["Why?", "Because.", "Really?", "Yes."],
+        "User: Why?\nAssistant: Because.\nUser: Really?\nAssistant: Yes.",
+        "\n<human>: Why?\n<bot>: Because.\n<human>: Really?\n<bot>: Yes.",
+        [{"input": "Why?", "output": "Because."}, {"input": "Really?", "output": "Yes."}],
+        [
+            {"role": r, "content": c, "from": None}
+            for r, c in zip(["user", "assistant"] * 2, ["Why?", "Because.", "Really?", "Yes."], strict=True)
+        ],
+    ],
+)
+def test_messages_in_all_their_shapes(value: Any) -> None:
+    expected = [("user", "Why?"), ("assistant", "Because."), ("user", "Really?"), ("assistant", "Yes.")]
+    assert turns(one("messages", {"messages": value}).threads[0].messages) == expected
+    named = one("messages", {"talk": value, "rules": "Be brief."}, messages="talk", system="rules")
+    assert turns(named.threads[0].messages) == [("system", "Be brief."), *expected]
+
+
+def test_a_transcript_of_many_lines_is_read_in_time() -> None:
+    (tree,), _ = read("messages", {"messages": "User: Why?" + "\n" * 300_000 + "Assistant: a" + "\nAssistant: b" * 100_000})
+    assert tree.threads[0].messages[-1].content.startswith("a\n\nb\n\nb")
+
+
+def test_phrases_leave_rows_out() -> None:
+    phrases = phrases_of(["refusals", "Ahoy"])
+    row = {"prompt": "Why?", "chosen": "So, AHOY.", "rejected": "No."}
+    answers = ["I’m sorry, but I can't assist with that.", "As an AI language model, I...", "Because.", "ahoy"]
+    _, bad = read("instruction", *({"prompt": "As an AI language model?", "response": text} for text in answers), phrases=phrases)
+    assert [(row.line, row.malformed) for row in bad] == [(1, False), (2, False), (4, False)]
+    assert bad[2].reason == "an answer holds 'ahoy' (data.phrases)"
+    trees, bad = read("preference", row, {**row, "chosen": "Yes.", "rejected": "Ahoy"}, phrases=phrases)
+    assert (len(trees), len(bad)) == (1, 1)
+
+
+def test_a_huge_message_is_set_aside_and_its_text_cut() -> None:
+    _, (bad,) = read("instruction", {"prompt": "Why?", "response": "x" * 10_000_000})
+    assert bad.reason == "a message has 10000000 characters, and data.max_characters is 1000000"
+    assert len(bad.text) < 2 * STORED
+    (tree,), _ = read("instruction", {"prompt": "Why?", "response": "x" * 2_000_000}, max_characters=2_000_000)
+    assert len(tree.threads[0].messages[1].content) == 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "columns", "reason"),
+    [
+        ("hh", {"c": HH + "Yes.", "r": HH + "No."}, {"chosen": "c"}, "`rejected` is missing"),
+        ("instruction", {"q": "Why?", "a": {"text": []}}, {"prompt": "q", "response": "a.text.0"}, "no column 'a.text.0': nothing at '0'"),
+        ("instruction", {"q": "Why?", "a": "x"}, {"prompt": "{q} {b}", "response": "a"}, "data.columns.prompt: no column 'b'"),
+        ("instruction", {"q": True, "a": "x"}, {"prompt": "{q}", "response": "a"}, "data.columns.prompt: `q` is no text"),
+        ("instruction", {"q": " ", "a": "x"}, {"prompt": "Say {q}", "response": "a"}, "data.columns.prompt: `q` is empty"),
+        ("instruction", {"prompt": "Why?", "response": 3}, {}, "`response` is no text"),
+        ("instruction", {"prompt": "Why?", "response": "a\ud800"}, {}, "`response` holds half a character"),
+        ("instruction", {"prompt": "Why?", "input": "\0", "response": "a"}, {}, "`input` holds a NUL byte"),
+        ("ranking", {"prefixes": ["Why?"], "responses": ["a", "b"], "augmented": "x"}, {}, "`augmented` is no list of texts"),
+        ("messages", {"messages": "Hello.\nUser: Why?"}, {}, "does not begin with a turn"),
+        ("messages", {"messages": "User:\nAssistant: a"}, {}, "turn 1 is empty"),
+        ("messages", {"messages": [3]}, {}, "message 1 is no mapping"),
+        ("messages", {"messages": [{"role": ["user"], "content": "x"}]}, {}, "role ['user']"),
+    ],
+)
+def test_more_reasons(name: str, value: Any, columns: dict[str, str], reason: str) -> None:
+    trees, bad = read(name, value, columns=columns)
+    assert trees == []
+    assert reason in bad[0].reason
+
+
+def test_deep_nesting_is_a_reason() -> None:
+    role: list[Any] = []
+    for _ in range(5000):
+        role = [role]
+    rows = [Row("f", 1, "", {"messages": [{"role": role, "content": "x"}]})]
+    (bad,) = FORMATS["messages"].read(rows, Filters())
+    assert isinstance(bad, BadRow)
+    assert bad.reason == "nested too deeply"
