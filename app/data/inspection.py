@@ -70,7 +70,7 @@ def inspect_corpus(corpus: Corpus, folder: Path, template: Template | None = Non
     encoded = [template.encode(thread.messages, open_assistant=False)[0] for thread in threads] if template else None
     lengths = tuple(len(ids) for ids in encoded) if encoded is not None else tuple(_words(thread) for thread in threads)
     order = sorted(range(len(threads)), key=lambda k: lengths[k], reverse=True)[:LONGEST]
-    conversations = Counter(thread.messages for thread in threads)
+    conversations = Counter(tuple((message.role, message.content) for message in thread.messages) for thread in threads)
     return Inspection(
         format=corpus.format,
         rows=corpus.rows,
@@ -137,4 +137,4 @@ def _words(thread: Thread) -> int:
 
 def _first_turns(split: Split) -> set[str]:
     conversations = [thread.messages for thread in split.threads] + [prompt.messages for prompt in split.prompts]
-    return {next(message.content for message in messages if message.role == "user") for messages in conversations}
+    return {next((message for message in messages if message.role == "user"), messages[0]).content for messages in conversations}

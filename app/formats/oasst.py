@@ -15,7 +15,20 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from app.errors import DataError
-from app.formats.records import BadRow, Filters, Format, Message, PromptItem, RankedGroup, Row, Thread, TreeRecords
+from app.formats.labels import parse_labels
+from app.formats.records import (
+    BadRow,
+    Filters,
+    Format,
+    Labels,
+    Message,
+    PromptItem,
+    RankedGroup,
+    Row,
+    Thread,
+    TreeRecords,
+    fault_of,
+)
 
 READY = "ready_for_export"
 LOTTERY = "prompt_lottery_waiting"
@@ -32,6 +45,7 @@ class Node:
     rank: int | None
     usable: bool
     replies: tuple[Node, ...]
+    labels: Labels | None = None
 
 
 @dataclass(frozen=True)
@@ -76,8 +90,8 @@ def _parse_node(message: Mapping[str, Any], expected: str) -> Node:
         raise DataError(f"message {name}: role {role} where roles must alternate, starting with prompter")
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"message {name}: `text` is missing or empty")
-    if "\0" in text:
-        raise DataError(f"message {name}: `text` holds a NUL byte")
+    if fault := fault_of(text):
+        raise DataError(f"message {name}: `text` {fault}")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
         raise DataError(f"message {name}: rank {rank!r} is no whole number")
     replies = message.get("replies") or []
@@ -91,6 +105,7 @@ def _parse_node(message: Mapping[str, Any], expected: str) -> Node:
         rank=rank,
         usable=not (message.get("deleted") or message.get("synthetic") or message.get("review_result") is False),
         replies=tuple(_parse_node(reply, following) for reply in replies),
+        labels=parse_labels(message),
     )
 
 
@@ -137,7 +152,7 @@ def _paths(node: Node, above: tuple[Node, ...] = ()) -> Iterator[tuple[Node, ...
 
 
 def _messages(path: Sequence[Node]) -> tuple[Message, ...]:
-    return tuple(Message(node.role, node.text) for node in path)
+    return tuple(Message(node.role, node.text, node.labels) for node in path)
 
 
 def _among_best(path: Sequence[Node], top_k: int | None) -> bool:
@@ -168,8 +183,9 @@ def _group(tree: Tree, path: Sequence[Node]) -> RankedGroup | None:
             by_rank.setdefault(reply.rank, reply)
     if len(by_rank) < 2:
         return None
-    replies = tuple(by_rank[rank].text for rank in sorted(by_rank))
-    return RankedGroup(path[-1].id, tree.id, _messages(path), replies)
+    replies = [by_rank[rank] for rank in sorted(by_rank)]
+    texts, labels = tuple(reply.text for reply in replies), tuple(reply.labels for reply in replies)
+    return RankedGroup(path[-1].id, tree.id, _messages(path), texts, reply_labels=labels)
 
 
 def extract(tree: Tree, filters: Filters) -> TreeRecords:

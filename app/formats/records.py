@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-MessageRole = Literal["system", "user", "assistant"]
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+MessageRole = Literal["system", "user", "assistant", "text"]
+"""`text` is a passage of raw text, which stands alone: no turn of a conversation, written without any markup."""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What people said of a message, averaged, 0 to 1; None where nobody did. lang: its language."""
+    """What people said of a message, averaged, 0 to 1; None where nobody did. lang: its language; context: what it builds on."""
 
     lang: str | None = None
     quality: float | None = None
     humor: float | None = None
     creativity: float | None = None
+    context: str | None = None
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Thread:
-    """A conversation that ends in an assistant turn: one SFT sample. dataset: the set of `data.sets` that it is from."""
+    """A conversation that ends in an assistant turn, or one raw text: one SFT sample. dataset: the set of `data.sets` that it is from."""
 
     id: str
     tree_id: str
@@ -44,7 +49,8 @@ class Thread:
 class RankedGroup:
     """A conversation that ends in a user turn, and at least two replies to it, best first.
 
-    gold: hidden scores of the replies, only on the embedded task; never used by training.
+    gold: hidden scores of the replies, only on the embedded task; never used by training. reply_labels: of the replies in their
+    order; none of those beyond its end.
     """
 
     id: str
@@ -53,6 +59,7 @@ class RankedGroup:
     replies: tuple[str, ...]
     gold: tuple[float, ...] | None = None
     dataset: str = ""
+    reply_labels: tuple[Labels | None, ...] = ()
 
     @property
     def pairs(self) -> int:
@@ -83,6 +90,17 @@ class TreeRecords:
     groups: tuple[RankedGroup, ...] = ()
     prompts: tuple[PromptItem, ...] = ()
     lang: str | None = None
+
+
+def fault_of(text: str) -> str | None:
+    """Why a text cannot be trained on, for a message about it; None where it can.
+
+    >>> fault_of(chr(0)), fault_of(chr(0xD83D)), fault_of("Why?")
+    ('holds a NUL byte', 'holds half a character (a lone surrogate)', None)
+    """
+    if "\0" in text:
+        return "holds a NUL byte"
+    return "holds half a character (a lone surrogate)" if _SURROGATE.search(text) else None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,19 @@ from itertools import pairwise
 from typing import Any
 
 from app.errors import DataError
-from app.formats.records import BadRow, Filters, Format, Message, MessageRole, PromptItem, RankedGroup, Row, Thread, TreeRecords
+from app.formats.records import (
+    BadRow,
+    Filters,
+    Format,
+    Message,
+    MessageRole,
+    PromptItem,
+    RankedGroup,
+    Row,
+    Thread,
+    TreeRecords,
+    fault_of,
+)
 
 ROLES: dict[str, MessageRole] = {
     "system": "system",
@@ -89,8 +101,8 @@ def text_of(value: Any, name: str) -> str:
         raise DataError(f"`{name}` is {'missing' if value is None else 'no text'}")
     if not value.strip():
         raise DataError(f"`{name}` is empty")
-    if "\0" in value:
-        raise DataError(f"`{name}` holds a NUL byte")
+    if fault := fault_of(value):
+        raise DataError(f"`{name}` {fault}")
     return value
 
 

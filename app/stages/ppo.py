@@ -33,17 +33,19 @@ StartScoring = Callable[[str, str], AbstractContextManager[Scorer]]
 
 @dataclass(frozen=True)
 class PromptSets:
-    """Prompts to train on, and held-out ones to compare answers on."""
+    """Prompts to train on, and held-out ones to compare answers on; truncated: how many of both lost tokens."""
 
     train: list[Prompt]
     held_out: list[Prompt]
+    truncated: int
 
 
 def prompt_sets(recipe: Recipe, prepared: Prepared) -> PromptSets:
     """Both sides of the corpus as token ids; at most `evaluation.prompts` held-out ones."""
-    corpus, template, length = prepared.corpus, prepared.template, recipe.data.max_prompt_length
-    held_out = corpus.validation.prompts[: recipe.evaluation.prompts]
-    return PromptSets(encode_prompts(corpus.train.prompts, template, length), encode_prompts(held_out, template, length))
+    corpus = prepared.corpus
+    sides = (corpus.train.prompts, corpus.validation.prompts[: recipe.evaluation.prompts])
+    train, held_out = (encode_prompts(side, prepared.template, recipe.data) for side in sides)
+    return PromptSets(train.rows, held_out.rows, train.truncated + held_out.truncated)
 
 
 def gold_of(recipe: Recipe) -> Gold | None:
@@ -115,7 +117,7 @@ def train_ppo(
         state = _resume_and_run(recipe, run, tracker, learner, pool, scorer, prompts.train, prepared.template.pad_id, canaries)
         learner.export(str(folder / "model"))
         after = answer(pool, scorer, prompts.held_out, prepared.template, recipe.evaluation, gold)
-    results = compare(before, after, recipe.evaluation) | loop_results(run, state)
+    results = compare(before, after, recipe.evaluation) | loop_results(run, state) | {"truncated": prompts.truncated}
     write_examples(run.path / "examples.jsonl", prompts.held_out, before, after, recipe.evaluation.examples)
     tracker.log("evaluation", state.step, _scalars(before, after))
     return results

@@ -12,7 +12,7 @@ import ray
 from app.config.recipe import Recipe
 from app.config.shared import WorkersConfig
 from app.data.baselines import length_baseline
-from app.data.encoding import encode_groups
+from app.data.encoding import cut_counts, encode_groups
 from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, write_groups
 from app.durable import read_json, write_json
 from app.errors import CorralError
@@ -33,19 +33,21 @@ def train_reward_model(recipe: Recipe, run: RunFolder, tracker: RunTracker, prep
 
     An unfinished stage goes on from its last checkpoint. Results, on held-out groups:
     pair_accuracy, best_vs_worst, length_baseline (pair accuracy of reply length, oriented on the training groups), loss,
-    score_mean, score_std, loss_before; and steps, tokens, tokens_per_second, train_seconds.
+    score_mean, score_std, loss_before; and steps, tokens, tokens_per_second, train_seconds; of both sides, truncated (groups that lost
+    tokens) and left_out (groups whose replies the cut made the same).
     Raises DataError without groups on either side of the split, and what `app.workers.training.fit` raises.
     """
     require_context(prepared.context, recipe.data.max_length, "data.max_length")
     data, corpus = run.stage("rm") / "data", prepared.corpus
     groups, held_out_groups = (_best_replies(side.groups, recipe.rm.max_replies) for side in (corpus.train, corpus.validation))
-    require_rows("reward model", "ranked groups", groups, held_out_groups)
-    write_groups(encode_groups(groups, prepared.template, recipe.data.max_length), data / TRAIN_FILE)
-    write_groups(encode_groups(held_out_groups, prepared.template, recipe.data.max_length), data / HELD_OUT_FILE)
-    task = RewardModelTask(data, sft_path, recipe.run.seed, recipe.model.trust_remote_code, recipe.rm)
-    result = train(task, recipe.rm, recipe, rows=len(groups), folder=run.stage("rm"), tracker=tracker)
-    baseline = length_baseline(groups, held_out_groups)
-    return {**result.after, "loss_before": result.before["loss"], "length_baseline": baseline, **speed(result)}
+    training, held_out = (encode_groups(part, prepared.template, recipe.data, recipe.run.seed) for part in (groups, held_out_groups))
+    require_rows("reward model", "ranked groups", training.rows, held_out.rows)
+    write_groups(training.rows, data / TRAIN_FILE)
+    write_groups(held_out.rows, data / HELD_OUT_FILE)
+    task = RewardModelTask(data, sft_path, recipe.run.seed, recipe.model.trust_remote_code, recipe.rm, multiple=recipe.data.pad_to_multiple)
+    result = train(task, recipe.rm, recipe, rows=len(training.rows), folder=run.stage("rm"), tracker=tracker)
+    quality = {**result.after, "loss_before": result.before["loss"], "length_baseline": length_baseline(groups, held_out_groups)}
+    return quality | speed(result) | cut_counts(training, held_out)
 
 
 def set_reward_offset(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from app.config.recipe import Recipe
-from app.data.encoding import encode_threads
+from app.data.encoding import cut_counts, encode_threads
 from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, write_threads
 from app.models.context import require_context
 from app.run_folder import RunFolder
@@ -19,17 +19,30 @@ def train_sft(recipe: Recipe, run: RunFolder, tracker: RunTracker, prepared: Pre
     """Fine-tune `prepared.model_path` and leave `DIR/sft/model`; returns the stage's results, for the caller to commit.
 
     An unfinished stage goes on from its last checkpoint. Results: eval_loss_before,
-    eval_loss_after (nats per target token on held-out threads), steps, tokens, tokens_per_second, train_seconds.
+    eval_loss_after (nats per target token on held-out threads), steps, tokens, tokens_per_second, train_seconds; of both sides,
+    truncated (threads that lost tokens) and left_out (threads without a target in what was kept).
     Raises DataError without threads on either side of the split, and what `app.workers.training.fit` raises.
     """
     require_context(prepared.context, recipe.data.max_length, "data.max_length")
     data, corpus = run.stage("sft") / "data", prepared.corpus
-    rows, held_out = (encode_threads(side.threads, prepared.template, recipe.data.max_length) for side in (corpus.train, corpus.validation))
-    require_rows("SFT", "threads", rows, held_out)
-    write_threads(rows, data / TRAIN_FILE)
-    write_threads(held_out, data / HELD_OUT_FILE)
+    training, held_out = (
+        encode_threads(side.threads, prepared.template, recipe.data, recipe.run.seed) for side in (corpus.train, corpus.validation)
+    )
+    require_rows("SFT", "threads", training.rows, held_out.rows)
+    write_threads(training.rows, data / TRAIN_FILE)
+    write_threads(held_out.rows, data / HELD_OUT_FILE)
     pack_to = recipe.data.max_length if recipe.sft.packing else None
     model = recipe.model
-    task = SftTask(data, prepared.model_path, model.precision, model.trust_remote_code, recipe.sft, pack_to, recipe.run.seed)
-    result = train(task, recipe.sft, recipe, rows=len(rows), folder=run.stage("sft"), tracker=tracker)
-    return {"eval_loss_before": result.before["loss"], "eval_loss_after": result.after["loss"], **speed(result)}
+    task = SftTask(
+        data,
+        prepared.model_path,
+        model.precision,
+        model.trust_remote_code,
+        recipe.sft,
+        pack_to,
+        recipe.run.seed,
+        multiple=recipe.data.pad_to_multiple,
+    )
+    result = train(task, recipe.sft, recipe, rows=len(training.rows), folder=run.stage("sft"), tracker=tracker)
+    losses = {"eval_loss_before": result.before["loss"], "eval_loss_after": result.after["loss"]}
+    return losses | speed(result) | cut_counts(training, held_out)

@@ -59,7 +59,7 @@ def test_the_task_is_worth_learning(finished: Path, summary: dict[str, Any]) -> 
     def accuracy(prefixes: Sequence[tuple[Message, ...]]) -> float:
         moved = [replace(group, prefix=prefix) for group, prefix in zip(groups, prefixes, strict=True)]
         scores = []
-        for row in encode_groups(moved, template, recipe.data.max_length):
+        for row in encode_groups(moved, template, recipe.data, recipe.run.seed).rows:
             with torch.no_grad():
                 scores.append(sequence_scores(model, *pad_sequences(row.sequences)).tolist())
         return pair_accuracy(scores)
