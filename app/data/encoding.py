@@ -6,10 +6,9 @@ Everything drawn here depends on the seed and the record alone, and is drawn onc
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from itertools import zip_longest
-from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -26,24 +25,20 @@ PROMPT_SHARE = 4
 LEAST_ROOM = 4
 """Tokens that `data.system_prefix` must leave."""
 
-R = TypeVar("R")
+
+@dataclass
+class Cuts:
+    """Counted while rows are taken from an encoder. truncated: rows that lost tokens; left_out: records that gave no row."""
+
+    truncated: int = 0
+    left_out: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """For a stage's results."""
+        return asdict(self)
 
 
-@dataclass(frozen=True)
-class Encoded(Generic[R]):
-    """rows: in the order of their records; truncated: how many of them lost tokens; left_out: records that gave no row."""
-
-    rows: list[R]
-    truncated: int
-    left_out: int
-
-
-def cut_counts(*parts: Encoded[Any]) -> dict[str, int]:
-    """What a stage's results say about its data: `truncated` and `left_out` over all parts."""
-    return {"truncated": sum(part.truncated for part in parts), "left_out": sum(part.left_out for part in parts)}
-
-
-def encode_threads(items: Iterable[Thread], template: Template, config: DataConfig, seed: int) -> Encoded[SftRow]:
+def encode_threads(items: Iterable[Thread], template: Template, config: DataConfig, seed: int, cuts: Cuts) -> Iterator[SftRow]:
     """Each thread as a row of at most `data.max_length` tokens, cut by `data.overlong`; the first token of what is kept is no target.
 
     A head that ends within a turn has no end token: the model must not learn to stop there. Threads without a target in what is
@@ -51,20 +46,18 @@ def encode_threads(items: Iterable[Thread], template: Template, config: DataConf
     """
     prefix, room = _prefix_and_room(template, config, config.max_length)
     tags = SystemTags(config.system_tags, config.system_tag_dropout, seed)
-    rows, truncated, left_out = [], 0, 0
+    share = config.window_probability if config.overlong == "window" else 0.0
     for thread in items:
         ids, mask = template.encode(tags.insert(thread.id, thread.messages), open_assistant=False)
         targets = np.ones(len(ids), np.bool_) if config.train_on == "all" else np.array(mask, np.bool_)
-        share = config.window_probability if config.overlong == "window" else 0.0
         start = _start(targets, room, share, random.Random(f"{seed}/{thread.id}"))
         if start is None:
-            left_out += 1
+            cuts.left_out += 1
             continue
-        truncated += len(ids) > room
+        cuts.truncated += len(ids) > room
         targets[start] = False
         loss_mask = np.concatenate([np.zeros(len(prefix), np.bool_), targets[start : start + room]])
-        rows.append(SftRow(np.array([*prefix, *ids[start : start + room]], np.int32), loss_mask))
-    return Encoded(rows, truncated, left_out)
+        yield SftRow(np.array([*prefix, *ids[start : start + room]], np.int32), loss_mask)
 
 
 def _start(targets: BoolArray, room: int, window_share: float, draw: random.Random) -> int | None:
@@ -79,13 +72,12 @@ def _start(targets: BoolArray, room: int, window_share: float, draw: random.Rand
     return 0 if fruitful[0] else None
 
 
-def encode_groups(items: Iterable[RankedGroup], template: Template, config: DataConfig, seed: int) -> Encoded[GroupRow]:
+def encode_groups(items: Iterable[RankedGroup], template: Template, config: DataConfig, seed: int, cuts: Cuts) -> Iterator[GroupRow]:
     """Every reply behind its prompt, at most `data.max_length` tokens: the prompt loses its oldest tokens, an over-long reply its last
     ones, the end token always stays (a reward model reads its score there). Groups whose replies the cut makes all the same are
     left out."""
     prefix, room = _prefix_and_room(template, config, config.max_length)
     tags = SystemTags(config.system_tags, config.system_tag_dropout, seed)
-    rows, truncated, left_out = [], 0, 0
     for group in items:
         before = tags.insert(group.id, group.prefix)
         plain, _ = template.encode(before, open_assistant=True)
@@ -97,24 +89,21 @@ def encode_groups(items: Iterable[RankedGroup], template: Template, config: Data
             longest = max(longest, len(prompt) + len(answer) + 1)
             sequences.append(np.concatenate([prefix, join_reply(prompt, answer, template.eos_id, room)]))
         if all(np.array_equal(sequence, sequences[0]) for sequence in sequences):
-            left_out += 1
+            cuts.left_out += 1
             continue
-        truncated += longest > room
-        rows.append(GroupRow(group.id, tuple(sequences)))
-    return Encoded(rows, truncated, left_out)
+        cuts.truncated += longest > room
+        yield GroupRow(group.id, tuple(sequences))
 
 
-def encode_prompts(items: Iterable[PromptItem], template: Template, config: DataConfig) -> Encoded[Prompt]:
+def encode_prompts(items: Iterable[PromptItem], template: Template, config: DataConfig, cuts: Cuts) -> Iterator[Prompt]:
     """Conversations that end in an open assistant turn, of at most `data.max_prompt_length` tokens; over-long ones lose their oldest.
     They have no system tags: nothing is known of an answer that is to come."""
     prefix, room = _prefix_and_room(template, config, config.max_prompt_length)
-    prompts, truncated = [], 0
     for item in items:
         ids, _ = template.encode(item.messages, open_assistant=True)
-        truncated += len(ids) > room
+        cuts.truncated += len(ids) > room
         messages = tuple(message.as_dict() for message in item.messages)
-        prompts.append(Prompt(item.id, item.messages[-1].content, np.array([*prefix, *ids[-room:]], np.int32), messages))
-    return Encoded(prompts, truncated, 0)
+        yield Prompt(item.id, item.messages[-1].content, np.array([*prefix, *ids[-room:]], np.int32), messages)
 
 
 def join_reply(prompt: Sequence[int], reply: Sequence[int], eos_id: int, max_length: int) -> IntArray:

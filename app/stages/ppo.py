@@ -11,7 +11,7 @@ from app.checkpoint import CheckpointStore
 from app.config.recipe import Recipe
 from app.curves import read_curves
 from app.data.embedded import gold_score
-from app.data.encoding import encode_prompts
+from app.data.encoding import Cuts, encode_prompts
 from app.errors import ConfigError
 from app.experience import IntArray, Prompt
 from app.formats.records import Message
@@ -44,8 +44,9 @@ def prompt_sets(recipe: Recipe, prepared: Prepared) -> PromptSets:
     """Both sides of the corpus as token ids; at most `evaluation.prompts` held-out ones."""
     corpus = prepared.corpus
     sides = (corpus.train.prompts, corpus.validation.prompts[: recipe.evaluation.prompts])
-    train, held_out = (encode_prompts(side, prepared.template, recipe.data) for side in sides)
-    return PromptSets(train.rows, held_out.rows, train.truncated + held_out.truncated)
+    cuts = Cuts()
+    train, held_out = (list(encode_prompts(side, prepared.template, recipe.data, cuts)) for side in sides)
+    return PromptSets(train, held_out, cuts.truncated)
 
 
 def gold_of(recipe: Recipe) -> Gold | None:

@@ -12,7 +12,7 @@ import ray
 from app.config.recipe import Recipe
 from app.config.shared import WorkersConfig
 from app.data.baselines import length_baseline
-from app.data.encoding import cut_counts, encode_groups
+from app.data.encoding import Cuts, encode_groups
 from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, write_groups
 from app.durable import read_json, write_json
 from app.errors import CorralError
@@ -40,14 +40,17 @@ def train_reward_model(recipe: Recipe, run: RunFolder, tracker: RunTracker, prep
     require_context(prepared.context, recipe.data.max_length, "data.max_length")
     data, corpus = run.stage("rm") / "data", prepared.corpus
     groups, held_out_groups = (_best_replies(side.groups, recipe.rm.max_replies) for side in (corpus.train, corpus.validation))
-    training, held_out = (encode_groups(part, prepared.template, recipe.data, recipe.run.seed) for part in (groups, held_out_groups))
-    require_rows("reward model", "ranked groups", training.rows, held_out.rows)
-    write_groups(training.rows, data / TRAIN_FILE)
-    write_groups(held_out.rows, data / HELD_OUT_FILE)
+    cuts = Cuts()
+    rows, held_out = (
+        list(encode_groups(part, prepared.template, recipe.data, recipe.run.seed, cuts)) for part in (groups, held_out_groups)
+    )
+    require_rows("reward model", "ranked groups", rows, held_out)
+    write_groups(rows, data / TRAIN_FILE)
+    write_groups(held_out, data / HELD_OUT_FILE)
     task = RewardModelTask(data, sft_path, recipe.run.seed, recipe.model.trust_remote_code, recipe.rm, multiple=recipe.data.pad_to_multiple)
-    result = train(task, recipe.rm, recipe, rows=len(training.rows), folder=run.stage("rm"), tracker=tracker)
+    result = train(task, recipe.rm, recipe, rows=len(rows), folder=run.stage("rm"), tracker=tracker)
     quality = {**result.after, "loss_before": result.before["loss"], "length_baseline": length_baseline(groups, held_out_groups)}
-    return quality | speed(result) | cut_counts(training, held_out)
+    return quality | speed(result) | cuts.as_dict()
 
 
 def set_reward_offset(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from app.config.recipe import Recipe
-from app.data.encoding import cut_counts, encode_threads
+from app.data.encoding import Cuts, encode_threads
 from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, write_threads
 from app.models.context import require_context
 from app.run_folder import RunFolder
@@ -25,12 +25,14 @@ def train_sft(recipe: Recipe, run: RunFolder, tracker: RunTracker, prepared: Pre
     """
     require_context(prepared.context, recipe.data.max_length, "data.max_length")
     data, corpus = run.stage("sft") / "data", prepared.corpus
-    training, held_out = (
-        encode_threads(side.threads, prepared.template, recipe.data, recipe.run.seed) for side in (corpus.train, corpus.validation)
+    cuts = Cuts()
+    rows, held_out = (
+        list(encode_threads(side.threads, prepared.template, recipe.data, recipe.run.seed, cuts))
+        for side in (corpus.train, corpus.validation)
     )
-    require_rows("SFT", "threads", training.rows, held_out.rows)
-    write_threads(training.rows, data / TRAIN_FILE)
-    write_threads(held_out.rows, data / HELD_OUT_FILE)
+    require_rows("SFT", "threads", rows, held_out)
+    write_threads(rows, data / TRAIN_FILE)
+    write_threads(held_out, data / HELD_OUT_FILE)
     pack_to = recipe.data.max_length if recipe.sft.packing else None
     model = recipe.model
     task = SftTask(
@@ -43,6 +45,6 @@ def train_sft(recipe: Recipe, run: RunFolder, tracker: RunTracker, prepared: Pre
         recipe.run.seed,
         multiple=recipe.data.pad_to_multiple,
     )
-    result = train(task, recipe.sft, recipe, rows=len(training.rows), folder=run.stage("sft"), tracker=tracker)
+    result = train(task, recipe.sft, recipe, rows=len(rows), folder=run.stage("sft"), tracker=tracker)
     losses = {"eval_loss_before": result.before["loss"], "eval_loss_after": result.after["loss"]}
-    return losses | speed(result) | cut_counts(training, held_out)
+    return losses | speed(result) | cuts.as_dict()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from app.config.data import DataConfig
-from app.data.encoding import check_system_options, encode_groups, encode_prompts, encode_threads
+from app.data.encoding import Cuts, check_system_options, encode_groups, encode_prompts, encode_threads
 from app.data.system_tags import SystemTags
 from app.data.templates import Template, build_template, prepare_tokenizer
 from app.errors import ConfigError
@@ -81,7 +81,7 @@ def test_sft_tells_before_each_answer_and_does_not_learn_it(template: Template) 
     config = DataConfig(system_tags=("quality",), system_tag_dropout=0.0)
     second = Message("assistant", "No.", Labels(quality=0.25))
     thread = Thread("t", "t", (Message("system", "Be kind."), QUESTION, ANSWER, QUESTION, second))
-    (row,) = encode_threads([thread], template, config, 1).rows
+    (row,) = encode_threads([thread], template, config, 1, Cuts())
     assert decoded(template, row.ids.tolist()) == (
         "<|system|>Be kind.<|endoftext|><|prompter|>Why?<|endoftext|>"
         "<|system|>quality: 0.7\n<|endoftext|><|assistant|>It is so, isn't it?<|endoftext|>"
@@ -93,7 +93,7 @@ def test_sft_tells_before_each_answer_and_does_not_learn_it(template: Template) 
 def test_a_reward_model_is_told_before_each_answer_and_reply(template: Template) -> None:
     config = DataConfig(system_tags=("quality",), system_tag_dropout=0.0)
     group = RankedGroup("g", "g", (QUESTION, ANSWER, QUESTION), ("Yes.", "No.", "So."), reply_labels=(Labels(quality=0.9), None))
-    (row,) = encode_groups([group], template, config, 1).rows
+    (row,) = encode_groups([group], template, config, 1, Cuts())
     shared = (
         "<|prompter|>Why?<|endoftext|><|system|>quality: 0.7\n<|endoftext|><|assistant|>It is so, isn't it?<|endoftext|>"
         "<|prompter|>Why?<|endoftext|>"
@@ -107,7 +107,7 @@ def test_a_reward_model_is_told_before_each_answer_and_reply(template: Template)
 
 def test_prompts_of_ppo_have_none(template: Template) -> None:
     item = PromptItem("p", "p", (QUESTION, ANSWER, QUESTION))
-    (prompt,) = encode_prompts([item], template, DataConfig(system_tags=ALL, system_tag_dropout=0.0)).rows
+    (prompt,) = encode_prompts([item], template, DataConfig(system_tags=ALL, system_tag_dropout=0.0), Cuts())
     assert "<|system|>" not in decoded(template, prompt.ids.tolist())
 
 

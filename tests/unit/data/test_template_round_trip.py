@@ -12,12 +12,14 @@ from app.data.templates import Template, build_template, prepare_tokenizer
 from app.formats.records import Message
 from tests.tiny_models import make_chatml_tokenizer, make_tokenizer
 
-HOSTILE = (
-    "<|prompter|>", "<|assistant|>", "<|system|>", "<|endoftext|>", "<|padding|>", "<|im_start|>", "<|im_end|>",
-    "<|im_start|>assistant\n", "{{ eos_token }}", "{% raw %}", "\ue0000\ue001", "\ue0001\ue001", "\r\n", " ", "\u200d", "é", "e\u0301", "\U0001f600", "</s>", "a" * 5000,
-)  # fmt: skip
+MARKUP = ("<|prompter|>", "<|assistant|>", "<|system|>", "<|endoftext|>", "<|padding|>", "<|im_start|>", "<|im_end|>", "</s>")
+ODD = ("<|im_start|>assistant\n", "{{ eos_token }}", "{% raw %}", "\ue000\ue001", "\ue0001\ue001", "\r\n", " ", "e\u0301", "\U0001f600")
 letters = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
-texts = st.lists(st.one_of(st.sampled_from(HOSTILE), st.text(letters, max_size=20)), min_size=1, max_size=6).map("".join).filter(bool)
+texts = (
+    st.lists(st.one_of(st.sampled_from([*MARKUP, *ODD, "a" * 5000]), st.text(letters, max_size=20)), min_size=1, max_size=6)
+    .map("".join)
+    .filter(bool)
+)
 
 
 def oasst() -> Template:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.config.data import DataConfig
-from app.data.encoding import encode_groups, encode_prompts, encode_threads, join_reply
+from app.data.encoding import Cuts, encode_groups, encode_prompts, encode_threads, join_reply
 from app.data.templates import Message, Template, build_template
 from app.data.token_cache import (
     read_groups,
@@ -34,10 +34,10 @@ def template() -> Template:
 
 def test_threads(template: Template, tmp_path: Path) -> None:
     thread = Thread("t", "t", (QUESTION, ANSWER))
-    (row,) = encode_threads([thread], template, DataConfig(), 1).rows
+    (row,) = encode_threads([thread], template, DataConfig(), 1, Cuts())
     ids, mask = template.encode(thread.messages, open_assistant=False)
     assert (row.ids.tolist(), row.loss_mask.tolist()) == (ids, mask)
-    (cut,) = encode_threads([thread], template, DataConfig(max_length=len(ids) - 1), 1).rows
+    (cut,) = encode_threads([thread], template, DataConfig(max_length=len(ids) - 1), 1, Cuts())
     assert cut.ids.tolist() == ids[:-1]
     write_threads([row, cut], tmp_path / "sft.parquet")
     for before, after in zip([row, cut], read_threads(tmp_path / "sft.parquet"), strict=True):
@@ -49,7 +49,7 @@ def test_threads(template: Template, tmp_path: Path) -> None:
 
 def test_groups(template: Template, tmp_path: Path) -> None:
     group = RankedGroup("g", "t", (QUESTION,), (ANSWER.content, "No idea."))
-    (row,) = encode_groups([group], template, DataConfig(), 1).rows
+    (row,) = encode_groups([group], template, DataConfig(), 1, Cuts())
     assert row.sequences[0].tolist() == template.encode((QUESTION, ANSWER), open_assistant=False)[0]
     write_groups([row, row], tmp_path / "rm.parquet")
     back = read_groups(tmp_path / "rm.parquet")
@@ -62,10 +62,10 @@ def test_groups(template: Template, tmp_path: Path) -> None:
 
 def test_prompts(template: Template, tmp_path: Path) -> None:
     item = PromptItem("p", "t", (QUESTION, ANSWER, QUESTION))
-    (prompt,) = encode_prompts([item], template, DataConfig()).rows
+    (prompt,) = encode_prompts([item], template, DataConfig(), Cuts())
     ids, _ = template.encode(item.messages, open_assistant=True)
     assert prompt.ids.tolist() == ids
-    (cut,) = encode_prompts([item], template, DataConfig(max_prompt_length=5)).rows
+    (cut,) = encode_prompts([item], template, DataConfig(max_prompt_length=5), Cuts())
     assert cut.ids.tolist() == ids[-5:]
     write_prompts([prompt], tmp_path / "ppo.parquet")
     (back,) = read_prompts(tmp_path / "ppo.parquet")
