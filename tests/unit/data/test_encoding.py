@@ -118,6 +118,8 @@ def test_raw_text_ends_in_eos_and_long_text_is_cut() -> None:
     assert [TEMPLATE.tokenizer.decode(row.ids) for row in rows] == ["abc<|endoftext|>", "abcdefgh"]
     assert [row.loss_mask.tolist() for row in rows] == [[False, *[True] * 3], [False, *[True] * 7]]
     assert cuts == Cuts(truncated=1, left_out=0)
+    (shortest,), _ = rows_of([Thread("c", "c", (Message("text", "a"),))], config(8))
+    assert shortest.loss_mask.tolist() == [False, True]
     windows, _ = rows_of([Thread(str(k), "t", texts[1].messages) for k in range(50)], config(8, overlong="window"))
     assert any(row.ids[-1] == TEMPLATE.eos_id for row in windows)
 

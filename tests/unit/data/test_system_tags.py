@@ -105,6 +105,13 @@ def test_a_reward_model_is_told_before_each_answer_and_reply(template: Template)
     ]
 
 
+def test_each_reply_has_a_draw_of_its_own(template: Template) -> None:
+    group = RankedGroup("g", "g", (QUESTION,), tuple(f"No. {k}" for k in range(10, 50)))
+    (row,) = encode_groups([group], template, DataConfig(system_tags=("length",), system_tag_dropout=0.5), 1, Cuts())
+    told = ["length: 1" in decoded(template, ids.tolist()) for ids in row.sequences]
+    assert 10 < sum(told) < 30
+
+
 def test_prompts_of_ppo_have_none(template: Template) -> None:
     item = PromptItem("p", "p", (QUESTION, ANSWER, QUESTION))
     (prompt,) = encode_prompts([item], template, DataConfig(system_tags=ALL, system_tag_dropout=0.0), Cuts())
