@@ -22,16 +22,33 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def bytes_backend(*special: str) -> Tokenizer:
+    """One token per byte behind `special`, which are ordinary entries of the vocabulary until someone declares them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE(vocab={token: index for index, token in enumerate([*special, *alphabet])}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def make_chatml_tokenizer() -> PreTrainedTokenizerFast:
+    """The ids of `make_tokenizer`, ChatML's tokens in place of the roles (ids 2 and 3), and a system turn of its own."""
+    tokens = {"pad_token": PAD, "eos_token": "<|im_end|>", "additional_special_tokens": [END, "<|im_start|>"]}
+    backend = bytes_backend(PAD, END, "<|im_start|>", "<|im_end|>")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHATML, **tokens)
+
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte (ids 4..259) behind the special tokens (ids 0..3)."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
-    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=bytes_backend(*SPECIAL),
         pad_token=PAD,
         eos_token=END,
         additional_special_tokens=[PROMPTER, ASSISTANT],

@@ -15,7 +15,7 @@ from app.data.token_cache import GroupRow, SftRow
 from app.experience import IntArray
 
 LENGTH_MULTIPLE = 8
-"""S is a multiple of this, which matrix units like."""
+"""S is a multiple of this unless `data.pad_to_multiple` says otherwise; matrix units like it."""
 
 
 class SftBatch(NamedTuple):
@@ -34,7 +34,9 @@ class GroupBatch(NamedTuple):
     group_sizes: list[int]
 
 
-def collate_threads(rows: Sequence[SftRow], device: torch.device | str = "cpu", *, pack_to: int | None = None) -> SftBatch:
+def collate_threads(
+    rows: Sequence[SftRow], device: torch.device | str = "cpu", *, pack_to: int | None = None, multiple: int = LENGTH_MULTIPLE
+) -> SftBatch:
     """One row per thread, or with `pack_to` several threads behind each other in rows of at most so many tokens.
 
     The first token of a thread is never a target: nothing predicts it. Padding counts its positions on, so that it belongs to
@@ -42,7 +44,7 @@ def collate_threads(rows: Sequence[SftRow], device: torch.device | str = "cpu", 
     """
     chosen = [[i] for i in range(len(rows))] if pack_to is None else pack([len(row.ids) for row in rows], pack_to)
     bins = [[rows[i] for i in indices] for indices in chosen]
-    ids_BS, _ = _pad([np.concatenate([row.ids for row in threads]) for threads in bins])
+    ids_BS, _ = _pad([np.concatenate([row.ids for row in threads]) for threads in bins], multiple)
     positions_BS = torch.arange(ids_BS.shape[1]).repeat(len(bins), 1)
     targets_BS = torch.zeros(ids_BS.shape, dtype=torch.bool)
     for positions, targets, threads in zip(positions_BS, targets_BS, bins, strict=True):
@@ -74,15 +76,15 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def collate_groups(rows: Sequence[GroupRow], device: torch.device | str = "cpu") -> GroupBatch:
+def collate_groups(rows: Sequence[GroupRow], device: torch.device | str = "cpu", *, multiple: int = LENGTH_MULTIPLE) -> GroupBatch:
     """All replies of all groups in one batch."""
-    ids_NS, attention_NS = _pad([sequence for row in rows for sequence in row.sequences])
+    ids_NS, attention_NS = _pad([sequence for row in rows for sequence in row.sequences], multiple)
     return GroupBatch(ids_NS.to(device), attention_NS.to(device), [len(row.sequences) for row in rows])
 
 
-def _pad(sequences: Sequence[IntArray]) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad(sequences: Sequence[IntArray], multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
     lengths = torch.tensor([len(sequence) for sequence in sequences])
-    longest = -(-int(lengths.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    longest = -(-int(lengths.max()) // multiple) * multiple
     ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
     for row, sequence in zip(ids, sequences, strict=True):
         row[: len(sequence)] = torch.from_numpy(sequence.astype(np.int64))

@@ -85,7 +85,7 @@ def inspect_corpus(corpus: Corpus, folder: Path, template: Template | None = Non
             failures += not comes_back(template, ids, thread.messages)
         lengths.append(length)
         longest = nlargest(LONGEST, [*longest, (length, thread.messages[0].content)], key=itemgetter(0))
-        conversations.append(hash(thread.messages))
+        conversations.append(hash(tuple((message.role, message.content) for message in thread.messages)))
     return Inspection(
         format=corpus.format,
         rows=corpus.rows,
@@ -151,6 +151,6 @@ def _words(thread: Thread) -> int:
 
 
 def _first_turns(split: Split) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Hashes of the user turns that conversations begin with."""
-    openings = (next(message.content for message in messages if message.role == "user") for messages in split.conversations())
+    """Hashes of the user turns that conversations begin with; raw text has none, and its own text stands for one."""
+    openings = (next((m for m in messages if m.role == "user"), messages[0]).content for messages in split.conversations())
     return np.fromiter(map(hash, openings), np.int64)

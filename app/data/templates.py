@@ -17,6 +17,7 @@ from typing import Literal
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from app.data.tokenizer_families import FAMILIES, family_of
 from app.errors import ModelError
 from app.experience import IntArray
 from app.formats.records import Message
@@ -41,20 +42,34 @@ _MARKER = re.compile("\ue000([0-9]+)\ue001")
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, *, oasst: bool) -> int:
-    """Add what training needs and the tokenizer lacks: with `oasst` the role tokens and the chat template, and in any case
-    a padding token other than eos. Returns how many tokens were added (the model's embeddings may have to grow).
+    """Add what training needs and the tokenizer lacks: with `oasst` the role tokens and the chat template, and in any case the eos,
+    separator and padding tokens of its family (which its name tells), and a padding token other than eos. What the tokenizer
+    names itself stays. Returns how many tokens were added (the model's embeddings may have to grow).
 
-    Raises ModelError when the tokenizer has no eos token.
+    Raises ModelError when the tokenizer has no eos token, and no known family with one.
     """
-    if tokenizer.eos_token is None:
-        raise ModelError(f"tokenizer {tokenizer.name_or_path}: no eos token, so answers could not end; choose another model")
     before = len(tokenizer)
+    _complete_from_family(tokenizer)
+    if not tokenizer.eos_token:
+        raise ModelError(
+            f"tokenizer {tokenizer.name_or_path}: no eos token, so answers could not end, and no known family by its name "
+            f"({', '.join(FAMILIES)}); choose another model, or save the tokenizer with an eos token"
+        )
     if oasst:
         tokenizer.add_special_tokens({"additional_special_tokens": list(OASST_TOKENS)}, replace_extra_special_tokens=False)
         tokenizer.chat_template = OASST_CHAT_TEMPLATE
     if not _set_padding(tokenizer, (tokenizer.eos_token_id,)):
         tokenizer.add_special_tokens({"pad_token": PAD_TOKENS[0]})
     return len(tokenizer) - before
+
+
+def _complete_from_family(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokenizer those special tokens of its family that its vocabulary holds and it does not name itself."""
+    family = family_of(tokenizer.name_or_path or "")
+    vocabulary = tokenizer.get_vocab()
+    for kind, token in (("eos_token", family.eos), ("sep_token", family.sep), ("pad_token", family.pad)) if family else ():
+        if not getattr(tokenizer, kind) and token in vocabulary:
+            tokenizer.add_special_tokens({kind: token})
 
 
 def _set_padding(tokenizer: PreTrainedTokenizerBase, endings: Sequence[int]) -> bool:
@@ -81,8 +96,14 @@ class Template:
     def encode(self, messages: Sequence[Message], *, open_assistant: bool) -> tuple[list[int], list[bool]]:
         """Token ids and loss mask, both [S]; with `open_assistant` the ids end in the header of an assistant turn to come.
 
-        loss_mask[i] is True where ids[i] is a target of SFT: the text of assistant turns and the token that ends them.
+        loss_mask[i] is True where ids[i] is a target of SFT: the text of assistant turns and the token that ends them. Headers
+        and system messages are none, wherever they stand. (Open-Assistant also learns the `<|prompter|>` that follows an answer,
+        which no rollout ever needs, and, by a slip, leading system messages.) Raw text is written without any markup and learnt
+        whole, with an end token behind it.
         """
+        if messages[0].role == "text":
+            text_ids = [*self.encode_text(messages[0].content), self.eos_id]
+            return text_ids, [True] * len(text_ids)
         ids: list[int] = []
         loss_mask: list[bool] = []
         after_assistant = False

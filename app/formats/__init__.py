@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from app.formats import hh, instruction, messages, oasst, preference, prompts, ranking
+from app.formats import hh, instruction, messages, oasst, preference, prompts, ranking, text
 from app.formats.records import Format
 
 FORMATS: dict[str, Format] = {
@@ -16,6 +16,7 @@ FORMATS: dict[str, Format] = {
     "messages": messages.FORMAT,
     "instruction": instruction.FORMAT,
     "prompts": prompts.FORMAT,
+    "text": text.FORMAT,
 }
 
 
@@ -27,7 +28,9 @@ FORMAT_OF_MEANING = {
     "messages": "messages",
     "response": "instruction",
     "input": "instruction",
+    "context": "instruction",
     "prompt": "prompts",
+    "text": "text",
 }
 
 

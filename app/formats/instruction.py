@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from app.formats.records import Filters, Message, TreeRecords
+from app.formats.records import Filters, Labels, Message, TreeRecords
 from app.formats.standalone import as_prompt, column, conversation, has, standalone, text_of
 
 PAIRS = (("instruction", "response"), ("instruction", "output"), ("prompt", "response"), ("prompt", "completion"), ("question", "answer"))
@@ -16,7 +16,8 @@ def _matches(value: Any) -> bool:
 
 
 def _parse(value: Any, filters: Filters) -> TreeRecords:
-    """An `input` beside an instruction (Alpaca's column) follows it after an empty line; a `system` message leads."""
+    """An `input` beside an instruction (Alpaca's column) follows it after an empty line; a `system` message
+    leads; what the response builds on, its `context`, is told in system tags alone (data.system_tags)."""
     prompt = as_prompt(column(value, filters, "prompt", *PROMPTS), "prompt")
     extra = column(value, filters, "input", "input")
     if isinstance(extra, str) and extra.strip():
@@ -25,7 +26,9 @@ def _parse(value: Any, filters: Filters) -> TreeRecords:
     if isinstance(system, str) and system.strip():
         prompt = (Message("system", text_of(system, "system")), *prompt)
     response = text_of(column(value, filters, "response", *RESPONSES), "response")
-    return conversation((*prompt, Message("assistant", response)))
+    context = column(value, filters, "context", "context")
+    labels = Labels(context=text_of(context, "context")) if isinstance(context, str) and context.strip() else None
+    return conversation((*prompt, Message("assistant", response, labels)))
 
 
 FORMAT = standalone(_matches, _parse, f"an object with a prompt and a response ({', '.join('/'.join(pair) for pair in PAIRS)})")

@@ -15,11 +15,13 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from app.errors import DataError
+from app.formats.labels import parse_labels
 from app.formats.oasst_flat import FlatTrees, JoinedTree
 from app.formats.records import (
     BadRow,
     Filters,
     Format,
+    Labels,
     Message,
     PromptItem,
     RankedGroup,
@@ -46,6 +48,7 @@ class Node:
     rank: int | None
     usable: bool
     replies: tuple[Node, ...]
+    labels: Labels | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,7 @@ def _parse_node(message: Mapping[str, Any], expected: str) -> Node:
         rank=rank,
         usable=not (_flag(message, "deleted") or _flag(message, "synthetic") or _flag(message, "review_result") is False),
         replies=tuple(_parse_node(reply, following) for reply in replies),
+        labels=parse_labels(message),
     )
 
 
@@ -154,7 +158,7 @@ def _paths(node: Node, above: tuple[Node, ...] = ()) -> Iterator[tuple[Node, ...
 
 
 def _messages(path: Sequence[Node]) -> tuple[Message, ...]:
-    return tuple(Message(node.role, node.text) for node in path)
+    return tuple(Message(node.role, node.text, node.labels) for node in path)
 
 
 def _among_best(path: Sequence[Node], top_k: int | None) -> bool:
@@ -186,8 +190,9 @@ def _group(tree: Tree, path: Sequence[Node]) -> RankedGroup | None:
             by_rank.setdefault(reply.rank, reply)
     if len(by_rank) < 2:
         return None
-    replies = tuple(by_rank[rank].text for rank in sorted(by_rank))
-    return RankedGroup(path[-1].id, tree.id, _messages(path), replies)
+    replies = [by_rank[rank] for rank in sorted(by_rank)]
+    texts, labels = tuple(reply.text for reply in replies), tuple(reply.labels for reply in replies)
+    return RankedGroup(path[-1].id, tree.id, _messages(path), texts, reply_labels=labels)
 
 
 def extract(tree: Tree, filters: Filters) -> TreeRecords:

@@ -9,17 +9,19 @@ from typing import Any, Literal
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
-MessageRole = Literal["system", "user", "assistant"]
+MessageRole = Literal["system", "user", "assistant", "text"]
+"""`text` is a passage of raw text, which stands alone: no turn of a conversation, written without any markup."""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What people said of a message, averaged, 0 to 1; None where nobody did. lang: its language."""
+    """What people said of a message, averaged, 0 to 1; None where nobody did. lang: its language; context: what it builds on."""
 
     lang: str | None = None
     quality: float | None = None
     humor: float | None = None
     creativity: float | None = None
+    context: str | None = None
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Thread:
-    """A conversation that ends in an assistant turn: one SFT sample. dataset: the set of `data.sets` that it is from."""
+    """A conversation that ends in an assistant turn, or one raw text: one SFT sample. dataset: the set of `data.sets` that it is from."""
 
     id: str
     tree_id: str
@@ -49,6 +51,7 @@ class RankedGroup:
 
     gold: hidden scores of the replies, only on the embedded task; never used by training.
     augmented: generated replies, each worse than all others; training may append one of them (`with_worst_reply`).
+    reply_labels: of the replies in their order; none of those beyond its end.
     """
 
     id: str
@@ -58,6 +61,7 @@ class RankedGroup:
     gold: tuple[float, ...] | None = None
     dataset: str = ""
     augmented: tuple[str, ...] = ()
+    reply_labels: tuple[Labels | None, ...] = ()
 
     @property
     def pairs(self) -> int:

@@ -11,7 +11,7 @@ from app.checkpoint import CheckpointStore
 from app.config.recipe import Recipe
 from app.curves import read_curves
 from app.data.embedded import gold_score
-from app.data.encoding import encode_prompts
+from app.data.encoding import Cuts, encode_prompts
 from app.data.mixture import Mixture
 from app.data.prompt_stream import PromptStream
 from app.data.templates import Template
@@ -36,10 +36,11 @@ StartScoring = Callable[[str, str], AbstractContextManager[Scorer]]
 
 @dataclass(frozen=True)
 class PromptSets:
-    """Prompts to train on, and held-out ones to compare answers on."""
+    """Prompts to train on, and held-out ones to compare answers on; truncated: how many of both lost tokens."""
 
     train: PromptStream
     held_out: list[Prompt]
+    truncated: int
 
     @property
     def all(self) -> list[Prompt]:
@@ -48,12 +49,11 @@ class PromptSets:
 
 def prompt_sets(recipe: Recipe, prepared: Prepared) -> PromptSets:
     """Both sides of the corpus as token ids; at most `evaluation.prompts` held-out ones."""
-    corpus, template, length = prepared.corpus, prepared.template, recipe.data.max_prompt_length
+    corpus, cuts = prepared.corpus, Cuts()
+    sides = (corpus.train.prompts, corpus.validation.prompts[: recipe.evaluation.prompts])
+    train, held_out = (list(encode_prompts(side, prepared.template, recipe.data, cuts)) for side in sides)
     mixture = Mixture.of((item.dataset for item in corpus.train.prompts), corpus.settings)
-    held_out = corpus.validation.prompts[: recipe.evaluation.prompts]
-    return PromptSets(
-        PromptStream(encode_prompts(corpus.train.prompts, template, length), mixture), encode_prompts(held_out, template, length)
-    )
+    return PromptSets(PromptStream(train, mixture), held_out, cuts.truncated)
 
 
 def gold_of(recipe: Recipe) -> Gold | None:
@@ -125,7 +125,7 @@ def train_ppo(
         state = _resume_and_run(recipe, run, tracker, learner, pool, scorer, prompts.train, template.pad_id, canaries)
         learner.export(str(folder / "model"))
         after = answer(pool, scorer, prompts.held_out, template, recipe.evaluation, gold)
-    results = compare(before, after, recipe.evaluation) | loop_results(run, state)
+    results = compare(before, after, recipe.evaluation) | loop_results(run, state) | {"truncated": prompts.truncated}
     write_examples(run.path / "examples.jsonl", prompts.held_out, before, after, recipe.evaluation.examples)
     tracker.log("evaluation", state.step, _scalars(before, after))
     return results

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from app.config.recipe import Recipe
 from app.data.corpus import Corpus
+from app.data.encoding import check_system_options
 from app.data.templates import Template, build_template
 from app.models.load import load_config, load_tokenizer, resolve_model
 from app.run_folder import RunFolder
@@ -23,10 +24,12 @@ class Prepared:
 
 
 def prepare(recipe: Recipe, run: RunFolder, corpus: Corpus) -> Prepared:
-    """Complete the base model (weights, tokenizer, chat template) under the run folder. Raises ModelError."""
+    """Complete the base model (weights, tokenizer, chat template) under the run folder. Raises ModelError, or ConfigError where the
+    template cannot write what `data` asks for."""
     model_path = resolve_model(
         recipe.model, texts=corpus.train.texts(), seed=recipe.run.seed, folder=run.stage("base"), for_oasst=recipe.data.template == "oasst"
     )
     template = build_template(recipe.data.template, load_tokenizer(model_path, recipe.model.trust_remote_code))
+    check_system_options(template, recipe.data)
     config = load_config(model_path, recipe.model.trust_remote_code).get_text_config()
     return Prepared(corpus, model_path, getattr(config, "max_position_embeddings", None), template)

@@ -12,7 +12,7 @@ import ray
 from app.config.recipe import Recipe
 from app.config.shared import WorkersConfig
 from app.data.baselines import length_baseline
-from app.data.encoding import encode_groups
+from app.data.encoding import Cuts, encode_groups
 from app.data.mixture import Mixture
 from app.data.reshaping import with_worst_reply
 from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, read_groups, write_groups
@@ -35,23 +35,24 @@ def train_reward_model(recipe: Recipe, run: RunFolder, tracker: RunTracker, prep
 
     An unfinished stage goes on from its last checkpoint. Results, on held-out groups:
     pair_accuracy, best_vs_worst, length_baseline (pair accuracy of reply length, oriented on the training groups), loss,
-    score_mean, score_std, loss_before; and steps, tokens, tokens_per_second, train_seconds.
+    score_mean, score_std, loss_before; and steps, tokens, tokens_per_second, train_seconds; of both sides, truncated (groups that lost
+    tokens) and left_out (groups whose replies the cut made the same).
     Raises DataError without groups on either side of the split, and what `app.workers.training.fit` raises.
     """
     require_context(prepared.context, recipe.data.max_length, "data.max_length")
     data, corpus = run.stage("rm") / "data", prepared.corpus
-    limit = recipe.rm.max_replies
-    trained = (with_worst_reply(group, recipe.run.seed) for group in _best_replies(corpus.train.groups, limit))
+    limit, seed, cuts = recipe.rm.max_replies, recipe.run.seed, Cuts()
+    trained = (with_worst_reply(group, seed) for group in _best_replies(corpus.train.groups, limit))
     rows, held_out = (
-        write_groups(encode_groups(groups, prepared.template, recipe.data.max_length), data / file)
+        write_groups(encode_groups(groups, prepared.template, recipe.data, seed, cuts), data / file)
         for groups, file in ((trained, TRAIN_FILE), (_best_replies(corpus.validation.groups, limit), HELD_OUT_FILE))
     )
     require_rows("reward model", "ranked groups", rows, held_out)
     mixture = Mixture.of(read_groups(data / TRAIN_FILE).datasets, corpus.settings)
-    task = RewardModelTask(data, sft_path, recipe.run.seed, recipe.model.trust_remote_code, recipe.rm)
+    task = RewardModelTask(data, sft_path, seed, recipe.model.trust_remote_code, recipe.rm, multiple=recipe.data.pad_to_multiple)
     result = train(task, recipe.rm, recipe, mixture=mixture, folder=run.stage("rm"), tracker=tracker)
     baseline = length_baseline(_best_replies(corpus.train.groups, limit), _best_replies(corpus.validation.groups, limit))
-    return {**result.after, "loss_before": result.before["loss"], "length_baseline": baseline, **speed(result)}
+    return {**result.after, "loss_before": result.before["loss"], "length_baseline": baseline} | speed(result) | cuts.as_dict()
 
 
 def set_reward_offset(

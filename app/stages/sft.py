@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from app.config.recipe import Recipe
-from app.data.encoding import encode_threads
+from app.data.encoding import Cuts, encode_threads
 from app.data.mixture import Mixture
 from app.data.reshaping import chained
 from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, read_threads, write_threads
@@ -21,21 +21,31 @@ def train_sft(recipe: Recipe, run: RunFolder, tracker: RunTracker, prepared: Pre
     """Fine-tune `prepared.model_path` and leave `DIR/sft/model`; returns the stage's results, for the caller to commit.
 
     An unfinished stage goes on from its last checkpoint. Results: eval_loss_before,
-    eval_loss_after (nats per target token on held-out threads), steps, tokens, tokens_per_second, train_seconds.
+    eval_loss_after (nats per target token on held-out threads), steps, tokens, tokens_per_second, train_seconds; of both sides,
+    truncated (threads that lost tokens) and left_out (threads without a target in what was kept).
     Raises DataError without threads on either side of the split, and what `app.workers.training.fit` raises.
     """
     require_context(prepared.context, recipe.data.max_length, "data.max_length")
     data, corpus = run.stage("sft") / "data", prepared.corpus
+    seed, cuts = recipe.run.seed, Cuts()
     rows, held_out = (
-        write_threads(
-            encode_threads(chained(side.threads, corpus.settings, recipe.run.seed), prepared.template, recipe.data.max_length), data / file
-        )
-        for side, file in ((corpus.train, TRAIN_FILE), (corpus.validation, HELD_OUT_FILE))
+        write_threads(encode_threads(chained(threads, corpus.settings, seed), prepared.template, recipe.data, seed, cuts), data / file)
+        for threads, file in ((corpus.train.threads, TRAIN_FILE), (corpus.validation.threads, HELD_OUT_FILE))
     )
     require_rows("SFT", "threads", rows, held_out)
     mixture = Mixture.of(read_threads(data / TRAIN_FILE).datasets, corpus.settings)
     pack_to = recipe.data.max_length if recipe.sft.packing else None
     model = recipe.model
-    task = SftTask(data, prepared.model_path, model.precision, model.trust_remote_code, recipe.sft, pack_to, recipe.run.seed)
+    task = SftTask(
+        data,
+        prepared.model_path,
+        model.precision,
+        model.trust_remote_code,
+        recipe.sft,
+        pack_to,
+        seed,
+        multiple=recipe.data.pad_to_multiple,
+    )
     result = train(task, recipe.sft, recipe, mixture=mixture, folder=run.stage("sft"), tracker=tracker)
-    return {"eval_loss_before": result.before["loss"], "eval_loss_after": result.after["loss"], **speed(result)}
+    losses = {"eval_loss_before": result.before["loss"], "eval_loss_after": result.after["loss"]}
+    return losses | speed(result) | cuts.as_dict()

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from app.config.training import RewardModelConfig
-from app.data.collate import collate_groups
+from app.data.collate import LENGTH_MULTIPLE, collate_groups
 from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, GroupRow, read_groups
 from app.experience import IntArray
 from app.models.forward import pad_sequences, padded_batches
@@ -50,6 +50,7 @@ class RewardModelTask:
     trust_remote_code: bool
     config: RewardModelConfig = RewardModelConfig()
     stage: str = "rm"
+    multiple: int = LENGTH_MULTIPLE
 
     def build_model(self) -> nn.Module:
         model = init_reward_model(self.sft_path, seed=self.seed, trust_remote_code=self.trust_remote_code)
@@ -69,12 +70,12 @@ class RewardModelTask:
         return 1
 
     def loss(self, engine: Any, rows: Sequence[GroupRow], device: torch.device) -> torch.Tensor:
-        batch = collate_groups(rows, device)
+        batch = collate_groups(rows, device, multiple=self.multiple)
         scores_N = engine(batch.ids_NS, batch.attention_NS)
         return group_bradley_terry_loss(scores_N, batch.group_sizes, score_l2=self.config.score_l2, num_groups=1)
 
     def evaluate(self, engine: Any, rows: Sequence[GroupRow], device: torch.device) -> dict[str, float]:
-        batch = collate_groups(rows, device)
+        batch = collate_groups(rows, device, multiple=self.multiple)
         scores_N = engine(batch.ids_NS, batch.attention_NS).cpu()
         hits, pairs = pair_hits(scores_N, batch.group_sizes)
         best_hits, groups = best_worst_hits(scores_N, batch.group_sizes)

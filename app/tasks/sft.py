@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from app.config.training import SftConfig
-from app.data.collate import collate_threads
+from app.data.collate import LENGTH_MULTIPLE, collate_threads
 from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, SftRow, read_threads
 from app.models.forward import target_logprobs
 from app.models.load import load_causal_lm, load_tokenizer
@@ -52,6 +52,7 @@ class SftTask:
     pack_to: int | None = None
     seed: int = 0
     stage: str = "sft"
+    multiple: int = LENGTH_MULTIPLE
 
     def build_model(self) -> nn.Module:
         model = load_causal_lm(self.model_path, self.precision, self.trust_remote_code)
@@ -71,7 +72,7 @@ class SftTask:
         return int(row.loss_mask[1:].sum())
 
     def loss(self, engine: Any, rows: Sequence[SftRow], device: torch.device) -> torch.Tensor:
-        loss: torch.Tensor = engine(*collate_threads(rows, device, pack_to=self.pack_to))
+        loss: torch.Tensor = engine(*collate_threads(rows, device, pack_to=self.pack_to, multiple=self.multiple))
         return loss
 
     def evaluate(self, engine: Any, rows: Sequence[SftRow], device: torch.device) -> dict[str, float]:

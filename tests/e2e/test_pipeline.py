@@ -16,7 +16,7 @@ from app.config.loading import load_recipe
 from app.data.baselines import bag_of_words_baseline, best_constant_answer, pair_accuracy
 from app.data.corpus import load_corpus
 from app.data.embedded import gold_score
-from app.data.encoding import encode_groups
+from app.data.encoding import Cuts, encode_groups
 from app.data.templates import build_template
 from app.formats.records import Message
 from app.models.forward import pad_sequences
@@ -59,7 +59,7 @@ def test_the_task_is_worth_learning(finished: Path, summary: dict[str, Any]) -> 
     def accuracy(prefixes: Sequence[tuple[Message, ...]]) -> float:
         moved = [replace(group, prefix=prefix) for group, prefix in zip(groups, prefixes, strict=True)]
         scores = []
-        for row in encode_groups(moved, template, recipe.data.max_length):
+        for row in encode_groups(moved, template, recipe.data, recipe.run.seed, Cuts()):
             with torch.no_grad():
                 scores.append(sequence_scores(model, *pad_sequences(row.sequences)).tolist())
         return pair_accuracy(scores)

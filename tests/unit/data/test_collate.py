@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from app.data.collate import collate_groups, collate_threads
 from app.data.token_cache import GroupRow, SftRow
@@ -21,6 +22,13 @@ def test_threads_are_padded_on_the_right_to_a_multiple_of_8() -> None:
     assert batch.positions_BS.tolist() == [list(range(16))] * 2
     assert batch.targets_BS[0].nonzero().flatten().tolist() == [4, 5, 6, 7, 8]
     assert batch.targets_BS[1].nonzero().flatten().tolist() == [2], "nothing predicts a first token"
+
+
+@pytest.mark.parametrize(("multiple", "length"), [(1, 9), (8, 16), (16, 16), (24, 24)])
+def test_padding_to_a_multiple(multiple: int, length: int) -> None:
+    row = np.arange(1, 10, dtype=np.int32)
+    assert collate_threads([SftRow(row, row > 4)], multiple=multiple).ids_BS.shape == (1, length)
+    assert collate_groups([GroupRow("g", (row, row[:3]))], multiple=multiple).ids_NS.shape == (2, length)
 
 
 def test_packed_threads_share_a_row_and_count_their_own_positions() -> None:

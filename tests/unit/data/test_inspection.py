@@ -46,7 +46,8 @@ def test_a_conversation_on_both_sides_is_leakage(tmp_path: Path) -> None:
     """Two trees that begin alike are two trees to the split: the inspection says so."""
 
     def tree(name: str) -> dict[str, Any]:
-        answer = {"message_id": name + "a", "role": "assistant", "text": "Because.", "replies": []}
+        labels = {"quality": {"value": int(name[1:]) / 10, "count": 3}}  # the same words, differently judged
+        answer = {"message_id": name + "a", "role": "assistant", "text": "Because.", "labels": labels, "replies": []}
         root = {"message_id": name, "role": "prompter", "text": "Why?", "lang": "en", "review_result": True, "replies": [answer]}
         return {"message_tree_id": name, "tree_state": "ready_for_export", "prompt": root}
 
@@ -54,6 +55,16 @@ def test_a_conversation_on_both_sides_is_leakage(tmp_path: Path) -> None:
     file.write_text("\n".join(json.dumps(tree(f"t{k}")) for k in range(8)) + "\n")
     found = inspect_corpus(load_corpus(DataConfig(path=str(file)), seed=1, folder=tmp_path), tmp_path)
     assert (found.leakage, found.duplicates, found.languages) == (1, 7, {"en": 8})
+
+
+def test_raw_text(tmp_path: Path) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": "word " * k + "<|endoftext|>"}) + "\n" for k in range(1, 9)))
+    corpus = load_corpus(DataConfig(path=str(file)), seed=1, folder=tmp_path)
+    facts = inspect_corpus(corpus, tmp_path, build_template("auto", make_tokenizer()), max_length=30).as_dict()
+    assert (facts["format"], facts["sft_threads"], facts["rl_prompts"], facts["leakage"]) == ("text", 8, 0, 0)
+    assert facts["length_percentiles"]["min"] == 5 + 13 + 1  # a token a byte, and the end
+    assert facts["round_trip_failures"] == 0
 
 
 def test_lengths() -> None:

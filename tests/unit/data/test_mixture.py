@@ -15,6 +15,7 @@ from app.config.data import DataConfig, SetConfig
 from app.config.loading import load_recipe, to_toml
 from app.data.corpus import Corpus, load_corpus
 from app.data.mixture import Mixture
+from app.data.registry import complete
 from app.errors import ConfigError, DataError
 
 SOURCES = {"big": SetConfig(fraction=0.25), "small": SetConfig(), "capped": SetConfig(size=3)}
@@ -142,6 +143,20 @@ def test_sets_in_a_recipe_and_on_the_command_line(tmp_path: Path) -> None:
 def test_contradictions(overrides: list[str], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         load_recipe(None, overrides)
+
+
+def test_public_sets_are_filled_in_from_the_table() -> None:
+    config = DataConfig.model_validate({"phrases": ["never"], "sets": {"gsm8k": {"fraction": 0.5}, "alpaca": {"phrases": ["no"]}}})
+    sources = complete(config).sources()
+    assert (sources["gsm8k"].path, sources["gsm8k"].subset, sources["gsm8k"].fraction) == ("openai/gsm8k", "main", 0.5)
+    assert (sources["gsm8k"].columns.prompt, sources["gsm8k"].stages, sources["gsm8k"].phrases) == ("question", ("sft",), ("never",))
+    assert sources["alpaca"].phrases == ("no",), "what the recipe says wins"
+
+
+def test_a_set_serves_only_its_stages(files: dict[str, Path], tmp_path: Path) -> None:
+    corpus = load_corpus(sets(files, stages=["ppo"]), seed=1, folder=tmp_path)
+    assert {thread.dataset for thread in corpus.train.threads} == {"pairs"}
+    assert {prompt.dataset for prompt in corpus.train.prompts} == {"chats", "pairs"}
 
 
 def test_a_set_without_a_path(tmp_path: Path) -> None:

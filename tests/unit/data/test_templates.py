@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -10,12 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from app.data.templates import OASST_CHAT_TEMPLATE, OASST_TOKENS, Message, build_template, prepare_tokenizer
 from app.errors import ModelError
 from app.models.embedded import train_tokenizer
+from tests.tiny_models import CHATML, make_chatml_tokenizer, make_tokenizer
 
-CHATML = (
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 TEXTS = ["Hello there, who are you?", "I am a small model.", "And what do you do all day?", "I learn to answer."] * 4
 CONVERSATION = [
     Message("user", "Hello there, who are you?"),
@@ -68,6 +65,72 @@ def test_system_message_is_not_trained(tokenizer: PreTrainedTokenizerFast) -> No
     ids, mask = template.encode([Message("system", "Be brief."), *CONVERSATION[:2]], open_assistant=False)
     assert tokenizer.decode(ids).startswith("<|system|>Be brief.<|endoftext|><|prompter|>")
     assert trained_text(ids, mask, tokenizer) == "I am a small model.<|endoftext|>"
+
+
+def test_chat_system_message_is_not_trained(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    ids, mask = build_template("chat", chat_tokenizer).encode([Message("system", "Be brief."), *CONVERSATION[:2]], open_assistant=False)
+    assert chat_tokenizer.decode(ids).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
+    assert trained_text(ids, mask, chat_tokenizer) == "I am a small model.<|im_end|>"
+
+
+# One id a byte: 0 pads, 1 is <|endoftext|>, printable ASCII c is 4 + ord(c) - ord("!"), a space 224, a line break 202.
+SYSTEM_YOU_HELP = [
+    2,
+    86,
+    92,
+    86,
+    87,
+    72,
+    80,
+    202,
+    60,
+    82,
+    88,
+    224,
+    75,
+    72,
+    79,
+    83,
+    17,
+    3,
+    202,
+]  # "<|im_start|>system\nYou help.<|im_end|>\n"
+USER_HI = [2, 88, 86, 72, 85, 202, 43, 76, 3, 202]  # "<|im_start|>user\nHi<|im_end|>\n"
+ASSISTANT = [2, 68, 86, 86, 76, 86, 87, 68, 81, 87, 202]  # "<|im_start|>assistant\n"
+YO = [60, 82]
+
+
+def test_exact_ids_of_oasst_roles() -> None:
+    """Nothing between role token, text and end: answers and their ends are targets, what follows an answer is none."""
+    tokenizer = make_tokenizer()  # <|prompter|> is 2, <|assistant|> 3
+    assert prepare_tokenizer(tokenizer, oasst=True) == 3
+    template = build_template("oasst", tokenizer)
+    turns = [Message("user", "Hi"), Message("assistant", "Yo"), Message("user", "Hi"), Message("assistant", "Yo")]
+    ids, mask = template.encode(turns, open_assistant=False)
+    assert ids == [2, 43, 76, 1, 3, 60, 82, 1] * 2
+    assert mask == [False, False, False, False, False, True, True, True] * 2
+    assert template.encode(turns[:1], open_assistant=True) == ([2, 43, 76, 1, 3], [False] * 5)
+    ids, mask = template.encode([Message("system", "Yo"), *turns[:2]], open_assistant=False)
+    assert ids == [260, 60, 82, 1, 2, 43, 76, 1, 3, 60, 82, 1]
+    assert mask == [False] * 9 + [True] * 3
+
+
+def test_exact_ids_of_chatml() -> None:
+    """The line break behind <|im_end|> is no target: a rollout stops before it."""
+    template = build_template("auto", make_chatml_tokenizer())
+    assert (template.name, template.eos_id, template.pad_id) == ("chat", 3, 0)
+    turns = [Message("user", "Hi"), Message("assistant", "Yo"), Message("user", "Hi"), Message("assistant", "Yo")]
+    ids, mask = template.encode(turns, open_assistant=False)
+    assert ids == SYSTEM_YOU_HELP + (USER_HI + ASSISTANT + [*YO, 3, 202]) * 2
+    assert mask == [False] * len(SYSTEM_YOU_HELP) + ([False] * len(USER_HI + ASSISTANT) + [True] * 3 + [False]) * 2
+    assert template.encode(turns[:1], open_assistant=True)[0] == SYSTEM_YOU_HELP + USER_HI + ASSISTANT
+
+
+@pytest.mark.parametrize("make", [make_tokenizer, make_chatml_tokenizer])
+def test_raw_text_has_no_markup_and_is_learnt_whole(make: Callable[[], PreTrainedTokenizerFast]) -> None:
+    template = build_template("auto", make())
+    assert template.encode([Message("text", "Hi<|endoftext|>")], open_assistant=False)[0][:3] == [43, 76, 31]
+    assert template.encode([Message("text", "Hi")], open_assistant=False) == ([43, 76, template.eos_id], [True] * 3)
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "chat_tokenizer"])

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.data.encoding import encode_groups, encode_prompts, encode_threads, join_reply
+from app.config.data import DataConfig
+from app.data.encoding import Cuts, encode_groups, encode_prompts, encode_threads, join_reply
 from app.data.templates import Message, Template, build_template
 from app.data.token_cache import (
     read_groups,
@@ -31,12 +32,11 @@ def template() -> Template:
 
 def test_threads(template: Template, tmp_path: Path) -> None:
     thread = Thread("t", "t", (QUESTION, ANSWER), "chats")
-    (row,) = encode_threads([thread], template, 512)
+    (row,) = encode_threads([thread], template, DataConfig(), 1, Cuts())
     ids, mask = template.encode(thread.messages, open_assistant=False)
     assert (row.ids.tolist(), row.loss_mask.tolist()) == (ids, mask)
-    (cut,) = encode_threads([thread], template, len(ids) - 1)
+    (cut,) = encode_threads([thread], template, DataConfig(max_length=len(ids) - 1), 1, Cuts())
     assert cut.ids.tolist() == ids[:-1]
-    assert list(encode_threads([thread], template, mask.index(True))) == []  # no target left
     assert write_threads([row, cut], tmp_path / "sft.arrow") == 2
     back = read_threads(tmp_path / "sft.arrow")
     assert back.datasets == [back[0].dataset, back[1].dataset] == ["chats", "chats"]
@@ -49,7 +49,7 @@ def test_threads(template: Template, tmp_path: Path) -> None:
 
 def test_groups(template: Template, tmp_path: Path) -> None:
     group = RankedGroup("g", "t", (QUESTION,), (ANSWER.content, "No idea."))
-    (row,) = encode_groups([group], template, 512)
+    (row,) = encode_groups([group], template, DataConfig(), 1, Cuts())
     assert row.sequences[0].tolist() == template.encode((QUESTION, ANSWER), open_assistant=False)[0]
     write_groups([row, row], tmp_path / "rm.arrow")
     back = read_groups(tmp_path / "rm.arrow")
@@ -62,10 +62,10 @@ def test_groups(template: Template, tmp_path: Path) -> None:
 
 def test_prompts(template: Template) -> None:
     item = PromptItem("p", "t", (QUESTION, ANSWER, QUESTION))
-    (prompt,) = encode_prompts([item], template, 256)
+    (prompt,) = encode_prompts([item], template, DataConfig(), Cuts())
     ids, _ = template.encode(item.messages, open_assistant=True)
     assert prompt.ids.tolist() == ids
-    (cut,) = encode_prompts([item], template, 5)
+    (cut,) = encode_prompts([item], template, DataConfig(max_prompt_length=5), Cuts())
     assert cut.ids.tolist() == ids[-5:]
     assert (prompt.id, prompt.text, prompt.messages[0]) == ("p", QUESTION.content, {"role": "user", "content": QUESTION.content})
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from app.formats import FORMATS, detect_format, format_of_columns
-from app.formats.records import STORED, BadRow, Filters, Row, TreeRecords
+from app.formats.records import STORED, BadRow, Filters, Labels, Row, TreeRecords
 from app.formats.screening import phrases_of
 
 HH = "\n\nHuman: Why?\n\nAssistant: Because.\n\nHuman: Really?\n\nAssistant: "
@@ -43,6 +43,11 @@ def turns(messages: Any) -> list[tuple[str, str]]:
         ({"instruction": "Why?", "input": "", "output": "Because."}, "instruction"),
         ({"prompt": "Why?"}, "prompts"),
         ({"prompt": CHAT[:1], "extra": 3}, "prompts"),
+        ({"text": "Once upon a time."}, "text"),
+        ({"TEXT": "Once.", "SOURCE": "x", "METADATA": {}}, "text"),
+        ({"text": "Once.", "prompt": "Why?"}, "prompts"),
+        ({"text": "Once.", "response": "Because."}, None),
+        ({"message_id": "a", "text": "Why?"}, "oasst"),
         ({"frage": "Warum?"}, None),
     ],
 )
@@ -94,6 +99,21 @@ def test_instruction_columns() -> None:
     assert turns(alpaca.threads[0].messages) == [("system", "Be brief."), ("user", "Sum up.\n\nA text."), ("assistant", "Text.")]
 
 
+def test_instruction_context_is_a_label_of_the_answer() -> None:
+    tree = one("instruction", {"instruction": "When?", "context": "It was 1815.", "response": "In 1815."})
+    question, answer = tree.threads[0].messages
+    assert (question.content, question.labels, answer.labels) == ("When?", None, Labels(context="It was 1815."))
+
+
+def test_text_is_one_passage_for_sft_alone() -> None:
+    trees, bad = read("text", {"text": "Once."}, {"text": "Twice.", "id": 3}, {"text": "Once."})
+    assert not bad
+    assert [turns(tree.threads[0].messages) for tree in trees] == [[("text", "Once.")], [("text", "Twice.")], [("text", "Once.")]]
+    assert trees[0] == trees[2] and trees[0].tree_id != trees[1].tree_id
+    assert not any(tree.groups or tree.prompts for tree in trees)
+    assert turns(one("text", {"body": "Thrice."}, text="body").threads[0].messages) == [("text", "Thrice.")]
+
+
 def test_rows_with_the_same_first_turn_are_one_tree() -> None:
     rows = [{"prompt": "Why?", "chosen": "a", "rejected": other} for other in ("b", "c", "b")]
     trees, bad = read("preference", *rows)
@@ -122,7 +142,12 @@ def test_rows_with_the_same_first_turn_are_one_tree() -> None:
         ("messages", {"messages": []}, "no list of messages"),
         ("messages", ["Why?"], "not an object"),
         ("instruction", {"prompt": "Why?", "response": 3}, "`response` is no text"),
+        ("instruction", {"prompt": "Why?", "response": "a", "system": "b\0"}, "`system` holds a NUL byte"),
+        ("instruction", {"prompt": "Why?", "response": "a\udc00"}, "`response` holds half a character"),
         ("prompts", 3, "not a JSON string"),
+        ("text", {"text": " "}, "`text` is empty"),
+        ("text", {"text": 3}, "`text` is no text"),
+        ("text", "Once.", "not an object with a `text`"),
     ],
 )
 def test_reasons(name: str, value: Any, reason: str) -> None:
@@ -140,6 +165,7 @@ def test_columns_tell_the_format() -> None:
     assert format_of_columns({"prompt", "response"}) == "instruction"
     assert format_of_columns({"prompt", "chosen", "rejected"}) == "preference"
     assert format_of_columns({"prompt"}) == "prompts"
+    assert format_of_columns({"text"}) == "text"
     assert format_of_columns(()) is None
 
 
