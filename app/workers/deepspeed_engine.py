@@ -127,6 +127,7 @@ def start_engine(
         lr_scheduler=torch.optim.lr_scheduler.LambdaLR(adamw, lr_factor(optimizer, total_steps)),
         config=deepspeed_config(ds, optimizer, precision=precision, micro_batch_size=micro_batch_size, accumulation=accumulation),
     )
+    engine.train()  # models are loaded in evaluation mode, in which nothing drops out and no activation is recomputed
     return engine
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from app.config.shared import DeepSpeedConfig, OptimizerConfig
 from app.errors import ConfigError
 from app.workers.deepspeed_engine import deepspeed_config, lr_factor
+from tests.tiny_models import make_neox
 
 OPTIMIZER = OptimizerConfig(max_grad_norm=2.0)
 
@@ -71,3 +76,41 @@ def test_learning_rate_without_warmup_starts_at_its_peak_and_stays_at_zero_behin
 def test_warmup_longer_than_the_run_only_rises() -> None:
     factor = lr_factor(OptimizerConfig(schedule="cosine", warmup_steps=10), total_steps=4)
     assert [factor(step) for step in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+
+
+START_ENGINE = """
+import os, sys
+import torch
+from app.config.shared import DeepSpeedConfig, OptimizerConfig
+from app.models.load import load_causal_lm
+from app.models.residual_dropout import add_residual_dropout
+from app.tasks.sft import TargetLoss
+from app.workers.deepspeed_engine import import_deepspeed, start_engine
+
+os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+deepspeed = import_deepspeed()
+deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+model = load_causal_lm(sys.argv[1])
+add_residual_dropout(model, 0.5)
+ds = DeepSpeedConfig(gradient_checkpointing=True)
+engine = start_engine(TargetLoss(model), OptimizerConfig(), ds, precision="fp32", micro_batch_size=1, accumulation=1, total_steps=1)
+
+computed = []
+model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *call: computed.append(1))
+ids = torch.arange(4, 20)[None]
+def loss(): return engine(ids, torch.arange(16)[None], torch.ones(1, 16, dtype=torch.bool))
+first, second = loss(), loss()
+assert not torch.equal(first, second), "nothing drops out"
+assert len(computed) == 2
+engine.backward(first)
+assert len(computed) == 3, "activations are not recomputed"
+engine.eval()
+assert torch.equal(loss(), loss())
+"""
+
+
+def test_an_engine_starts_in_training_mode(tmp_path: Path) -> None:
+    """Models are loaded in evaluation mode, in which transformers neither drops out nor recomputes activations."""
+    folder = make_neox(tmp_path / "model")
+    done = subprocess.run([sys.executable, "-c", START_ENGINE, folder], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
