@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from app.errors import first_line
 from app.trackers.service import Point, TrackingService
 
 RETRY_SECONDS = 60.0
@@ -76,6 +77,5 @@ class Delivery:
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error, with its type."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    """The type of an error and the first line of its message."""
+    return f"{type(error).__name__}: {first_line(error)[:200]}"

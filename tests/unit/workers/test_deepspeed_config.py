@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON and the learning-rate schedule, from the recipe's sections."""
+"""DeepSpeed's JSON and the learning-rate schedule, from the recipe's sections; one engine, and what it saves."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.config.shared import DeepSpeedConfig, OptimizerConfig
-from app.errors import ConfigError
+from app.errors import CheckpointError, ConfigError
 from app.workers.deepspeed_engine import deepspeed_config, lr_factor
+from app.workers.ppo_checkpoint import policy_weights, starting_policy
+from jobs.main import main
 from tests.tiny_models import make_neox
 
 OPTIMIZER = OptimizerConfig(max_grad_norm=2.0)
@@ -80,12 +84,13 @@ def test_warmup_longer_than_the_run_only_rises() -> None:
 
 START_ENGINE = """
 import os, sys
+from pathlib import Path
 import torch
 from app.config.shared import DeepSpeedConfig, OptimizerConfig
 from app.models.load import load_causal_lm
 from app.models.residual_dropout import add_residual_dropout
 from app.tasks.sft import TargetLoss
-from app.workers.deepspeed_engine import import_deepspeed, start_engine
+from app.workers.deepspeed_engine import import_deepspeed, save_engine, start_engine
 
 os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 deepspeed = import_deepspeed()
@@ -104,13 +109,44 @@ assert not torch.equal(first, second), "nothing drops out"
 assert len(computed) == 2
 engine.backward(first)
 assert len(computed) == 3, "activations are not recomputed"
+engine.step()
 engine.eval()
 assert torch.equal(loss(), loss())
+save_engine(engine, Path(sys.argv[2]) / "policy", {})
+torch.save({name: tensor.clone() for name, tensor in model.state_dict().items()}, Path(sys.argv[2]) / "expected.pt")
 """
 
 
-def test_an_engine_starts_in_training_mode(tmp_path: Path) -> None:
-    """Models are loaded in evaluation mode, in which transformers neither drops out nor recomputes activations."""
-    folder = make_neox(tmp_path / "model")
-    done = subprocess.run([sys.executable, "-c", START_ENGINE, folder], capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the policy's engine of a learner leaves, in the run folder that it would be in, and `expected.pt` with its weights."""
+    run = tmp_path_factory.mktemp("run")
+    folder = run / "ppo" / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    command = [sys.executable, "-c", START_ENGINE, make_neox(run / "sft" / "model"), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+def test_an_engine_starts_in_training_mode(checkpoint: Path) -> None:
+    """Models are loaded in evaluation mode, in which transformers neither drops out nor recomputes activations: see START_ENGINE."""
+    assert (checkpoint / "expected.pt").is_file()
+
+
+def test_the_weights_of_a_checkpoint_are_read_without_its_workers(checkpoint: Path, tmp_path: Path) -> None:
+    expected = torch.load(checkpoint / "expected.pt")
+    weights = policy_weights(checkpoint)
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    with pytest.raises(CheckpointError, match="holds no DeepSpeed checkpoint"):
+        policy_weights(tmp_path)
+
+
+def test_a_ppo_checkpoint_is_exported_with_the_tokenizer_of_its_run(checkpoint: Path, tmp_path: Path) -> None:
+    assert main(["export", str(checkpoint), "--output", str(tmp_path / "out")]) == 0
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    expected = torch.load(checkpoint / "expected.pt")
+    assert all(torch.equal(exported[name], tensor) for name, tensor in expected.items())
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    assert starting_policy(checkpoint) == str(checkpoint.parents[2] / "sft" / "model")
