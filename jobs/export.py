@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -30,12 +31,15 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise ConfigError(f"corral export has no option {overrides[0]}: `corral export --help` lists them")
     if not SIZE.fullmatch(arguments.shard_size):
         raise ConfigError(f"corral export: --shard-size={arguments.shard_size} is no size: write it like 500MB or 10GB")
+    import torch
     from transformers.utils import logging
 
     from app.models.export import Shape, load_for_export, require_free, write_export
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # of weights without a place we tell ourselves
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving loads DeepSpeed, which would warn that it found no accelerator
     output = Path(arguments.output).expanduser()
     require_free(output)
     shape = Shape(arguments.dtype, arguments.shard_size, arguments.drop_heads, arguments.trust_remote_code)

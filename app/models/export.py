@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftConfig, PeftModel
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -135,6 +134,8 @@ def _account_for(path: str, unexpected: set[str] | list[str], *, drop_heads: boo
 
 def _merged(path: str, shape: Shape) -> PreTrainedModel:
     """The base of an adapter with the adapter added to its weights, computed in float32."""
+    from peft import PeftModel
+
     settings = json.loads((Path(path).expanduser() / ADAPTER_FILE).read_text())
     base = settings.get("base_model_name_or_path")
     if not base:
@@ -142,8 +143,7 @@ def _merged(path: str, shape: Shape) -> PreTrainedModel:
     check_model_folder(base, chat_template=False)
     model = _load(base, shape, "fp32")
     try:
-        adapted = PeftModel.from_pretrained(model, path, config=PeftConfig.from_pretrained(path))
-        merged: PreTrainedModel = adapted.merge_and_unload()
+        merged: PreTrainedModel = PeftModel.from_pretrained(model, path).merge_and_unload()
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
         raise ModelError(f"adapter {path}: cannot be merged into {base} ({first_line(error)})") from error
     _cast(merged, base, shape)
