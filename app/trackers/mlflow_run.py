@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 
 from app.trackers.service import Point, RunFacts
@@ -20,6 +21,9 @@ from mlflow.tracking import MlflowClient  # noqa: E402
 
 METRICS_PER_CALL, PARAMS_PER_CALL, PARAM_CHARACTERS = 1000, 100, 6000
 """MLflow's own limits."""
+REFUSED = re.compile(r"[^\w/. :-]")
+"""Characters that MLflow refuses in the name of a metric."""
+CREDENTIALS = re.compile(r"(?<=//)[^/@]*@")
 
 
 class MlflowRun:
@@ -45,11 +49,11 @@ class MlflowRun:
 
     @property
     def address(self) -> str:
-        return f"{self._uri}, run {self._id}"
+        return f"{CREDENTIALS.sub('', self._uri)}, run {self._id}"
 
     def log(self, points: Sequence[Point]) -> None:
         metrics = [
-            Metric(f"{stage}/{name}", value, int(time * 1000), step)
+            Metric(REFUSED.sub("_", f"{stage}/{name}"), value, int(time * 1000), step)
             for stage, step, time, values in points
             for name, value in values.items()
         ]

@@ -51,7 +51,7 @@ def train(run: Path, steps: Sequence[int], recipe: Recipe, out: io.StringIO | No
     with RunTracker(run, display=PlainDisplay(out), services=open_services(recipe, run)) as tracker:
         for step in steps:
             tracker.log("sft", step, {"loss": 1 / step, "grad_norm": math.nan})
-        tracker.log("ppo", 1, {"seconds/rollout": 2.5})
+        tracker.log("ppo", 1, {"seconds/rollout": 2.5, "share of {a, b}": 0.5})
     return out.getvalue()
 
 
@@ -124,7 +124,7 @@ def test_mlflow_has_every_metric_and_a_second_session_goes_on_with_the_run(tmp_p
     history = client.get_metric_history(found.info.run_id, "sft/loss")
     assert sorted((metric.step, metric.value) for metric in history) == [(1, 1.0), (2, 0.5), (2, 0.5), (3, 1 / 3)]
     assert math.isnan(found.data.metrics["sft/grad_norm"])
-    assert found.data.metrics["ppo/seconds/rollout"] == 2.5
+    assert (found.data.metrics["ppo/seconds/rollout"], found.data.metrics["ppo/share of _a_ b_"]) == (2.5, 0.5)
     with pytest.raises(ZeroDivisionError):
         train(run, [0], asked)
     assert client.get_run(found.info.run_id).info.status == "FAILED"
@@ -132,6 +132,14 @@ def test_mlflow_has_every_metric_and_a_second_session_goes_on_with_the_run(tmp_p
     (run / IDS_FILE).write_text('{"mlflow": "0123456789abcdef0123456789abcdef"}')
     with pytest.raises(ConfigError, match=r"tracking\.also = mlflow: the run cannot be opened there \(MlflowException: .*not found"):
         open_services(asked, run)
+
+
+@needs_mlflow
+def test_the_address_of_mlflow_is_shown_without_its_password(tmp_path: Path) -> None:
+    from app.trackers.mlflow_run import CREDENTIALS
+
+    assert CREDENTIALS.sub("", "https://me:secret@host:5000/mlflow") == "https://host:5000/mlflow"
+    assert CREDENTIALS.sub("", f"sqlite:///{tmp_path}/a@b.db") == f"sqlite:///{tmp_path}/a@b.db"
 
 
 @needs_mlflow
