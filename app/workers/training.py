@@ -56,8 +56,8 @@ def fit(
 ) -> TrainingResult:
     """Train for `steps` optimizer steps and leave the model in `folder/model`; metrics go to `tracker` while it runs.
 
-    Checkpoints are in `folder/checkpoints`; the same call goes on from the last one. Gradients are exact: without dropout neither the
-    number of workers nor the micro-batch size changes the loss curve. `deadline_seconds` is the longest wait between two logged points.
+    Checkpoints are in `folder/checkpoints`; the same call goes on from the last one. Gradients are exact: neither the number
+    of workers nor the micro-batch size changes the loss curve. `deadline_seconds` is the longest wait between two logged points.
     Raises NonFiniteError, Interrupted (when `stop_requested()` turns true, after saving a checkpoint), DeadlineError, what a
     worker raised, or CorralError when workers died more than MAX_FAILURES times.
     """
