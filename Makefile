@@ -11,7 +11,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-UV_COMPILE := $(BIN)/uv pip compile pyproject.toml --extra dev --python-version 3.11 --no-emit-package torch --no-annotate --no-header \
+UV_COMPILE := $(BIN)/uv pip compile pyproject.toml --extra dev --extra tracking --python-version 3.11 --no-emit-package torch --no-annotate --no-header \
 	--overrides requirements/overrides.txt --constraints requirements/constraints.txt --upgrade --quiet
 
 .PHONY: setup demo test unit check learn bench lock

@@ -70,3 +70,8 @@ class Interrupted(CorralError):
     """SIGINT or SIGTERM arrived and the stage stopped at a safe point; the same command goes on from there."""
 
     exit_code = 130
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none: to stand in a message of ours."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

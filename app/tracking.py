@@ -1,4 +1,4 @@
-"""Where metrics go: `metrics.jsonl`, TensorBoard events and the display, from any thread of the driver."""
+"""Where metrics go: `metrics.jsonl`, TensorBoard events, the display and tracking services, from any thread of the driver."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -17,6 +17,8 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from app.display import Display, StageProgress, open_display
 from app.durable import without_non_finite
+from app.trackers.delivery import Delivery
+from app.trackers.service import Point, TrackingService
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -59,9 +61,12 @@ class RunTracker:
 
     A line of metrics.jsonl is `{"time": unix seconds, "stage": ..., "step": ..., "metrics": {...}}`; a metric that is not finite is
     null there, named with its value under `non_finite`, and announced on the display.
+    services: name -> where every metric goes too; they are closed with the tracker.
     """
 
-    def __init__(self, run_path: Path, *, display: Display | None = None) -> None:
+    def __init__(
+        self, run_path: Path, *, display: Display | None = None, services: Mapping[str, TrackingService] = MappingProxyType({})
+    ) -> None:
         run_path.mkdir(parents=True, exist_ok=True)
         self._lock = threading.RLock()
         self._stages: dict[str, _Stage] = {}
@@ -70,6 +75,9 @@ class RunTracker:
         self._file = (run_path / METRICS_FILE).open("a", encoding="utf-8")
         self._events = EventFileWriter(str(run_path / TENSORBOARD_FOLDER))
         self._display = display or open_display()
+        self._deliveries = [Delivery(name, service, self.note) for name, service in services.items()]
+        for name, service in services.items():
+            self._display.note(f"{name}: {service.address}")
 
     def begin(self, stage: str, total_steps: int, done: int = 0) -> None:
         """Show a stage of `total_steps` steps, of which an earlier session did the first `done`."""
@@ -107,6 +115,8 @@ class RunTracker:
         self._file.flush()
         scalars = [Summary.Value(tag=f"{stage}/{name}", simple_value=value) for name, value in values.items()]
         self._events.add_event(Event(wall_time=now, step=step, summary=Summary(value=scalars)))
+        for delivery in self._deliveries:
+            delivery.log(Point(stage, step, now, values))
         for name in strange:
             if (stage, name) not in self._announced:
                 self._announced.add((stage, name))
@@ -116,6 +126,8 @@ class RunTracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for delivery in self._deliveries:  # without the lock: they may still have something to note
+            delivery.close(failed=error is not None)
         with self._lock:
             self._display.close()
             self._file.close()

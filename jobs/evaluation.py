@@ -28,6 +28,6 @@ COMMAND = Command(
         "Same prompts and sampling seeds for both; leaves means and win rate with 95 % intervals in run.dir/summary.json."
     ),
     example="corral evaluate jobs/recipes/tiny/pipeline.toml --run.dir=runs/demo",
-    sections=("run", "data", "model", "reward", "rollout", "scoring", "evaluation"),
+    sections=("run", "tracking", "data", "model", "reward", "rollout", "scoring", "evaluation"),
     run=run,
 )

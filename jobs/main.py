@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from app.errors import ConfigError, CorralError
-from jobs import chat, data, doctor, evaluation, interrupts, pipeline, ppo, reward_model, serving, sft, submission, tuning
+from jobs import chat, data, doctor, evaluation, export, interrupts, pipeline, ppo, reward_model, serving, sft, submission, tuning
 from jobs.command import Command, Tool
 
 RECIPE_COMMANDS: dict[str, Command] = {
@@ -21,7 +21,7 @@ RECIPE_COMMANDS: dict[str, Command] = {
     "serve": serving.COMMAND,
     "evaluate": evaluation.COMMAND,
 }
-TOOLS: dict[str, Tool] = {"submit": submission.TOOL, "data": data.TOOL, "chat": chat.TOOL, "doctor": doctor.TOOL}
+TOOLS: dict[str, Tool] = {"submit": submission.TOOL, "data": data.TOOL, "chat": chat.TOOL, "export": export.TOOL, "doctor": doctor.TOOL}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -26,6 +26,6 @@ COMMAND = Command(
         "Leaves run.dir/rm/model, a sequence-classification folder whose config holds reward_offset."
     ),
     example="corral rm jobs/recipes/tiny/rm.toml --model.path=runs/demo/sft/model",
-    sections=("run", "data", "model", "rm", "rollout"),
+    sections=("run", "tracking", "data", "model", "rm", "rollout"),
     run=run,
 )

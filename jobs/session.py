@@ -33,6 +33,7 @@ class Session:
 def session(recipe: Recipe, command: str) -> Iterator[Session]:
     """Everything that can be wrong with the input is found before Ray starts. Raises CorralError; Interrupted on SIGINT and SIGTERM."""
     from app.run_folder import RunFolder
+    from app.trackers.opening import open_services, require_packages
     from app.tracking import RunTracker
     from app.workers.pending import TRACE
     from app.workers.placement import check_feasible
@@ -41,13 +42,15 @@ def session(recipe: Recipe, command: str) -> Iterator[Session]:
 
     check_feasible(recipe, command, local_ray.cluster_resources())
     check_inputs(recipe, command)
+    require_packages(recipe.tracking)
     run = RunFolder.open(recipe, command)
     try:
         corpus = read_data(recipe, command, run)
+        services = open_services(recipe, run.path)
         with (
             _imported_in_background("app.stages.pipeline"),  # seconds of imports while Ray's own processes start
+            RunTracker(run.path, services=services) as tracker,
             local_ray.running_ray(run.path / "logs"),
-            RunTracker(run.path) as tracker,
         ):
             yield Session(run, corpus, tracker)
     except KeyboardInterrupt as error:

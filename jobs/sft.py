@@ -23,6 +23,6 @@ COMMAND = Command(
     purpose="fine-tune a base model on the assistant turns of conversations",
     details="Reads conversations (data.path) and a base model (model.path). Leaves run.dir/sft/model.",
     example="corral sft jobs/recipes/tiny/sft.toml --sft.epochs=2",
-    sections=("run", "data", "model", "sft"),
+    sections=("run", "tracking", "data", "model", "sft"),
     run=run,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from app.config.data import DataConfig
 from app.config.ppo import EvaluationConfig, PpoConfig, RolloutConfig, ScoringConfig
 from app.config.shared import ModelConfig, RunConfig
+from app.config.tracking import TrackingConfig
 from app.config.training import RewardModelConfig, SftConfig
 from app.config.tune import TuneConfig
 from app.schema import Config
@@ -23,6 +24,7 @@ class Recipe(Config):
     `model.path` is what the command starts from: a base model for `sft` and `pipeline`, the SFT model for `rm`, `ppo` and `tune`."""
 
     run: RunConfig = RunConfig()
+    tracking: TrackingConfig = TrackingConfig()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     sft: SftConfig = SftConfig()

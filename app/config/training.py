@@ -48,6 +48,10 @@ class TrainingConfig(Config):
     """Freeze the embeddings and this many layers above them."""
     lora: AdapterConfig | None = None
     """Train low-rank adapters instead of the weights of the trunk."""
+    residual_dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability of dropping each element that attention and MLP add to the residual stream."""
+    residual_dropout_lima: bool = False
+    """Let that probability rise linearly, from 0 in the lowest layer to `residual_dropout` in the highest."""
     optimizer: OptimizerConfig = OptimizerConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     workers: WorkersConfig = WorkersConfig()

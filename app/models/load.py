@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from app.config.shared import ModelConfig
 from app.data.templates import OASST_TOKENS, prepare_tokenizer
-from app.errors import ModelError
+from app.errors import ModelError, first_line
 from app.models.embedded import EMBEDDING_MULTIPLE, build_embedded
 from app.models.gguf import PACKAGED, convert_gguf, packaged_gguf
 
@@ -132,7 +132,7 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {path}: its tokenizer cannot be loaded ({_first_line(error)}); check model.path or the network") from error
+        raise ModelError(f"model {path}: its tokenizer cannot be loaded ({first_line(error)}); check model.path or the network") from error
 
 
 def load_config(path: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -140,7 +140,7 @@ def load_config(path: str | Path, trust_remote_code: bool = False) -> Pretrained
     try:
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {path}: its config cannot be read ({_first_line(error)}); check model.path or the network") from error
+        raise ModelError(f"model {path}: its config cannot be read ({first_line(error)}); check model.path or the network") from error
     return without_dropout(config)
 
 
@@ -152,7 +152,7 @@ def load_causal_lm(
     try:
         model = AutoModelForCausalLM.from_pretrained(str(path), config=config, dtype=DTYPES[precision], trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {path}: cannot be loaded ({_first_line(error)}); check model.path or the network") from error
+        raise ModelError(f"model {path}: cannot be loaded ({first_line(error)}); check model.path or the network") from error
     return model.eval()
 
 
@@ -162,7 +162,3 @@ def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
         if isinstance(value, float) and (name.endswith(("dropout", "_pdrop", "dropout_prob", "_drop"))):
             setattr(config, name, 0.0)
     return config
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -30,15 +30,20 @@ def freeze_lower_layers(model: PreTrainedModel, count: int) -> None:
 
     Raises ModelError when the model has no more than `count` layers.
     """
-    trunk = model.base_model
-    depth = model.config.get_text_config().num_hidden_layers
-    layers = next((part for part in trunk.children() if isinstance(part, nn.ModuleList) and len(part) == depth), None)
-    if layers is None:
-        raise ModelError(f"{type(model).__name__}: its layers are in no list of {depth}; set freeze_layers = 0")
-    if count >= depth:
-        raise ModelError(f"freeze_layers = {count} leaves nothing of the {depth} layers of {type(model).__name__} to train: lower it")
-    for part in (trunk.get_input_embeddings(), *layers[:count]):
+    layers = decoder_layers(model, "freeze_layers = 0")
+    if count >= len(layers):
+        raise ModelError(f"freeze_layers = {count} leaves nothing of the {len(layers)} layers of {type(model).__name__} to train: lower it")
+    for part in (model.base_model.get_input_embeddings(), *layers[:count]):
         part.requires_grad_(False)
+
+
+def decoder_layers(model: PreTrainedModel, remedy: str) -> nn.ModuleList:
+    """The layers of the trunk, lowest first. Raises ModelError, with the setting that does without, when they are in no list."""
+    depth = model.config.get_text_config().num_hidden_layers
+    for part in model.base_model.children():
+        if isinstance(part, nn.ModuleList) and len(part) == depth:
+            return part
+    raise ModelError(f"{type(model).__name__}: its layers are in no list of {depth}; set {remedy}")
 
 
 def add_adapters(model: PreTrainedModel, config: AdapterConfig, *, seed: int) -> None:

@@ -73,6 +73,7 @@ class TrialNotes(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial came to its last step, or ASHA stopped it."""
         metrics = trial.last_result
+        self._tracker.log("tune", self._ended + 1, {name: metrics[name] for name in ("objective", "score_mean", "kl")})
         self._note(f"after {metrics['step']} of {self._recipe.ppo.steps} steps, objective {metrics['objective']:.3f}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -21,6 +21,7 @@ from app.experience import IntArray
 from app.models.forward import pad_sequences, padded_batches
 from app.models.heads import init_reward_model, load_reward_model, save_reward_model, sequence_scores
 from app.models.load import load_tokenizer
+from app.models.residual_dropout import add_residual_dropout
 from app.models.trainable import choose_trainable
 from app.numerics.preference import best_worst_hits, group_bradley_terry_loss, pair_hits
 
@@ -55,6 +56,7 @@ class RewardModelTask:
     def build_model(self) -> nn.Module:
         model = init_reward_model(self.sft_path, seed=self.seed, trust_remote_code=self.trust_remote_code)
         choose_trainable(model, self.config, seed=self.seed)
+        add_residual_dropout(model, self.config.residual_dropout, lima=self.config.residual_dropout_lima)
         return SequenceScores(model)
 
     def load_rows(self) -> tuple[Sequence[GroupRow], Sequence[GroupRow]]:

@@ -19,6 +19,7 @@ from app.data.collate import LENGTH_MULTIPLE, collate_threads
 from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, SftRow, read_threads
 from app.models.forward import target_logprobs
 from app.models.load import load_causal_lm, load_tokenizer
+from app.models.residual_dropout import add_residual_dropout
 from app.models.trainable import choose_trainable, merged_state
 
 
@@ -57,6 +58,7 @@ class SftTask:
     def build_model(self) -> nn.Module:
         model = load_causal_lm(self.model_path, self.precision, self.trust_remote_code)
         choose_trainable(model, self.config, seed=self.seed)
+        add_residual_dropout(model, self.config.residual_dropout, lima=self.config.residual_dropout_lima)
         return TargetLoss(model, self.config.poly_eps)
 
     def load_rows(self) -> tuple[Sequence[SftRow], Sequence[SftRow]]:

@@ -6,6 +6,8 @@ what must be set before the import (accelerator, compiled ops) is set by `import
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import math
 import os
@@ -127,6 +129,7 @@ def start_engine(
         lr_scheduler=torch.optim.lr_scheduler.LambdaLR(adamw, lr_factor(optimizer, total_steps)),
         config=deepspeed_config(ds, optimizer, precision=precision, micro_batch_size=micro_batch_size, accumulation=accumulation),
     )
+    engine.train()  # models are loaded in evaluation mode, in which nothing drops out and no activation is recomputed
     return engine
 
 
@@ -191,6 +194,28 @@ def load_engine(engine: DeepSpeedEngine, folder: Path) -> dict[str, Any]:
     if path is None:
         raise CheckpointError(f"{folder}: no complete DeepSpeed checkpoint for {engine.dp_world_size} workers; delete it to start over")
     return dict(state)
+
+
+def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Every weight in what `save_engine` wrote under `folder`, float32, under any ZeRO stage and without the workers that wrote it.
+
+    Raises CheckpointError if a part is missing.
+    """
+    shards = folder / CHECKPOINT_TAG
+    if not shards.is_dir():
+        raise CheckpointError(f"{folder}: holds no DeepSpeed checkpoint; name a complete one")
+    import_deepspeed()
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    try:
+        if not list(shards.glob("*_optim_states.pt")):  # ZeRO 0 keeps its weights whole
+            (file,) = shards.glob("*_model_states.pt")
+            module = torch.load(file, map_location="cpu", weights_only=False)["module"]
+            return {name: tensor.float() for name, tensor in module.items()}
+        with contextlib.redirect_stdout(io.StringIO()):
+            return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=CHECKPOINT_TAG))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error}); name a complete checkpoint") from error
 
 
 def _checkpoint_activations(model: torch.nn.Module) -> None:

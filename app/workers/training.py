@@ -17,7 +17,7 @@ from ray.train.torch import TorchTrainer
 from app.config.training import TrainingConfig
 from app.data.batch_order import total_steps
 from app.data.mixture import Mixture
-from app.errors import CorralError, DeadlineError, Interrupted
+from app.errors import CorralError, DeadlineError, Interrupted, first_line
 from app.interfaces import Tracker
 from app.workers.deepspeed_engine import deepspeed_config
 from app.workers.event_channel import EventChannel
@@ -126,7 +126,7 @@ def _wait_for(
     except ray.train.WorkerGroupError as error:
         raise _cause(error, phase) from error
     except ray.train.TrainingFailedError as error:
-        raise CorralError(f"{phase} failed: {_first_line(error)}; run the same command to go on from the last checkpoint") from error
+        raise CorralError(f"{phase} failed: {first_line(error)}; run the same command to go on from the last checkpoint") from error
     return outcome
 
 
@@ -136,10 +136,5 @@ def _cause(error: ray.train.WorkerGroupError, phase: str) -> CorralError:
     for failure in failures:
         if isinstance(failure, CorralError):
             return failure
-    reason = f"{type(failures[0]).__name__}: {_first_line(failures[0])}" if failures else _first_line(error)
+    reason = f"{type(failures[0]).__name__}: {first_line(failures[0])}" if failures else first_line(error)
     return CorralError(f"{phase} failed {MAX_FAILURES + 1} times ({reason}); run the same command to go on from the last checkpoint")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.command import SHRUNKEN, interrupt, run, start, wait_for
+from tests.e2e.command import SHRUNKEN, environment, interrupt, run, start, wait_for
 
 
 @pytest.fixture(scope="session")
@@ -18,12 +18,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline")
     log = folder / "first.log"
     log.touch()
-    command = ["pipeline", SHRUNKEN, f"--run.dir={folder / 'run'}"]
-    process = start(command, log)
+    command = ["pipeline", SHRUNKEN, f"--run.dir={folder / 'run'}", '--tracking.also=["wandb"]']
+    offline = environment(WANDB_MODE="offline")
+    process = start(command, log, offline)
     wait_for("ppo  1/10", log, process)
     assert interrupt(process, signal.SIGTERM) == 130, log.read_text()
     assert "a checkpoint is saved, the same command goes on from it" in log.read_text()
-    code, output = run(command, folder / "second.log")
+    code, output = run(command, folder / "second.log", offline)
     assert code == 0, output
     assert "sft: already finished" in output
     assert "ppo: going on from step" in output

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from app.config.loading import load_recipe
@@ -22,6 +23,7 @@ from app.formats.records import Message
 from app.models.forward import pad_sequences
 from app.models.heads import load_reward_model, sequence_scores
 from app.models.load import load_tokenizer
+from jobs.main import main
 from tests.e2e.command import SHRUNKEN, run
 
 
@@ -88,6 +90,18 @@ def test_plain_transformers_loads_every_model(finished: Path) -> None:
     reward = AutoModelForSequenceClassification.from_pretrained(finished / "rm" / "model")
     assert reward(ids).logits.shape == (1, 1)
     assert reward.config.reward_offset != 0
+
+
+def test_the_newest_checkpoint_exports_as_the_finished_model(finished: Path, tmp_path: Path) -> None:
+    assert main(["export", str(finished / "ppo" / "checkpoints"), "--output", str(tmp_path / "model")]) == 0
+    exported, model = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", finished / "ppo" / "model"))
+    assert exported.keys() == model.keys()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in model.items())
+
+
+def test_both_sessions_went_to_one_run_of_the_tracking_service(finished: Path) -> None:
+    (run_id,) = json.loads((finished / "tracking.json").read_text()).values()
+    assert [file.name for file in finished.glob("wandb/offline-run-*/*.wandb")] == [f"run-{run_id}.wandb"] * 2
 
 
 def test_lineage(finished: Path) -> None:

@@ -45,7 +45,7 @@ def test_cuda_lock_resolves_without_installing(tmp_path: Path) -> None:
     """pyproject.toml under the lock's versions: nothing is missing from the lock and nothing contradicts it."""
     resolved_file = tmp_path / "resolved.txt"
     command = [
-        *(sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--extra", "cuda", "--extra", "dev"),
+        *(sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--extra", "cuda", "--extra", "dev", "--extra", "tracking"),
         *("--python-version", "3.11", "--no-annotate", "--no-header", "--no-emit-package", "torch"),
         *("--overrides", str(REQUIREMENTS / "overrides.txt"), "--constraints", str(REQUIREMENTS / "cuda.txt")),
         *("--output-file", str(resolved_file)),

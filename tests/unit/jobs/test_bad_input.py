@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -171,3 +172,11 @@ def test_a_run_folder_of_another_config_is_left_alone(refused: Refused, tmp_path
     assert "ppo.steps" in error
     assert "--run.dir" in error
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_tracking_service_without_its_package_is_refused(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None if name == "wandb" else find_spec(name, package))
+    error = refused("pipeline", TINY, f"--run.dir={tmp_path / 'run'}", '--tracking.also=["wandb"]')
+    assert "tracking.also = wandb: its package is not installed; run: pip install wandb" in error
+    assert not (tmp_path / "run").exists()

@@ -76,7 +76,7 @@ def test_the_saved_model_computes_what_the_adapted_one_does(folder: str, batch: 
     assert (adapted - plain).abs().max() > 1e-2
     model.save_pretrained(tmp_path / "merged", state_dict=merged_state(model))
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
-    torch.testing.assert_close(saved(batch.ids_BS).logits, adapted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(saved(batch.ids_BS).logits, adapted, atol=1e-4, rtol=0)
     torch.testing.assert_close(model(batch.ids_BS).logits, adapted)  # saving leaves the adapters as they are
 
 

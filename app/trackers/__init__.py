@@ -1,0 +1,1 @@
+"""Tracking services beside metrics.jsonl and TensorBoard: one file each, imported only where a recipe asks for it."""

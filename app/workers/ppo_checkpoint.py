@@ -1,0 +1,42 @@
+"""The policy in a PPO checkpoint, without starting a learner. The critic is a model of its own there and stays behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.checkpoint import CheckpointStore
+from app.durable import MANIFEST, read_json
+from app.errors import CheckpointError
+from app.workers.deepspeed_engine import saved_weights
+
+POLICY = "policy"
+PREFIX = "language_model."
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """`path` where it is a PPO checkpoint (`DIR/ppo/checkpoints/step-...`), else the newest complete one in it, else None."""
+    if (path / POLICY).is_dir():
+        return path
+    saved = CheckpointStore(path).latest()
+    return saved.path if saved and (saved.path / POLICY).is_dir() else None
+
+
+def policy_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The language model's weights under its own names, float32. Raises CheckpointError."""
+    weights = saved_weights(checkpoint / POLICY)
+    return {name.removeprefix(PREFIX): tensor for name, tensor in weights.items() if name.startswith(PREFIX)}
+
+
+def starting_policy(checkpoint: Path) -> str:
+    """The model that the run of a checkpoint began with, whose config and tokenizer are the policy's. Raises CheckpointError."""
+    run = checkpoint.absolute().parents[2]
+    for folder in (run / "sft" / "model", run / "base" / "base"):
+        if folder.is_dir():
+            return str(folder)
+    if not (run / MANIFEST).is_file():
+        raise CheckpointError(f"{checkpoint}: its run folder {run} has no {MANIFEST}; leave checkpoints where the run wrote them")
+    config: dict[str, Any] = read_json(run / MANIFEST)["config"]
+    return str(config["model"]["path"])
