@@ -30,9 +30,10 @@ from app.workers.processes import process_options
 def train_reward_model(recipe: Recipe, run: RunFolder, tracker: RunTracker, prepared: Prepared, *, sft_path: str) -> dict[str, Any]:
     """Train on the trunk of `sft_path` and leave `DIR/rm/model`, its reward_offset still 0; returns the results, for the caller to commit.
 
-    An unfinished stage goes on from its last checkpoint. Results, on held-out groups:
-    pair_accuracy, best_vs_worst, length_baseline (pair accuracy of reply length, oriented on the training groups), loss,
-    score_mean, score_std, loss_before; and steps, tokens, tokens_per_second, train_seconds.
+    An unfinished stage goes on from its last checkpoint. Results, on held-out groups: loss, loss_before, the metrics of
+    `app.numerics.ranking_metrics` with raw scores, and what reply length alone would get, oriented on the training groups:
+    length_baseline (pair accuracy), length_best_vs_worst, length_kendall_tau, length_spearman; then steps, tokens,
+    tokens_per_second, train_seconds.
     Raises DataError without groups on either side of the split, and what `app.workers.training.fit` raises.
     """
     require_context(prepared.context, recipe.data.max_length, "data.max_length")
@@ -44,7 +45,8 @@ def train_reward_model(recipe: Recipe, run: RunFolder, tracker: RunTracker, prep
     task = RewardModelTask(data, sft_path, recipe.run.seed, recipe.model.trust_remote_code, recipe.rm)
     result = train(task, recipe.rm, recipe, rows=len(groups), folder=run.stage("rm"), tracker=tracker)
     baseline = length_baseline(groups, held_out_groups)
-    return {**result.after, "loss_before": result.before["loss"], "length_baseline": baseline, **speed(result)}
+    by_length = {"length_baseline": baseline.pop("pair_accuracy"), **{f"length_{name}": value for name, value in baseline.items()}}
+    return {**result.after, "loss_before": result.before["loss"], **by_length, **speed(result)}
 
 
 def set_reward_offset(

@@ -50,9 +50,7 @@ def test_literal(score_l2: float, margin: float) -> None:
     flat_N = torch.tensor([score for group in groups for score in group])
     losses = [literal_pair_losses(group, score_l2, margin) for group in groups]
     means = torch.tensor(sum(sum(group) / len(group) for group in losses) / 11)
-    torch.testing.assert_close(
-        group_bradley_terry_loss(flat_N, sizes, score_l2=score_l2, num_groups=11, margin=margin), means, **CLOSE
-    )
+    torch.testing.assert_close(group_bradley_terry_loss(flat_N, sizes, score_l2=score_l2, num_groups=11, margin=margin), means, **CLOSE)
     total = torch.tensor(sum(sum(group) for group in losses) / 31)
     torch.testing.assert_close(pair_bradley_terry_loss(flat_N, sizes, score_l2=score_l2, num_pairs=31, margin=margin), total, **CLOSE)
 
