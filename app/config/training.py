@@ -95,4 +95,4 @@ class RewardModelConfig(TrainingConfig):
     pooling: Literal["last", "mean"] = "last"
     """What a score is read from: the last token, or the mean over all tokens. Plain transformers reads the last token of either."""
     offset_samples: int = Field(128, ge=1)
-    """Answers of the SFT model whose mean score becomes `reward_offset`."""
+    """Answers of the SFT model whose mean score becomes `reward_offset` (of a model that writes none: training groups)."""

@@ -44,8 +44,10 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, *, oasst: bool) -> int
     """Add what training needs and the tokenizer lacks: with `oasst` the role tokens and the chat template, and in any case
     a padding token other than eos. Returns how many tokens were added (the model's embeddings may have to grow).
 
-    Raises ModelError when the tokenizer has no eos token.
+    Where there is no eos token, the separator ends a turn (encoders). Raises ModelError when the tokenizer has neither.
     """
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = tokenizer.sep_token
     if tokenizer.eos_token is None:
         raise ModelError(f"tokenizer {tokenizer.name_or_path}: no eos token, so answers could not end; choose another model")
     before = len(tokenizer)

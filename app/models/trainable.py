@@ -32,7 +32,7 @@ def freeze_lower_layers(model: PreTrainedModel, count: int) -> None:
     """
     trunk = model.base_model
     depth = model.config.get_text_config().num_hidden_layers
-    layers = next((part for part in trunk.children() if isinstance(part, nn.ModuleList) and len(part) == depth), None)
+    layers = next((part for part in trunk.modules() if isinstance(part, nn.ModuleList) and len(part) == depth), None)
     if layers is None:
         raise ModelError(f"{type(model).__name__}: its layers are in no list of {depth}; set freeze_layers = 0")
     if count >= depth:

@@ -13,7 +13,7 @@ import torch
 
 
 class RankedPairs(NamedTuple):
-    """Every pair i < j of every group: better_P and worse_P index into N, group_P into G (int64); group_weights_P = 1 / the group's pairs."""
+    """Every pair i < j of every group: better_P, worse_P index into N, group_P into G (int64); group_weights_P = 1 / the group's pairs."""
 
     better_P: torch.Tensor
     worse_P: torch.Tensor

@@ -12,7 +12,7 @@ import ray
 from app.config.recipe import Recipe
 from app.config.shared import WorkersConfig
 from app.data.baselines import length_baseline
-from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, encode_groups, write_groups
+from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, encode_groups, read_groups, write_groups
 from app.durable import read_json, write_json
 from app.errors import CorralError
 from app.experience import IntArray
@@ -58,8 +58,8 @@ def set_reward_offset(
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     trust_remote_code: bool = False,
 ) -> float:
-    """Make the mean score of `sequences` (prompt + answer of the SFT model, int32 [S] each) 0: store their mean raw score as
-    `reward_offset` in the folder's config.json, in one step, and return it.
+    """Make the mean score of `sequences` (prompt + answer, int32 [S] each) 0: store their mean raw score as `reward_offset` in
+    the folder's config.json, in one step, and return it.
 
     Scores are computed in a Ray task with the resources of one of `workers`. Raises CorralError or DeadlineError.
     """
@@ -69,6 +69,11 @@ def set_reward_offset(
     file = model_folder / "config.json"
     write_json(file, read_json(file) | {"reward_offset": offset})
     return offset
+
+
+def training_replies(run: RunFolder, limit: int) -> list[IntArray]:
+    """Prompt + reply, int32 [S] each, of the first `limit` groups that the reward model was trained on."""
+    return [sequence for group in read_groups(run.stage("rm") / "data" / TRAIN_FILE)[:limit] for sequence in group.sequences]
 
 
 def _best_replies(groups: Sequence[RankedGroup], limit: int) -> list[RankedGroup]:

@@ -52,7 +52,7 @@ class RewardModelTask:
     stage: str = "rm"
 
     def build_model(self) -> nn.Module:
-        model = init_reward_model(self.sft_path, seed=self.seed, trust_remote_code=self.trust_remote_code)
+        model = init_reward_model(self.sft_path, seed=self.seed, pooling=self.config.pooling, trust_remote_code=self.trust_remote_code)
         choose_trainable(model, self.config, seed=self.seed)
         return SequenceScores(model)
 
