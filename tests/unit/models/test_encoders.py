@@ -150,6 +150,15 @@ def test_a_published_encoder_is_completed_for_training(encoder: str, tmp_path: P
 
 
 @torch.no_grad()
+def test_a_reward_model_without_template_is_completed_with_its_head(reward_model: str, tmp_path: Path) -> None:
+    source = bare_encoder(tmp_path / "bare", reward_model)
+    load_reward_model(reward_model).save_pretrained(source)
+    path = resolve_model(ModelConfig(path=str(source)), texts=[], seed=1, folder=tmp_path / "run", for_oasst=False)
+    scores, expected = (sequence_scores(load_reward_model(folder), *pad_sequences(sequences())) for folder in (path, reward_model))
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
 def test_conversion_keeps_scores(reward_model: str, tmp_path: Path) -> None:
     convert_reward_model(reward_model, tmp_path / "copy")
     assert json.loads((tmp_path / "copy" / "config.json").read_text())["reward_offset"] == 0.25
