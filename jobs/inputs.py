@@ -24,31 +24,39 @@ REQUIRED_DATA = {
 STAGE_OF: dict[str, Stage] = {"sft": "sft", "rm": "rm", "ppo": "ppo", "tune": "ppo", "evaluate": "ppo"}
 SEQUENCE_COMMANDS = ("sft", "rm", "pipeline")
 BASE_MODEL_COMMANDS = ("sft", "pipeline")
+CRITIC_COMMANDS = ("ppo", "tune")
 REWARD_COMMANDS = ("ppo", "tune", "serve", "evaluate")
 
 
 def check_inputs(recipe: Recipe, command: str) -> None:
     """Whether data, model and reward model are there. Raises DataError, ModelError or ConfigError; asks no hub."""
+    _check_data(recipe, command)
+    if recipe.model.path in BUILT_IN_MODELS and command == "serve":
+        raise ConfigError(f"model.path = {recipe.model.path}: `corral serve` needs the folder of an SFT model, such as runs/demo/sft/model")
+    if recipe.model.path not in BUILT_IN_MODELS:
+        _check_model(recipe.model.path, trained=command not in BASE_MODEL_COMMANDS, writes=command != "rm")
+    _check_lengths(recipe, command)
+    if command == "evaluate":
+        _check_run_has_ppo_model(Path(recipe.run.dir))
+    if recipe.reward.path is not None:
+        _check_model(recipe.reward.path, trained=False, writes=False)
+        if command in CRITIC_COMMANDS:
+            _check_critic(recipe.reward.path)
+    elif command in REWARD_COMMANDS and not _finds_own_reward_model(recipe, command):
+        raise ConfigError(
+            f"reward.path is not set and `corral {command}` needs a reward model: "
+            "give the folder that `corral rm` or `corral pipeline` left as DIR/rm/model"
+        )
+
+
+def _check_data(recipe: Recipe, command: str) -> None:
+    """Whether every set is known, for the stage, and every local source there."""
     for name, source in recipe.data.sets.items():
         if source.path is None and command in STAGE_OF:
             lookup(name, STAGE_OF[command])
     for source in complete(recipe.data).sources().values():
         if source.path not in (None, "embedded") and "://" not in source.path and not is_hub_name(source.path):
             local_files(source.path)
-    if recipe.model.path in BUILT_IN_MODELS and command == "serve":
-        raise ConfigError(f"model.path = {recipe.model.path}: `corral serve` needs the folder of an SFT model, such as runs/demo/sft/model")
-    if recipe.model.path not in BUILT_IN_MODELS:
-        _check_model(recipe.model.path, trained=command not in BASE_MODEL_COMMANDS)
-    _check_lengths(recipe, command)
-    if command == "evaluate":
-        _check_run_has_ppo_model(Path(recipe.run.dir))
-    if recipe.reward.path is not None:
-        _check_model(recipe.reward.path, trained=False)
-    elif command in REWARD_COMMANDS and not _finds_own_reward_model(recipe, command):
-        raise ConfigError(
-            f"reward.path is not set and `corral {command}` needs a reward model: "
-            "give the folder that `corral rm` or `corral pipeline` left as DIR/rm/model"
-        )
 
 
 def _check_lengths(recipe: Recipe, command: str) -> None:
@@ -75,14 +83,30 @@ def _check_run_has_ppo_model(folder: Path) -> None:
         )
 
 
-def _check_model(path: str, *, trained: bool) -> None:
+def _check_model(path: str, *, trained: bool, writes: bool) -> None:
+    """`trained`: needs a chat template where it writes text; `writes`: needs to be a language model."""
     if path.endswith(".gguf"):
         if not Path(path).expanduser().is_file():
             raise ModelError(f"model.path = {path}: no such file; check the path (it is relative to {Path.cwd()})")
         return
-    from app.models.load import check_model_folder  # loads transformers, which the built-in models do not need yet
+    # loads transformers, which the built-in models do not need yet
+    from app.models.load import check_model_folder, writes_text
 
-    check_model_folder(path, chat_template=trained)
+    check_model_folder(path, chat_template=False)
+    language_model = not Path(path).expanduser().is_dir() or writes_text(Path(path).expanduser())
+    if writes and not language_model:
+        raise ModelError(f"model.path = {path}: a reward model or an encoder writes no answers; name a causal language model")
+    check_model_folder(path, chat_template=trained and language_model)
+
+
+def _check_critic(path: str) -> None:
+    from app.models.load import is_encoder
+
+    if Path(path).expanduser().is_dir() and is_encoder(Path(path).expanduser()):
+        raise ModelError(
+            f"reward.path = {path}: it is an encoder, and PPO's critic starts from the reward model's decoder; "
+            "train a reward model from a causal language model with `corral rm`"
+        )
 
 
 def read_data(recipe: Recipe, command: str, run: RunFolder) -> Corpus:

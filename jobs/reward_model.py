@@ -22,7 +22,8 @@ def run(recipe: Recipe) -> None:
 COMMAND = Command(
     purpose="train a reward model on ranked answers",
     details=(
-        "Reads ranked answers (data.path) and an SFT model (model.path; the embedded model goes through SFT first).\n"
+        "Reads ranked answers (data.path) and an SFT model (model.path; the embedded model goes through SFT first). model.path may\n"
+        "also be an encoder such as DeBERTa, or a reward model, which is trained further.\n"
         "Leaves run.dir/rm/model, a sequence-classification folder whose config holds reward_offset."
     ),
     example="corral rm jobs/recipes/tiny/rm.toml --model.path=runs/demo/sft/model",

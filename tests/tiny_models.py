@@ -7,7 +7,18 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    ElectraConfig,
+    ElectraForPreTraining,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from app.models.heads import init_reward_model, save_reward_model
 
@@ -94,6 +105,30 @@ def make_llama(folder: Path, *, seed: int = 0) -> str:
     )
     torch.manual_seed(seed)
     return _save(LlamaForCausalLM(config), folder)
+
+
+ENCODER_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+
+
+def make_bert(folder: Path, *, seed: int = 0) -> str:
+    """A BERT masked LM, which has no pooler; with dropout in its config."""
+    torch.manual_seed(seed)
+    return _save(BertForMaskedLM(BertConfig(**ENCODER_SHAPE)), folder)
+
+
+def make_electra(folder: Path, *, seed: int = 0) -> str:
+    """An ELECTRA discriminator with narrower embeddings; with dropout in its config."""
+    torch.manual_seed(seed)
+    return _save(ElectraForPreTraining(ElectraConfig(**ENCODER_SHAPE, embedding_size=16)), folder)
 
 
 def make_reward_model(folder: Path, causal_lm: str, *, seed: int = 0, reward_offset: float = 0.0) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from app.config.shared import DeepSpeedConfig, OptimizerConfig, WorkersConfig
@@ -88,7 +90,13 @@ class RewardModelConfig(TrainingConfig):
 
     max_replies: int = Field(5, ge=2)
     """Replies per group; the best-ranked ones are kept."""
+    loss: Literal["group", "pairs"] = "group"
+    """What weighs the same: every group (mean over its pairs, then over groups), or every pair of an optimizer step."""
+    margin: float = Field(0.0, ge=0)
+    """Lead that the loss asks of a reply over the one ranked next, and twice as much over the one after that."""
     score_l2: float = Field(0.001, ge=0)
     """Weight of the squared scores in the loss, which keeps them near 0."""
+    pooling: Literal["last", "mean"] = "last"
+    """What a score is read from: the last token, or the mean over all tokens. Plain transformers reads the last token of either."""
     offset_samples: int = Field(128, ge=1)
-    """Answers of the SFT model whose mean score becomes `reward_offset`."""
+    """Answers of the SFT model whose mean score becomes `reward_offset` (of a model that writes none: training groups)."""

@@ -10,9 +10,11 @@ from itertools import combinations
 from typing import TypeVar
 
 import numpy as np
+import torch
 
 from app.errors import DataError
 from app.formats.records import Message, RankedGroup
+from app.numerics import ranking_metrics, ranking_sums
 
 T = TypeVar("T")
 
@@ -25,14 +27,22 @@ def pair_accuracy(scores: Sequence[Sequence[float]]) -> float:
     return sum(wins) / len(wins)
 
 
-def length_baseline(train: Iterable[RankedGroup], validation: Iterable[RankedGroup]) -> float:
-    """Pair accuracy on `validation` of "the longer reply wins" (characters), or of its opposite where that does better on `train`."""
-    sign = 1.0 if _length_accuracy(train) >= 0.5 else -1.0
-    return pair_accuracy([[sign * len(reply) for reply in group.replies] for group in validation])
+def length_baseline(train: Iterable[RankedGroup], validation: Iterable[RankedGroup]) -> dict[str, float]:
+    """How well "the longer reply is better" (characters) orders `validation`, or its opposite where that orders `train` better.
+
+    pair_accuracy, best_vs_worst, kendall_tau and spearman as in `app.numerics.ranking_metrics`. Raises DataError without groups.
+    """
+    sign = 1.0 if _length_metrics(train, 1.0)["pair_accuracy"] >= 0.5 else -1.0
+    return _length_metrics(validation, sign)
 
 
-def _length_accuracy(groups: Iterable[RankedGroup]) -> float:
-    return pair_accuracy([[float(len(reply)) for reply in group.replies] for group in groups])
+def _length_metrics(groups: Iterable[RankedGroup], sign: float) -> dict[str, float]:
+    lengths = [[sign * len(reply) for reply in group.replies] for group in groups]
+    if not lengths:
+        raise DataError("no ranked groups to compare; the data needs prompts with two or more ranked replies")
+    lengths_N = torch.tensor([length for of_group in lengths for length in of_group])
+    metrics = ranking_metrics(ranking_sums(lengths_N, [len(of_group) for of_group in lengths]))
+    return {name: metrics[name] for name in ("pair_accuracy", "best_vs_worst", "kendall_tau", "spearman")}
 
 
 def bag_of_words_baseline(train: Sequence[RankedGroup], validation: Sequence[RankedGroup], *, steps: int = 300, l2: float = 1e-3) -> float:

@@ -46,10 +46,12 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, *, oasst: bool) -> int
     separator and padding tokens of its family (which its name tells), and a padding token other than eos. What the tokenizer
     names itself stays. Returns how many tokens were added (the model's embeddings may have to grow).
 
-    Raises ModelError when the tokenizer has no eos token, and no known family with one.
+    Where there is still no eos token, the separator ends a turn (encoders). Raises ModelError when the tokenizer has neither.
     """
     before = len(tokenizer)
     _complete_from_family(tokenizer)
+    if not tokenizer.eos_token:
+        tokenizer.eos_token = tokenizer.sep_token
     if not tokenizer.eos_token:
         raise ModelError(
             f"tokenizer {tokenizer.name_or_path}: no eos token, so answers could not end, and no known family by its name "

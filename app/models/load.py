@@ -8,16 +8,27 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from app.config.shared import ModelConfig
 from app.data.templates import OASST_TOKENS, prepare_tokenizer
 from app.errors import ModelError, first_line
 from app.models.embedded import EMBEDDING_MULTIPLE, build_embedded
 from app.models.gguf import PACKAGED, convert_gguf, packaged_gguf
+from app.models.open_assistant import OpenAssistantConfig, load_open_assistant
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -67,7 +78,7 @@ def _complete(path: str, config: ModelConfig, target: Path, for_oasst: bool) -> 
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     if len(tokenizer) > rows or not Path(path).is_dir():
-        model = load_causal_lm(path, config.precision, config.trust_remote_code)
+        model = _load_whole(path, config.precision, config.trust_remote_code)
         if len(tokenizer) > rows:
             model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=EMBEDDING_MULTIPLE)
         model.save_pretrained(target)
@@ -79,6 +90,18 @@ def _complete(path: str, config: ModelConfig, target: Path, for_oasst: bool) -> 
             file.unlink()  # the completed tokenizer replaces these links, not what they point to
     tokenizer.save_pretrained(target)
     return str(target)
+
+
+def _load_whole(path: str, precision: Literal["fp32", "bf16", "fp16"], trust_remote_code: bool) -> PreTrainedModel:
+    """With all weights of the folder and no head that it lacks, so that saving the model copies the folder. Raises ModelError."""
+    config = load_config(path, trust_remote_code)
+    if isinstance(config, OpenAssistantConfig):
+        return load_open_assistant(path, config, DTYPES[precision])
+    classifier = _is_classifier(config.architectures)
+    if not classifier and config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return load_causal_lm(path, precision, trust_remote_code)
+    kind = AutoModelForSequenceClassification if classifier else AutoModel
+    return kind.from_pretrained(path, config=config, dtype=DTYPES[precision], trust_remote_code=trust_remote_code)
 
 
 def _existing(path: Path) -> Path:
@@ -106,6 +129,31 @@ def check_model_folder(path: str | Path, *, chat_template: bool = True) -> None:
         raise ModelError(f"model {path}: no tokenizer; save it there with tokenizer.save_pretrained({str(path)!r})")
     if chat_template and not _has_chat_template(folder):
         raise ModelError(f"model {path}: its tokenizer has no chat template; run `corral sft` on it first, or save one with it")
+
+
+def is_encoder(path: str | Path) -> bool:
+    """Whether the model reads a text from both sides (BERT, ELECTRA, DeBERTa): it writes none, and no critic can start from it."""
+    return _stored_config(path).get("model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def writes_text(path: str | Path) -> bool:
+    """Whether the model may be a language model that answers: it is neither a reward model nor an encoder."""
+    config = _stored_config(path)
+    reward_model = config.get("model_type") == OpenAssistantConfig.model_type or _is_classifier(config.get("architectures"))
+    return not reward_model and not is_encoder(path)
+
+
+def _is_classifier(architectures: list[str] | None) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in architectures or ())
+
+
+def _stored_config(path: str | Path) -> dict[str, Any]:
+    """What config.json says, by which no code of the folder is run."""
+    try:
+        config: dict[str, Any] = PretrainedConfig.get_config_dict(str(path))[0]
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {path}: its config cannot be read ({first_line(error)}); check model.path or the network") from error
+    return config
 
 
 def _missing_weights(folder: Path) -> str | None:

@@ -11,14 +11,14 @@ from typing import Any
 from app.config.loading import with_values
 from app.config.recipe import Recipe
 from app.data.corpus import Corpus
-from app.models.load import seen_from_anywhere
+from app.models.load import seen_from_anywhere, writes_text
 from app.report import write_report
 from app.run_folder import MODEL, RunFolder
 from app.stages.evaluate import answer, compare, write_examples
 from app.stages.interruption import raise_unserved
 from app.stages.ppo import PromptSets, StartScoring, gold_of, open_pool, prompt_sets, train_ppo
 from app.stages.preparation import prepare
-from app.stages.reward_model import set_reward_offset, train_reward_model
+from app.stages.reward_model import set_reward_offset, train_reward_model, training_replies
 from app.stages.sft import train_sft
 from app.tracking import RunTracker
 from app.workers.memory import PeakMemory, raylet_pids
@@ -65,13 +65,17 @@ class Pipeline:
         return self.sft() if self.recipe.model.path == "embedded" else self.prepared.model_path
 
     def reward_model(self, sft_path: str) -> str:
-        """Train the reward model and centre its scores on the SFT model's own answers; returns its folder."""
+        """Train the reward model and centre its scores on the SFT model's own answers; returns its folder.
+
+        A model that writes none (an encoder, a reward model that is trained further) is centred on replies of its training data.
+        """
+        answers = writes_text(sft_path)
 
         def train() -> dict[str, Any]:
-            if engines_load_early(self.recipe):
+            if answers and engines_load_early(self.recipe):
                 self.engines(sft_path)  # they load while the reward model trains
             results = train_reward_model(self.recipe, self.run, self.tracker, self.prepared, sft_path=sft_path)
-            return results | {"reward_offset": self._centre(self.engines(sft_path))}
+            return results | {"reward_offset": self._centre(self.engines(sft_path) if answers else None)}
 
         return self._once("rm", train)
 
@@ -119,14 +123,19 @@ class Pipeline:
         write_report(self.run.path)
         return summary
 
-    def _centre(self, pool: VllmRolloutPool) -> float:
-        prompts = self.prompts.train.prompts[: self.recipe.rm.offset_samples]
-        self.tracker.note(f"rm: scoring {len(prompts)} answers of the SFT model, whose mean becomes the zero of the reward")
-        pool.ready()
-        answers = pool.submit(prompts, seed=self.recipe.run.seed).result()
+    def _centre(self, pool: VllmRolloutPool | None) -> float:
+        limit = self.recipe.rm.offset_samples
+        if pool is None:
+            self.tracker.note(f"rm: scoring the replies of {limit} training groups, whose mean becomes the zero of the reward")
+            sequences = training_replies(self.run, limit)
+        else:
+            prompts = self.prompts.train.prompts[:limit]
+            self.tracker.note(f"rm: scoring {len(prompts)} answers of the SFT model, whose mean becomes the zero of the reward")
+            pool.ready()
+            sequences = [rollout.sequence for rollout in pool.submit(prompts, seed=self.recipe.run.seed).result()]
         return set_reward_offset(
             self.run.stage("rm") / "model",
-            [rollout.sequence for rollout in answers],
+            sequences,
             self.recipe.rm.workers,
             deadline_seconds=self.recipe.run.deadline_seconds,
             trust_remote_code=self.recipe.model.trust_remote_code,

@@ -12,6 +12,7 @@ import ray
 from app.config.recipe import Recipe
 from app.config.shared import WorkersConfig
 from app.data.baselines import length_baseline
+from app.data.corpus import Corpus
 from app.data.encoding import Cuts, encode_groups
 from app.data.mixture import Mixture
 from app.data.reshaping import with_worst_reply
@@ -33,9 +34,10 @@ from app.workers.processes import process_options
 def train_reward_model(recipe: Recipe, run: RunFolder, tracker: RunTracker, prepared: Prepared, *, sft_path: str) -> dict[str, Any]:
     """Train on the trunk of `sft_path` and leave `DIR/rm/model`, its reward_offset still 0; returns the results, for the caller to commit.
 
-    An unfinished stage goes on from its last checkpoint. Results, on held-out groups:
-    pair_accuracy, best_vs_worst, length_baseline (pair accuracy of reply length, oriented on the training groups), loss,
-    score_mean, score_std, loss_before; and steps, tokens, tokens_per_second, train_seconds; of both sides, truncated (groups that lost
+    An unfinished stage goes on from its last checkpoint. Results, on held-out groups: loss, loss_before, the metrics of
+    `app.numerics.ranking_metrics` with raw scores, and what reply length alone would get, oriented on the training groups:
+    length_baseline (pair accuracy), length_best_vs_worst, length_kendall_tau, length_spearman; where there are several data sets, the
+    same of each set under `NAME/`; then steps, tokens, tokens_per_second, train_seconds; of both sides, truncated (groups that lost
     tokens) and left_out (groups whose replies the cut made the same).
     Raises DataError without groups on either side of the split, and what `app.workers.training.fit` raises.
     """
@@ -51,8 +53,21 @@ def train_reward_model(recipe: Recipe, run: RunFolder, tracker: RunTracker, prep
     mixture = Mixture.of(read_groups(data / TRAIN_FILE).datasets, corpus.settings)
     task = RewardModelTask(data, sft_path, seed, recipe.model.trust_remote_code, recipe.rm, multiple=recipe.data.pad_to_multiple)
     result = train(task, recipe.rm, recipe, mixture=mixture, folder=run.stage("rm"), tracker=tracker)
-    baseline = length_baseline(_best_replies(corpus.train.groups, limit), _best_replies(corpus.validation.groups, limit))
-    return {**result.after, "loss_before": result.before["loss"], "length_baseline": baseline} | speed(result) | cuts.as_dict()
+    baselines = _length_baselines(corpus, limit)
+    return {**result.after, "loss_before": result.before["loss"], **baselines} | speed(result) | cuts.as_dict()
+
+
+def _length_baselines(corpus: Corpus, limit: int) -> dict[str, float]:
+    """What reply length alone would get on held-out groups and, where there are several data sets, on those of each."""
+    found: dict[str, float] = {}
+    sets = sorted({group.dataset for group in corpus.validation.groups})
+    for prefix, dataset in [("", None), *((f"{name}/", name) for name in sets if len(sets) > 1)]:
+        sides = ([group for group in side.groups if dataset in (None, group.dataset)] for side in (corpus.train, corpus.validation))
+        train_groups, held_out = (_best_replies(groups, limit) for groups in sides)
+        baseline = length_baseline(train_groups, held_out)
+        found[f"{prefix}length_baseline"] = baseline.pop("pair_accuracy")
+        found |= {f"{prefix}length_{name}": value for name, value in baseline.items()}
+    return found
 
 
 def set_reward_offset(
@@ -64,8 +79,8 @@ def set_reward_offset(
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     trust_remote_code: bool = False,
 ) -> float:
-    """Make the mean score of `sequences` (prompt + answer of the SFT model, int32 [S] each) 0: store their mean raw score as
-    `reward_offset` in the folder's config.json, in one step, and return it.
+    """Make the mean score of `sequences` (prompt + answer, int32 [S] each) 0: store their mean raw score as `reward_offset` in
+    the folder's config.json, in one step, and return it.
 
     Scores are computed in a Ray task with the resources of one of `workers`. Raises CorralError or DeadlineError.
     """
@@ -75,6 +90,11 @@ def set_reward_offset(
     file = model_folder / "config.json"
     write_json(file, read_json(file) | {"reward_offset": offset})
     return offset
+
+
+def training_replies(run: RunFolder, limit: int) -> list[IntArray]:
+    """Prompt + reply, int32 [S] each, of the first `limit` groups that the reward model was trained on."""
+    return [sequence for group in read_groups(run.stage("rm") / "data" / TRAIN_FILE)[:limit] for sequence in group.sequences]
 
 
 def _best_replies(groups: Iterable[RankedGroup], limit: int) -> Iterator[RankedGroup]:

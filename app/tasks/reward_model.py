@@ -23,7 +23,7 @@ from app.models.heads import init_reward_model, load_reward_model, save_reward_m
 from app.models.load import load_tokenizer
 from app.models.residual_dropout import add_residual_dropout
 from app.models.trainable import choose_trainable
-from app.numerics.preference import best_worst_hits, group_bradley_terry_loss, pair_hits
+from app.numerics import group_bradley_terry_loss, pair_bradley_terry_loss, ranking_metrics, ranking_sums
 
 SCORING_TOKENS = 8192
 """Tokens (with padding) of one forward pass when the offset is measured."""
@@ -43,7 +43,7 @@ class SequenceScores(nn.Module):
 
 @dataclass(frozen=True)
 class RewardModelTask:
-    """`SupervisedTask` over the parquet files in `data`. The loss is the mean over all groups of an optimizer step."""
+    """`SupervisedTask` over the parquet files in `data`. The loss is the mean over all groups, or all pairs, of an optimizer step."""
 
     data: Path
     sft_path: str
@@ -54,7 +54,7 @@ class RewardModelTask:
     multiple: int = LENGTH_MULTIPLE
 
     def build_model(self) -> nn.Module:
-        model = init_reward_model(self.sft_path, seed=self.seed, trust_remote_code=self.trust_remote_code)
+        model = init_reward_model(self.sft_path, seed=self.seed, pooling=self.config.pooling, trust_remote_code=self.trust_remote_code)
         choose_trainable(model, self.config, seed=self.seed)
         add_residual_dropout(model, self.config.residual_dropout, lima=self.config.residual_dropout_lima)
         return SequenceScores(model)
@@ -69,38 +69,28 @@ class RewardModelTask:
         return sum(len(sequence) for sequence in row.sequences)
 
     def weight(self, row: GroupRow) -> int:
-        return 1
+        replies = len(row.sequences)
+        return 1 if self.config.loss == "group" else replies * (replies - 1) // 2
 
     def loss(self, engine: Any, rows: Sequence[GroupRow], device: torch.device) -> torch.Tensor:
         batch = collate_groups(rows, device, multiple=self.multiple)
-        scores_N = engine(batch.ids_NS, batch.attention_NS)
-        return group_bradley_terry_loss(scores_N, batch.group_sizes, score_l2=self.config.score_l2, num_groups=1)
+        return self._loss(engine(batch.ids_NS, batch.attention_NS), batch.group_sizes)
 
     def evaluate(self, engine: Any, rows: Sequence[GroupRow], device: torch.device) -> dict[str, float]:
         batch = collate_groups(rows, device, multiple=self.multiple)
         scores_N = engine(batch.ids_NS, batch.attention_NS).cpu()
-        hits, pairs = pair_hits(scores_N, batch.group_sizes)
-        best_hits, groups = best_worst_hits(scores_N, batch.group_sizes)
-        return {
-            "loss": float(group_bradley_terry_loss(scores_N, batch.group_sizes, score_l2=self.config.score_l2, num_groups=1)),
-            "hits": hits,
-            "pairs": pairs,
-            "best_hits": best_hits,
-            "groups": groups,
-            "scores": float(scores_N.sum()),
-            "squares": float(scores_N.square().sum()),
-            "replies": len(scores_N),
-        }
+        return {"loss": float(self._loss(scores_N, batch.group_sizes)), **ranking_sums(scores_N, batch.group_sizes)}
 
     def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
-        mean = sums["scores"] / sums["replies"]
-        return {
-            "loss": sums["loss"] / sums["groups"],
-            "pair_accuracy": sums["hits"] / sums["pairs"],
-            "best_vs_worst": sums["best_hits"] / sums["groups"],
-            "score_mean": mean,
-            "score_std": max(0.0, sums["squares"] / sums["replies"] - mean**2) ** 0.5,
-        }
+        weights = sums["groups"] if self.config.loss == "group" else sums["pairs"]
+        return {"loss": sums["loss"] / weights, **ranking_metrics(sums)}
+
+    def _loss(self, scores_N: torch.Tensor, group_sizes: Sequence[int]) -> torch.Tensor:
+        """Summed over what `weight` counts."""
+        terms = {"score_l2": self.config.score_l2, "margin": self.config.margin}
+        if self.config.loss == "group":
+            return group_bradley_terry_loss(scores_N, group_sizes, num_groups=1, **terms)
+        return pair_bradley_terry_loss(scores_N, group_sizes, num_pairs=1, **terms)
 
     def export(self, model: nn.Module, folder: Path) -> None:
         assert isinstance(model, SequenceScores)

@@ -45,7 +45,7 @@ class SupervisedTask(Protocol):
         ...
 
     def weight(self, row: Any) -> int:
-        """The row's share of the loss denominator: target tokens (SFT), or 1 (a ranked group)."""
+        """The row's share of the loss denominator: target tokens (SFT), 1 or its pairs (a ranked group)."""
         ...
 
     def loss(self, engine: Any, rows: Sequence[Any], device: torch.device) -> torch.Tensor:

@@ -28,7 +28,7 @@ from tests.e2e.command import SHRUNKEN, run
 
 
 def test_summary_has_what_tools_rely_on(summary: dict[str, Any]) -> None:
-    assert {"pair_accuracy", "length_baseline", "reward_offset"} <= set(summary["rm"])
+    assert {"pair_accuracy", "kendall_tau", "score_gap", "calibration_error", "length_baseline", "reward_offset"} <= set(summary["rm"])
     assert {"reward_before", "reward_after", "gold_before", "gold_after", "gold_gain", "win_rate", "kl"} <= set(summary["ppo"])
     for name in ("gold_gain", "win_rate", "reward_after"):
         interval = summary["ppo"][name]

@@ -203,7 +203,12 @@ def test_reward_model_learns_the_ranking(sft: SftRun, prepared: Prepared) -> Non
     assert results["pair_accuracy"] >= 0.9
     assert results["best_vs_worst"] >= 0.9
     assert results["loss"] < results["loss_before"]
-    assert 0.0 <= results["length_baseline"] <= 1.0
+    assert results["kendall_tau"] >= 0.8
+    assert results["score_gap"] == pytest.approx(results["best_score"] - results["worst_score"])
+    assert {"eval_kendall_tau", "eval_spearman", "eval_calibration_error", "eval_mean_p_chosen"} <= curve.names
+    # 11, 11 and 3 characters
+    by_length = {"length_baseline": 2.5 / 3, "length_best_vs_worst": 1.0, "length_kendall_tau": 2 / 6**0.5, "length_spearman": 1.5 / 3**0.5}
+    assert {name: results[name] for name in by_length} == pytest.approx(by_length)
 
     sequences = [np.array([2, 72, 105, 1, 3, *range(40, 40 + length), 1], np.int32) for length in (3, 9, 5)]
     offset = set_reward_offset(model, sequences, WorkersConfig(cpus=0.5), deadline_seconds=120)

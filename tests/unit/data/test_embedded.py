@@ -87,7 +87,7 @@ def test_follow_up_turns_exist(corpus: Corpus) -> None:
 
 
 def test_nothing_in_a_reply_alone_tells_its_grade(corpus: Corpus) -> None:
-    assert abs(length_baseline(corpus.train.groups, corpus.validation.groups) - 0.5) < 0.05
+    assert abs(length_baseline(corpus.train.groups, corpus.validation.groups)["pair_accuracy"] - 0.5) < 0.05
     assert abs(bag_of_words_baseline(corpus.train.groups, corpus.validation.groups) - 0.5) < 0.05
 
 

@@ -152,6 +152,25 @@ def test_incomplete_models(refused: Refused, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_models_that_cannot_do_what_a_command_needs(refused: Refused, data: Callable[..., str], tmp_path: Path) -> None:
+    """An encoder and a reward model write no answers; `corral rm` alone starts from them, without a chat template too."""
+    run = f"--run.dir={tmp_path / 'run'}"
+    whole = model_folder(tmp_path / "whole")
+    encoder, reward_model, released = (model_folder(tmp_path / name, template=False) for name in ("encoder", "rm", "released"))
+    (Path(encoder) / "config.json").write_text('{"model_type": "deberta-v2"}')
+    (Path(reward_model) / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}')
+    (Path(released) / "config.json").write_text('{"model_type": "gpt_neox_reward_model"}')
+    for path in (encoder, reward_model, released):
+        for command in ("sft", "pipeline", "ppo", "serve"):
+            assert "writes no answers" in refused(command, TINY, f"--model.path={path}", f"--reward.path={reward_model}", run)
+        unranked = data(*(json.dumps(tree(number, 1)) for number in range(20)))
+        error = refused("rm", TINY, f"--model.path={path}", f"--data.path={unranked}", f"--run.dir={path}.run")
+        assert "ranked" in error, "the model was accepted: the data is read after it is checked"
+    for command in ("ppo", "tune"):
+        assert "PPO's critic" in refused(command, TINY, f"--model.path={whole}", f"--reward.path={encoder}", run)
+    assert not (tmp_path / "run").exists()
+
+
 def test_sequences_longer_than_the_model_takes(refused: Refused, tmp_path: Path) -> None:
     error = refused("sft", TINY, "--data.max_length=600", f"--run.dir={tmp_path / 'run'}")
     assert "data.max_length = 600 tokens, and the model's context is 512" in error

@@ -23,6 +23,18 @@ def random_sequences(lengths: tuple[int, ...] = (7, 1, 12, 2)) -> list[np.ndarra
     return [generator.integers(4, VOCABULARY, length).astype(np.int32) for length in lengths]
 
 
+def pad_left(sequences: list[np.ndarray], token: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
+    ids_BS, attention_BS = (part.flip(1) for part in pad_sequences([ids[::-1].copy() for ids in sequences]))
+    return ids_BS.masked_fill(~attention_BS, token), attention_BS
+
+
+def mean_pooled(folders: tuple[str, str], folder: Path) -> str:
+    """The reward model of `folders`, reading the mean instead."""
+    model = init_reward_model(folders[0], seed=3, pooling="mean")
+    save_reward_model(model, make_tokenizer(), folder, OFFSET)
+    return str(folder)
+
+
 @pytest.fixture(scope="module", params=[make_neox, make_llama], ids=["neox", "llama"])
 def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A causal LM and a reward model on its trunk."""
@@ -54,8 +66,8 @@ def test_scores_do_not_depend_on_padding(folders: tuple[str, str]) -> None:
     ids_BS, attention_BS = pad_sequences(sequences)
     other_padding = ids_BS.masked_fill(~attention_BS, 200)
     torch.testing.assert_close(sequence_scores(model, other_padding, attention_BS), together, atol=1e-5, rtol=0)
-    left_ids = torch.cat([torch.full((1, 5), 9), ids_BS[:1, :7]], dim=1)
-    torch.testing.assert_close(sequence_scores(model, left_ids, torch.arange(12)[None] >= 5), together[:1], atol=1e-5, rtol=0)
+    left = pad_left(sequences)
+    torch.testing.assert_close(sequence_scores(model, *left), together, atol=1e-5, rtol=0)
 
 
 def test_the_folder_holds_all_that_a_scorer_needs(folders: tuple[str, str]) -> None:
@@ -124,3 +136,67 @@ def test_every_parameter_of_the_critic_learns_and_reloads(folders: tuple[str, st
     assert (copy(ids_BS, attention_BS) == 0).all()
     copy.load_state_dict(critic.state_dict())
     torch.testing.assert_close(copy(ids_BS, attention_BS), critic(ids_BS, attention_BS))
+
+
+@torch.no_grad()
+def test_mean_pooling_reads_every_attended_token_alike(folders: tuple[str, str], tmp_path: Path) -> None:
+    model = load_reward_model(mean_pooled(folders, tmp_path / "rm"))
+    assert json.loads((tmp_path / "rm" / "config.json").read_text())["pooling"] == "mean"
+    sequences = random_sequences()
+    literal = []
+    for ids in sequences:
+        hidden_SH = model.base_model(torch.from_numpy(ids.astype(np.int64))[None]).last_hidden_state[0]
+        literal.append(sum(hidden_SH[s] @ model.score.weight[0] for s in range(len(ids))) / len(ids))
+    expected = torch.stack(literal)
+    assert (expected - sequence_scores(load_reward_model(folders[1]), *pad_sequences(sequences))).abs().max() > 0.05
+    torch.testing.assert_close(sequence_scores(model, *pad_sequences(sequences)), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(sequence_scores(model, *pad_left(sequences)), expected, atol=1e-5, rtol=0)
+
+
+def test_mean_pooling_sends_gradients_to_every_token(folders: tuple[str, str]) -> None:
+    model = init_reward_model(folders[0], seed=3, pooling="mean")
+    ids_BS, attention_BS = pad_sequences(random_sequences())
+    sequence_scores(model, ids_BS, attention_BS).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    rows_V = model.get_input_embeddings().weight.grad.abs().sum(1)
+    assert (rows_V[ids_BS[attention_BS]] > 0).all()
+
+
+@torch.no_grad()
+def test_a_critic_from_a_mean_pooled_model_values_each_prefix_as_the_scorer_does(folders: tuple[str, str], tmp_path: Path) -> None:
+    path = mean_pooled(folders, tmp_path / "rm")
+    ids = random_sequences((9,))[0]
+    prefixes = pad_sequences([ids[: end + 1] for end in range(len(ids))])
+    scores_S = sequence_scores(load_reward_model(path), *prefixes) - OFFSET
+    critic = ValueModel.from_reward_model(path).eval()
+    for pad in (pad_sequences, pad_left):
+        ids_BS, attention_BS = pad([random_sequences((12,))[0], ids])
+        torch.testing.assert_close(critic(ids_BS, attention_BS)[1][attention_BS[1]], scores_S, atol=1e-5, rtol=0)
+
+
+def test_a_reward_model_is_trained_further_with_its_own_head(folders: tuple[str, str], tmp_path: Path) -> None:
+    again = init_reward_model(folders[1], seed=99)
+    assert torch.equal(again.score.weight, load_reward_model(folders[1]).score.weight)
+    assert reward_offset(again) == 0.0
+    with pytest.raises(ModelError, match=r"trained with pooling = last; set rm\.pooling = last"):
+        init_reward_model(folders[1], seed=0, pooling="mean")
+    with pytest.raises(ModelError, match="trained with pooling = mean"):
+        init_reward_model(mean_pooled(folders, tmp_path / "rm"), seed=0)
+
+
+def test_an_unknown_pooling_is_refused(folders: tuple[str, str], tmp_path: Path) -> None:
+    folder = Path(mean_pooled(folders, tmp_path / "rm"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pooling": "max"}))
+    with pytest.raises(ModelError, match="'max'"):
+        load_reward_model(str(folder))
+
+
+def test_a_trunk_with_holes_is_refused(folders: tuple[str, str], tmp_path: Path) -> None:
+    model = load_reward_model(folders[1])
+    state = {name: tensor for name, tensor in model.state_dict().items() if "norm" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    make_tokenizer().save_pretrained(tmp_path)
+    for load in (load_reward_model, lambda path: init_reward_model(path, seed=0)):
+        with pytest.raises(ModelError, match=r"no weights for .*norm"):
+            load(str(tmp_path))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from app.numerics import best_worst_hits, group_bradley_terry_loss, pair_hits, ranked_pairs
+from app.numerics import group_bradley_terry_loss, pair_bradley_terry_loss, ranked_pairs
 
 SIZES = [3, 2, 5, 4]
 
@@ -18,7 +18,8 @@ def scores() -> torch.Tensor:
 def test_pairs_stay_in_their_group_and_each_group_weighs_one() -> None:
     pairs = ranked_pairs(SIZES)
     group_N = torch.repeat_interleave(torch.arange(len(SIZES)), torch.tensor(SIZES))
-    assert (group_N[pairs.better_P] == group_N[pairs.worse_P]).all()
+    assert (group_N[pairs.better_P] == pairs.group_P).all()
+    assert (group_N[pairs.worse_P] == pairs.group_P).all()
     assert (pairs.better_P < pairs.worse_P).all()
     assert len({*zip(pairs.better_P.tolist(), pairs.worse_P.tolist(), strict=True)}) == 3 + 1 + 10 + 6
     weights_G = torch.zeros(len(SIZES)).index_add(0, group_N[pairs.better_P], pairs.group_weights_P)
@@ -35,6 +36,25 @@ def test_parts_of_a_step_add_up_whatever_the_split() -> None:
     ]
     torch.testing.assert_close(sum(parts), whole)
     torch.testing.assert_close(torch.autograd.grad(sum(parts), scores_N)[0], expected)
+
+
+def test_every_pair_weighs_the_same_whatever_its_group() -> None:
+    scores_N = scores()
+    parts = [
+        pair_bradley_terry_loss(scores_N[a:b], sizes, score_l2=0.01, num_pairs=20, margin=0.1)
+        for a, b, sizes in [(0, 3, SIZES[:1]), (3, 10, SIZES[1:3]), (10, 14, SIZES[3:])]
+    ]
+    torch.testing.assert_close(sum(parts), pair_bradley_terry_loss(scores_N, SIZES, score_l2=0.01, num_pairs=20, margin=0.1))
+    by_group = [
+        pairs * group_bradley_terry_loss(part_N, [size], score_l2=0.01, num_groups=20, margin=0.1)
+        for pairs, size, part_N in zip((3, 1, 10, 6), SIZES, scores_N.split(SIZES), strict=True)
+    ]
+    torch.testing.assert_close(sum(by_group), sum(parts))
+
+
+def test_evenly_spaced_scores_keep_every_margin_at_once() -> None:
+    spaced_N = torch.tensor([3.0, 2.0, 1.0, 0.0])
+    torch.testing.assert_close(pair_bradley_terry_loss(spaced_N, [4], score_l2=0.0, num_pairs=6, margin=1.0), torch.tensor(2.0).log())
 
 
 def test_order_of_groups_does_not_matter() -> None:
@@ -68,19 +88,9 @@ def test_far_scores_stay_finite() -> None:
     assert scores_N.grad.tolist() == [-1.0, 1.0]
 
 
-def test_a_constant_scorer_is_right_half_the_time() -> None:
-    correct, pairs = pair_hits(torch.zeros(sum(SIZES)), SIZES)
-    assert correct / pairs == 0.5
-    correct, groups = best_worst_hits(torch.zeros(sum(SIZES)), SIZES)
-    assert correct / groups == 0.5
-    assert pair_hits(-torch.arange(14.0), SIZES) == (20.0, 20)
-    assert pair_hits(torch.arange(14.0), SIZES) == (0.0, 20)
-
-
 @pytest.mark.parametrize("sizes", [[3, 1], [], [3, 3]], ids=["one reply", "no group", "too many scores asked"])
 def test_groups_that_cannot_be_ranked(sizes: list[int]) -> None:
-    for function in (pair_hits, best_worst_hits):
-        with pytest.raises(ValueError, match="replies"):
-            function(torch.zeros(4), sizes)
     with pytest.raises(ValueError, match="replies"):
         group_bradley_terry_loss(torch.zeros(4), sizes, score_l2=0.0, num_groups=1)
+    with pytest.raises(ValueError, match="replies"):
+        pair_bradley_terry_loss(torch.zeros(4), sizes, score_l2=0.0, num_pairs=1)
