@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 CHECKPOINT_TAG = "engine"
+RANDOM_FILE = "random-{rank:05d}.pt"
 
 
 def deepspeed_config(
@@ -181,15 +182,25 @@ def full_weights(engine: DeepSpeedEngine) -> Iterator[None]:
 
 
 def save_engine(engine: DeepSpeedEngine, folder: Path, state: Mapping[str, Any]) -> None:
-    """Write weights, optimizer, schedule and `state` under `folder`. Collective; every worker writes its own shards."""
+    """Write weights, optimizer, schedule, rank 0's `state` and the random state of every worker under `folder`, which all of them share.
+
+    Collective; every worker writes its own shards.
+    """
     engine.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, client_state=dict(state))
+    random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+    torch.save(random, folder / RANDOM_FILE.format(rank=engine.global_rank))
 
 
 def load_engine(engine: DeepSpeedEngine, folder: Path) -> dict[str, Any]:
     """Restore what `save_engine` wrote and return its `state`. Collective. Raises CheckpointError if a part is missing."""
     path, state = engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
-    if path is None:
+    random_file = folder / RANDOM_FILE.format(rank=engine.global_rank)
+    if path is None or not random_file.is_file():
         raise CheckpointError(f"{folder}: no complete DeepSpeed checkpoint for {engine.dp_world_size} workers; delete it to start over")
+    random = torch.load(random_file, weights_only=True)
+    torch.set_rng_state(random["cpu"])
+    if random["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(random["cuda"])
     return dict(state)
 
 

@@ -74,6 +74,7 @@ class TrainingJob:
     seed: int
     steps: int
     model_folder: Path
+    checkpoint_folder: Path
     events: EventSender
 
 
@@ -97,6 +98,6 @@ class TrainingResult:
 class WorkerOutcome:
     """How the workers ended, the same on every rank: with a result, an error they all saw, or (neither) asked to stop after `steps`."""
 
-    steps: int
+    steps: int = 0
     result: TrainingResult | None = None
     error: CorralError | None = None
