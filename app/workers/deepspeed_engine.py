@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
+from app.config.deepspeed_presets import merge
 from app.config.shared import DeepSpeedConfig, OptimizerConfig
 from app.errors import CheckpointError, ConfigError
 
@@ -43,9 +44,9 @@ def deepspeed_config(
         )
     zero: dict[str, Any] = {"stage": ds.zero_stage}
     if ds.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu"}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if ds.offload_parameters:
-        zero["offload_param"] = {"device": "cpu"}
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
@@ -56,7 +57,7 @@ def deepspeed_config(
     }
     if precision != "fp32":
         config[precision] = {"enabled": True}
-    return _merge(config, ds.extra)
+    return merge(config, ds.extra)
 
 
 def lr_factor(optimizer: OptimizerConfig, total_steps: int) -> Callable[[int], float]:
@@ -209,11 +210,3 @@ def _checkpoint_activations(model: torch.nn.Module) -> None:
     if trunk is None or not trunk.supports_gradient_checkpointing:
         raise ConfigError(f"{type(model).__name__} cannot recompute activations: set deepspeed.gradient_checkpointing = false")
     trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def _merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in extra.items():
-        below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
-    return merged
