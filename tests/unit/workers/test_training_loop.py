@@ -1,4 +1,4 @@
-"""What a training worker does with the best model, without the training."""
+"""What a training worker does before and after the training: checkpoints, blame for a loss, the best model. One rank, no engine."""
 
 from __future__ import annotations
 
@@ -6,17 +6,72 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from app.checkpoint import CheckpointStore
 from app.durable import write_json
+from app.errors import CheckpointError
+from app.workers import training_loop
 from app.workers.training_loop import HELD_OUT, TrainingLoop
 
 
+@pytest.fixture
+def loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainingLoop:
+    """The only rank, with checkpoints in `tmp_path/checkpoints` and nothing else."""
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda box, device: None)
+    loop = object.__new__(TrainingLoop)
+    loop.rank, loop.world_size, loop.device = 0, 1, torch.device("cpu")
+    loop.checkpoints = CheckpointStore(tmp_path / "checkpoints", keep=3)
+    return loop
+
+
+def save(loop: TrainingLoop, step: int, workers: int = 1) -> Path:
+    return loop.checkpoints.save(step, {"workers": workers}, lambda folder: (folder / "shard").write_bytes(bytes(100)) and None)
+
+
+def test_the_newest_complete_checkpoint_is_gone_on_from(loop: TrainingLoop) -> None:
+    assert loop.find_checkpoint() is None
+    first = save(loop, 1)
+    (save(loop, 2) / "shard").write_bytes(bytes(99))
+    (save(loop, 3) / "shard").unlink()
+    assert loop.find_checkpoint() == first
+
+
+def test_nothing_starts_over_beside_damaged_checkpoints(loop: TrainingLoop) -> None:
+    (save(loop, 1) / "shard").unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoints: step-00000001 and all older .* are damaged: restore one of them, or delete"):
+        loop.find_checkpoint()
+
+
+def test_a_checkpoint_of_another_number_of_workers_is_refused(loop: TrainingLoop) -> None:
+    save(loop, 1, workers=4)
+    with pytest.raises(CheckpointError, match=r"was saved by 4 workers, and there are 1: set workers\.count = 4, or delete"):
+        loop.find_checkpoint()
+
+
+def test_a_checkpoint_that_is_refused_is_an_outcome_and_no_reason_to_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(job: object) -> None:
+        raise CheckpointError("damaged")
+
+    monkeypatch.setattr(training_loop, "TrainingLoop", refuse)
+    job = SimpleNamespace(events=SimpleNamespace(flush=lambda: None))
+    assert str(training_loop.train_worker(job).error) == "damaged"  # type: ignore[arg-type]
+
+
+def test_a_loss_that_is_not_finite_names_the_rows_of_every_rank(loop: TrainingLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(found: list[list[int]], mine: list[int]) -> None:
+        found[:] = [mine, [4, 2]]
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    parts = [torch.tensor(value) for value in (1.0, float("nan"), float("inf"))]
+    assert loop.blame([[0, 1], [9, 3], [5, 6]], parts) == ", among rows 2, 3, 4, 9 (from 0) of train.parquet"
+
+
 def test_the_best_model_is_taken_once_and_found_again_after_a_stop_before_the_commit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loop: TrainingLoop
 ) -> None:
     monkeypatch.setattr("torch.distributed.barrier", lambda: None)
-    loop = object.__new__(TrainingLoop)
-    loop.rank, loop.job = 0, SimpleNamespace(model_folder=tmp_path / "model")  # type: ignore[assignment]
+    loop.job = SimpleNamespace(model_folder=tmp_path / "model")  # type: ignore[assignment]
     for folder, loss in ((tmp_path / "model", 2.0), (loop.best_folder, 1.0)):
         folder.mkdir()
         write_json(folder / HELD_OUT, {"step": 6, "metrics": {"loss": loss}})
