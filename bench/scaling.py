@@ -29,7 +29,7 @@ sys.path[0] = str(ROOT)  # a script's own folder leads sys.path; the packages li
 WORKERS = {"product 1": (2, 1), "train 1": (1, 1), "product 2": (2, 2), "train 2": (2, 2)}
 """Each turn of a round: in the group of how many workers, and on how many of them."""
 MATRIX = 1024
-VOCABULARY = 1000
+VOCABULARY = 250
 """Token ids that rows are made of; every model has as many."""
 
 

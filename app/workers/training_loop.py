@@ -87,6 +87,7 @@ class TrainingLoop:
             accumulation=self.config.accumulation,
             total_steps=job.steps,
         )
+        self.engine.train()
         torch.manual_seed(job.seed + self.rank)  # ranks draw dropout masks of their own
         if saved is not None:
             state = load_engine(self.engine, saved)
@@ -94,22 +95,22 @@ class TrainingLoop:
 
     def run(self) -> WorkerOutcome:
         """Train to the last step, out of patience, or to a stop request, which alone leaves no model."""
-        progress, stop, exhausted = self.progress, False, False
+        progress, stop = self.progress, False
         if not progress.before:
             progress.before = self.evaluate()
-        while progress.step < self.job.steps and not stop and not exhausted:
+        while progress.step < self.job.steps and not stop and not self.out_of_patience:
             stop = self.train_step()
             step = progress.step
             if step % self.config.log_every == 0 or step == self.job.steps:
                 self.log()
                 self.window = Window()
             if step % self.config.eval_every == 0 and step < self.job.steps and not stop:
-                exhausted = self.judge()
+                self.judge()
             if stop or (step % self.config.save_every == 0 and step < self.job.steps):
                 self.save()
         if stop and progress.step < self.job.steps:
             return WorkerOutcome(progress.step)
-        if not exhausted:
+        if progress.evaluated_step != progress.step:
             self.judge()
         if self.config.keep_best:
             after = self.take_best()
@@ -201,8 +202,12 @@ class TrainingLoop:
             self.job.events.log(self.task.stage, progress.step, metrics)
         return progress.evaluated
 
-    def judge(self) -> bool:
-        """Evaluate, keep the model where `keep_best` wants it, and say whether patience has run out. The same on every rank.
+    @property
+    def out_of_patience(self) -> bool:
+        return self.config.patience is not None and self.progress.stale >= self.config.patience
+
+    def judge(self) -> None:
+        """Evaluate, and keep the model where `keep_best` wants it. The same on every rank.
 
         Raises NonFiniteError for a held-out loss that is not finite.
         """
@@ -216,7 +221,6 @@ class TrainingLoop:
                 self.export(self.best_folder)
         else:
             progress.stale += 1
-        return self.config.patience is not None and progress.stale >= self.config.patience
 
     def log(self) -> None:
         """Send means since the last logged point."""

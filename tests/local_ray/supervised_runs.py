@@ -75,7 +75,10 @@ LAYOUT_STEPS = 4
 
 @dataclass(frozen=True)
 class Fault:
-    """SIGKILL to `pid` (None: the worker itself) from rank 1, once, in the last micro-batch of the step after `step`."""
+    """SIGKILL to `pid` (None: the worker itself) from rank 1, once, in the last micro-batch of the step after `step`.
+
+    `marker` then holds the worker's process id.
+    """
 
     step: int
     marker: Path
@@ -84,10 +87,9 @@ class Fault:
     def strike(self, engine: Any) -> None:
         if engine.global_steps != self.step or not engine.is_gradient_accumulation_boundary() or dist.get_rank() != 1:
             return
-        try:
-            self.marker.touch(exist_ok=False)
-        except FileExistsError:
+        if self.marker.exists():
             return
+        self.marker.write_text(str(os.getpid()))
         os.kill(self.pid or os.getpid(), signal.SIGKILL)
         time.sleep(600)  # Ray ends the workers of a dead driver; nothing of this run may be computed meanwhile
 
@@ -112,6 +114,8 @@ class FaultyRewardModelTask(RewardModelTask):
 
 def strike(faults: Sequence[Fault], engine: Any) -> None:
     if torch.is_grad_enabled():  # in training, not in evaluation
+        evaluating = [name for name, part in engine.module.named_modules() if not part.training]
+        assert not evaluating, f"no dropout, and no recomputing, in {evaluating}"
         for fault in faults:
             fault.strike(engine)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
 import ray
 
@@ -52,16 +55,42 @@ def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Undis
     return Undisturbed(dict(zip(names, outcomes, strict=True)), points, folder)
 
 
+CHECKPOINTS = {
+    "sft": {"step-00000003", "step-00000006", "step-00000050", "step-00000051", ".saving-step-00000052"},  # early stopping, before step 9
+    "rm": {"step-00000006", "step-00000009"},
+}
+"""What is there in the end: with a new checkpoint the old ones go, and the damaged ones."""
+
+
+def plant_damage(checkpoints: Path) -> None:
+    """Copies of the last checkpoint under later steps: one with a shard cut short, one without a shard, one under its temporary name."""
+    for name in ("step-00000050", "step-00000051", ".saving-step-00000052"):
+        shutil.copytree(checkpoints / "step-00000006", checkpoints / name)
+    cut = next((checkpoints / "step-00000050" / "engine").glob("zero_pp_rank_1_*optim_states.pt"))
+    os.truncate(cut, cut.stat().st_size - 1)
+    next((checkpoints / "step-00000051" / "engine").glob("zero_pp_rank_1_*optim_states.pt")).unlink()
+
+
+def wait_until_gone(pid: int) -> None:
+    deadline = time.monotonic() + 60
+    while psutil.pid_exists(pid):
+        assert time.monotonic() < deadline, f"worker {pid} outlived its driver"
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize("stage", list(runs.CONFIGS))
 def test_a_worker_and_then_the_whole_job_killed_change_nothing(stage: str, inputs: Path, undisturbed: Undisturbed) -> None:
     """SIGKILL of rank 1 in the middle of a step: the run goes on by itself. SIGKILL of its driver, and with it of every process
     of the job, later: the same call goes on. The model folder (best weights, its metrics) and every logged point are the same
-    to the last bit. SFT: LoRA with dropout, ZeRO 2, early stopping; reward model: ZeRO 3."""
+    to the last bit, and damaged checkpoints of later steps are passed over. SFT: LoRA with dropout, ZeRO 2, early stopping; reward
+    model: ZeRO 3."""
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     command = [sys.executable, "-m", "tests.local_ray.supervised_runs", stage, str(inputs)]
     driver = subprocess.run(command, cwd=ROOT, env=environment, timeout=300, check=False)
     assert driver.returncode == -signal.SIGKILL
     assert (inputs / f"{stage}.worker-died").exists()
+    wait_until_gone(int((inputs / f"{stage}.job-died").read_text()))
+    plant_damage(inputs / stage / "checkpoints")
     before = runs.Points(inputs / f"{stage}.jsonl").read()
 
     result = runs.train(stage, inputs)
@@ -73,7 +102,7 @@ def test_a_worker_and_then_the_whole_job_killed_change_nothing(stage: str, input
     assert points[len(before)]["step"] > 6, "the second run began at the checkpoint of step 6"
     assert [point["step"] for point in before].count(4) > [point["step"] for point in undisturbed.points[stage]].count(4)
     assert {tuple(point.items()) for point in points} == {tuple(point.items()) for point in undisturbed.points[stage]}
-    assert sorted(path.name for path in (inputs / stage / "checkpoints").glob("step-*")) == ["step-00000003", "step-00000006"]
+    assert {path.name for path in (inputs / stage / "checkpoints").iterdir() if path.is_dir()} == CHECKPOINTS[stage]
 
 
 def losses(undisturbed: Undisturbed, layout: str) -> list[float]:

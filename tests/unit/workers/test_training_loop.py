@@ -12,7 +12,7 @@ from app.checkpoint import CheckpointStore
 from app.durable import write_json
 from app.errors import CheckpointError
 from app.workers import training_loop
-from app.workers.training_loop import HELD_OUT, TrainingLoop
+from app.workers.training_loop import HELD_OUT, Progress, TrainingLoop
 
 
 @pytest.fixture
@@ -65,6 +65,19 @@ def test_a_loss_that_is_not_finite_names_the_rows_of_every_rank(loop: TrainingLo
     monkeypatch.setattr("torch.distributed.all_gather_object", gather)
     parts = [torch.tensor(value) for value in (1.0, float("nan"), float("inf"))]
     assert loop.blame([[0, 1], [9, 3], [5, 6]], parts) == ", among rows 2, 3, 4, 9 (from 0) of train.parquet"
+
+
+def test_a_run_out_of_patience_does_not_train_on_after_a_restart(loop: TrainingLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoint may be of the very step at which it stopped."""
+    metrics = {"loss": 1.0}
+    loop.progress = Progress(step=4, before=metrics, evaluated=metrics, evaluated_step=4, best_loss=0.5, stale=2)
+    loop.config = SimpleNamespace(patience=2, keep_best=False)  # type: ignore[assignment]
+    loop.job = SimpleNamespace(steps=10, model_folder=Path("model"))  # type: ignore[assignment]
+    exported: list[Path] = []
+    monkeypatch.setattr(loop, "export", exported.append)
+    result = loop.run().result
+    assert result is not None
+    assert (result.steps, result.after, exported) == (4, metrics, [Path("model")])
 
 
 def test_the_best_model_is_taken_once_and_found_again_after_a_stop_before_the_commit(
