@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from app.checkpoint import CheckpointStore
+from app.data.token_cache import TRAIN_FILE
 from app.durable import write_json
 from app.errors import CheckpointError
 from app.workers import training_loop
@@ -64,7 +65,7 @@ def test_a_loss_that_is_not_finite_names_the_rows_of_every_rank(loop: TrainingLo
 
     monkeypatch.setattr("torch.distributed.all_gather_object", gather)
     parts = [torch.tensor(value) for value in (1.0, float("nan"), float("inf"))]
-    assert loop.blame([[0, 1], [9, 3], [5, 6]], parts) == ", among rows 2, 3, 4, 9 (from 0) of train.parquet"
+    assert loop.blame([[0, 1], [9, 3], [5, 6]], parts) == f", among rows 2, 3, 4, 9 (from 0) of {TRAIN_FILE}"
 
 
 def test_a_run_out_of_patience_does_not_train_on_after_a_restart(loop: TrainingLoop, monkeypatch: pytest.MonkeyPatch) -> None:
