@@ -11,18 +11,17 @@ import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from app.checkpoint import CheckpointStore
 from app.data.batch_order import evaluation_batches, micro_batches, step_rows
 from app.data.token_cache import TRAIN_FILE
 from app.durable import read_json, replace_folder, settle_folder, write_json
 from app.errors import CheckpointError, NonFiniteError
-from app.workers.deepspeed_engine import backward_scaled, full_weights, load_engine, optimizer_step, save_engine, start_engine
+from app.workers.deepspeed_engine import backward_scaled, full_weights, load_engine, optimizer_step, start_engine
+from app.workers.shared_checkpoints import SharedCheckpoints
 from app.workers.supervised_task import TrainingJob, TrainingResult, WorkerOutcome
 
 HELD_OUT = "held_out.json"
@@ -73,8 +72,8 @@ class TrainingLoop:
         job.events.stop_requested()  # the first call only places the order; by the first step the answer may be there
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
-        self.checkpoints = CheckpointStore(job.checkpoint_folder, self.config.keep_checkpoints)
-        saved = self.find_checkpoint()
+        self.checkpoints = SharedCheckpoints(job.checkpoint_folder, self.config.keep_checkpoints, self.device)
+        saved = self.checkpoints.newest()
         self.train_rows, self.held_out = self.task.load_rows()
         self.lengths = [self.task.length(row) for row in self.train_rows]
         self.progress, self.window = Progress(), Window()
@@ -107,7 +106,7 @@ class TrainingLoop:
             if step % self.config.eval_every == 0 and step < self.job.steps and not stop:
                 self.judge()
             if stop or (step % self.config.save_every == 0 and step < self.job.steps):
-                self.save()
+                self.checkpoints.save(step, self.engine, {"progress": asdict(progress), "window": asdict(self.window)})
         if stop and progress.step < self.job.steps:
             return WorkerOutcome(progress.step)
         if progress.evaluated_step != progress.step:
@@ -235,45 +234,6 @@ class TrainingLoop:
             "epoch": step * self.config.batch_size / len(self.train_rows),
         }
         self.job.events.log(self.task.stage, step, metrics)
-
-    def find_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint, chosen by rank 0. Collective. Raises CheckpointError, on every rank, where none of those
-        that are there can be gone on from."""
-        found: Path | CheckpointError | None = None
-        if self.rank == 0:
-            try:
-                saved = self.checkpoints.latest()
-                if saved is not None and saved.state["workers"] != self.world_size:
-                    raise CheckpointError(
-                        f"{saved.path} was saved by {saved.state['workers']} workers, and there are {self.world_size}: set workers.count "
-                        f"= {saved.state['workers']}, or delete {self.checkpoints.folder} to start over"
-                    )
-                found = None if saved is None else saved.path
-            except CheckpointError as error:
-                found = error
-        found = self.from_rank_zero(found)
-        if isinstance(found, CheckpointError):
-            raise found
-        return found
-
-    def from_rank_zero(self, value: Any) -> Any:
-        """Rank 0's `value`, on every rank. Collective."""
-        box = [value]
-        dist.broadcast_object_list(box, device=self.device)
-        return box[0]
-
-    def save(self) -> None:
-        """Commit a checkpoint. Collective: rank 0 opens and commits it, every rank writes its own shards."""
-        if self.rank == 0:
-            self.checkpoints.save(self.progress.step, {"workers": self.world_size}, self.write_shards)
-        else:
-            self.write_shards(None)
-
-    def write_shards(self, folder: Path | None) -> None:
-        """Write this rank's part of a checkpoint to the folder that rank 0 names; returns when all parts are there."""
-        target: Path = self.from_rank_zero(folder)
-        save_engine(self.engine, target, {"progress": asdict(self.progress), "window": asdict(self.window)})
-        dist.barrier()
 
     @property
     def best_folder(self) -> Path:

@@ -1,4 +1,4 @@
-"""What a training worker does before and after the training: checkpoints, blame for a loss, the best model. One rank, no engine."""
+"""What a training worker does around the training: refusals, blame for a loss, patience, the best model. One rank, no engine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from app.checkpoint import CheckpointStore
 from app.data.token_cache import TRAIN_FILE
 from app.durable import write_json
 from app.errors import CheckpointError
@@ -17,37 +16,11 @@ from app.workers.training_loop import HELD_OUT, Progress, TrainingLoop
 
 
 @pytest.fixture
-def loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainingLoop:
-    """The only rank, with checkpoints in `tmp_path/checkpoints` and nothing else."""
-    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda box, device: None)
+def loop() -> TrainingLoop:
+    """The only rank, before anything is built."""
     loop = object.__new__(TrainingLoop)
-    loop.rank, loop.world_size, loop.device = 0, 1, torch.device("cpu")
-    loop.checkpoints = CheckpointStore(tmp_path / "checkpoints", keep=3)
+    loop.rank, loop.world_size = 0, 1
     return loop
-
-
-def save(loop: TrainingLoop, step: int, workers: int = 1) -> Path:
-    return loop.checkpoints.save(step, {"workers": workers}, lambda folder: (folder / "shard").write_bytes(bytes(100)) and None)
-
-
-def test_the_newest_complete_checkpoint_is_gone_on_from(loop: TrainingLoop) -> None:
-    assert loop.find_checkpoint() is None
-    first = save(loop, 1)
-    (save(loop, 2) / "shard").write_bytes(bytes(99))
-    (save(loop, 3) / "shard").unlink()
-    assert loop.find_checkpoint() == first
-
-
-def test_nothing_starts_over_beside_damaged_checkpoints(loop: TrainingLoop) -> None:
-    (save(loop, 1) / "shard").unlink()
-    with pytest.raises(CheckpointError, match=r"checkpoints: step-00000001 and all older .* are damaged: restore one of them, or delete"):
-        loop.find_checkpoint()
-
-
-def test_a_checkpoint_of_another_number_of_workers_is_refused(loop: TrainingLoop) -> None:
-    save(loop, 1, workers=4)
-    with pytest.raises(CheckpointError, match=r"was saved by 4 workers, and there are 1: set workers\.count = 4, or delete"):
-        loop.find_checkpoint()
 
 
 def test_a_checkpoint_that_is_refused_is_an_outcome_and_no_reason_to_restart(monkeypatch: pytest.MonkeyPatch) -> None:
