@@ -24,7 +24,6 @@ from ray.train.torch import TorchTrainer
 from app.config.shared import WorkersConfig
 from app.config.training import RewardModelConfig, SftConfig, TrainingConfig
 from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, GroupRow, SftRow, write_groups, write_threads
-from app.errors import CorralError
 from app.tasks.reward_model import RewardModelTask
 from app.tasks.sft import SftTask
 from app.workers.event_channel import EventSender
@@ -185,13 +184,7 @@ def layout_job(layout: str, root: Path, folder: Path, events: EventSender) -> Tr
 
 def one_after_the_other(jobs: Sequence[TrainingJob]) -> list[WorkerOutcome]:
     """For Ray Train, on every rank: several runs without a start of processes for each."""
-    outcomes = []
-    for job in jobs:
-        try:
-            outcomes.append(train_worker(job))
-        except CorralError as error:
-            outcomes.append(WorkerOutcome(error=error))
-    return outcomes
+    return [train_worker(job) for job in jobs]
 
 
 def in_one_group(jobs: Sequence[TrainingJob], folder: Path) -> list[WorkerOutcome]:
