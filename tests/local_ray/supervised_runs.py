@@ -34,7 +34,7 @@ from app.workers.training_loop import train_worker
 from tests.tiny_models import SPECIAL, VOCABULARY, make_neox
 
 SEED = 3
-SHAPE = {"batch_size": 8, "micro_batch_size": 2, "log_every": 2, "eval_every": 2, "save_every": 3, "keep_best": True}
+SHAPE = {"batch_size": 8, "micro_batch_size": 2, "log_every": 2, "eval_every": 2, "save_every": 3}
 OPTIMIZER = {"lr": 2e-2, "eps": 1e-4, "warmup_steps": 2}
 TWO_WORKERS = {"count": 2, "cpus": 0.5}
 SFT = SftConfig.model_validate(
@@ -49,7 +49,14 @@ SFT = SftConfig.model_validate(
     }
 )
 RM = RewardModelConfig.model_validate(
-    SHAPE | {"max_steps": 11, "optimizer": OPTIMIZER | {"schedule": "cosine"}, "deepspeed": {"zero_stage": 3}, "workers": TWO_WORKERS}
+    SHAPE
+    | {
+        "max_steps": 11,
+        "keep_best": True,
+        "optimizer": OPTIMIZER | {"schedule": "cosine"},
+        "deepspeed": {"zero_stage": 3},
+        "workers": TWO_WORKERS,
+    }
 )
 CONFIGS: dict[str, TrainingConfig] = {"sft": SFT, "rm": RM}
 WORKER_DIES, JOB_DIES = 4, 7
