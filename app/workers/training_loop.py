@@ -20,7 +20,7 @@ import torch.distributed as dist
 from app.data.batch_order import evaluation_batches, micro_batches, step_rows
 from app.data.token_cache import TRAIN_FILE
 from app.durable import read_json, replace_folder, settle_folder, write_json
-from app.errors import CheckpointError, NonFiniteError
+from app.errors import CheckpointError, ConfigError, NonFiniteError
 from app.workers.deepspeed_engine import backward_scaled, full_weights, load_engine, optimizer_step, start_engine
 from app.workers.shared_checkpoints import SharedCheckpoints
 from app.workers.supervised_task import TrainingJob, TrainingResult, WorkerOutcome
@@ -58,7 +58,7 @@ def train_worker(job: TrainingJob) -> WorkerOutcome:
     """The function that Ray Train runs on every rank."""
     try:
         return TrainingLoop(job).run()
-    except (NonFiniteError, CheckpointError) as error:  # every rank raises it at the same point, so a restart would only meet it again
+    except (NonFiniteError, CheckpointError, ConfigError) as error:  # every rank raises it at the same point, and would after a restart
         return WorkerOutcome(error=error)
     finally:
         job.events.flush()

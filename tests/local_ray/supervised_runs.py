@@ -25,7 +25,6 @@ from app.config.shared import WorkersConfig
 from app.config.training import RewardModelConfig, SftConfig, TrainingConfig
 from app.data.mixture import Mixture
 from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, GroupRow, SftRow, write_groups, write_threads
-from app.errors import CorralError
 from app.tasks.reward_model import RewardModelTask
 from app.tasks.sft import SftTask
 from app.workers.event_channel import EventSender
@@ -38,7 +37,7 @@ from tests.tiny_models import SPECIAL, VOCABULARY, make_neox
 SEED = 3
 ROWS, HELD_OUT_ROWS = 21, 7
 MIXTURE = Mixture.of([""] * ROWS, {})
-SHAPE = {"batch_size": 8, "micro_batch_size": 2, "log_every": 2, "eval_every": 2, "save_every": 3, "keep_best": True}
+SHAPE = {"batch_size": 8, "micro_batch_size": 2, "log_every": 2, "eval_every": 2, "save_every": 3}
 OPTIMIZER = {"lr": 2e-2, "eps": 1e-4, "warmup_steps": 2}
 TWO_WORKERS = {"count": 2, "cpus": 0.5}
 SFT = SftConfig.model_validate(
@@ -53,7 +52,14 @@ SFT = SftConfig.model_validate(
     }
 )
 RM = RewardModelConfig.model_validate(
-    SHAPE | {"max_steps": 11, "optimizer": OPTIMIZER | {"schedule": "cosine"}, "deepspeed": {"zero_stage": 3}, "workers": TWO_WORKERS}
+    SHAPE
+    | {
+        "max_steps": 11,
+        "keep_best": True,
+        "optimizer": OPTIMIZER | {"schedule": "cosine"},
+        "deepspeed": {"zero_stage": 3},
+        "workers": TWO_WORKERS,
+    }
 )
 CONFIGS: dict[str, TrainingConfig] = {"sft": SFT, "rm": RM}
 WORKER_DIES, JOB_DIES = 4, 7
@@ -189,13 +195,7 @@ def layout_job(layout: str, root: Path, folder: Path, events: EventSender) -> Tr
 
 def one_after_the_other(jobs: Sequence[TrainingJob]) -> list[WorkerOutcome]:
     """For Ray Train, on every rank: several runs without a start of processes for each."""
-    outcomes = []
-    for job in jobs:
-        try:
-            outcomes.append(train_worker(job))
-        except CorralError as error:
-            outcomes.append(WorkerOutcome(error=error))
-    return outcomes
+    return [train_worker(job) for job in jobs]
 
 
 def in_one_group(jobs: Sequence[TrainingJob], folder: Path) -> list[WorkerOutcome]:

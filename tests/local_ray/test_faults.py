@@ -15,6 +15,8 @@ from typing import NamedTuple
 import psutil
 import pytest
 import ray
+import torch
+from torch.utils._pytree import tree_leaves
 
 from app.durable import tree_hash
 from app.errors import ConfigError
@@ -71,6 +73,14 @@ def plant_damage(checkpoints: Path) -> None:
     next((checkpoints / "step-00000051" / "engine").glob("zero_pp_rank_1_*optim_states.pt")).unlink()
 
 
+def optimizer_state(checkpoint: Path) -> list[torch.Tensor]:
+    """Moments, step counts and float32 weights in the shards of both ranks."""
+    shards = sorted((checkpoint / "engine").glob("*optim_states.pt"))
+    assert len(shards) == 2
+    leaves = tree_leaves([torch.load(shard, weights_only=False)["optimizer_state_dict"] for shard in shards])
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
 def wait_until_gone(pid: int) -> None:
     deadline = time.monotonic() + 60
     while psutil.pid_exists(pid):
@@ -81,9 +91,9 @@ def wait_until_gone(pid: int) -> None:
 @pytest.mark.parametrize("stage", list(runs.CONFIGS))
 def test_a_worker_and_then_the_whole_job_killed_change_nothing(stage: str, inputs: Path, undisturbed: Undisturbed) -> None:
     """SIGKILL of rank 1 in the middle of a step: the run goes on by itself. SIGKILL of its driver, and with it of every process
-    of the job, later: the same call goes on. The model folder (best weights, its metrics) and every logged point are the same
-    to the last bit, and damaged checkpoints of later steps are passed over. SFT: LoRA with dropout, ZeRO 2, early stopping; reward
-    model: ZeRO 3."""
+    of the job, later: the same call goes on. Model folder (with its metrics), optimizer states and every logged point are the same
+    to the last bit, and damaged checkpoints of later steps are passed over. SFT: LoRA with dropout, ZeRO 2, early stopping, the last
+    weights; reward model: ZeRO 3, the best weights."""
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     command = [sys.executable, "-m", "tests.local_ray.supervised_runs", stage, str(inputs)]
     driver = subprocess.run(command, cwd=ROOT, env=environment, timeout=300, check=False)
@@ -98,6 +108,13 @@ def test_a_worker_and_then_the_whole_job_killed_change_nothing(stage: str, input
     assert expected is not None
     assert (result.before, result.after, result.steps, result.tokens) == (expected.before, expected.after, expected.steps, expected.tokens)
     assert tree_hash(inputs / stage / "model") == tree_hash(undisturbed.folder / stage / "model")
+    last = max(CHECKPOINTS[stage] & {"step-00000006", "step-00000009"})
+    for state, undisturbed_state in zip(
+        optimizer_state(inputs / stage / "checkpoints" / last),
+        optimizer_state(undisturbed.folder / stage / "checkpoints" / last),
+        strict=True,
+    ):
+        assert torch.equal(state, undisturbed_state)
     points = runs.Points(inputs / f"{stage}.jsonl").read()
     assert points[len(before)]["step"] > 6, "the second run began at the checkpoint of step 6"
     assert [point["step"] for point in before].count(4) > [point["step"] for point in undisturbed.points[stage]].count(4)

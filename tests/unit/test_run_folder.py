@@ -49,7 +49,7 @@ def test_keys_that_do_not_change_the_result_may_differ(tmp_path: Path) -> None:
     run.finish("sft", {"steps": 3}, {})
     del run  # and with it the lock
     (tmp_path / "a").rename(tmp_path / "b")
-    moved = RunFolder.open(recipe(tmp_path / "b", run={"deadline_seconds": 5}), "sft")
+    moved = RunFolder.open(recipe(tmp_path / "b", run={"deadline_seconds": 5}, sft={"keep_checkpoints": 1}), "sft")
     assert moved.finished("sft") == {"steps": 3}
 
 

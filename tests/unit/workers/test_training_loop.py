@@ -10,7 +10,7 @@ import torch
 
 from app.data.token_cache import TRAIN_FILE
 from app.durable import write_json
-from app.errors import CheckpointError
+from app.errors import CheckpointError, ConfigError, CorralError, NonFiniteError
 from app.workers import training_loop
 from app.workers.training_loop import HELD_OUT, Progress, TrainingLoop
 
@@ -23,13 +23,14 @@ def loop() -> TrainingLoop:
     return loop
 
 
-def test_a_checkpoint_that_is_refused_is_an_outcome_and_no_reason_to_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [CheckpointError("damaged"), ConfigError("no fp16 here"), NonFiniteError("loss is nan")])
+def test_what_every_rank_raises_is_an_outcome_and_no_reason_to_restart(error: CorralError, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(job: object) -> None:
-        raise CheckpointError("damaged")
+        raise error
 
     monkeypatch.setattr(training_loop, "TrainingLoop", refuse)
     job = SimpleNamespace(events=SimpleNamespace(flush=lambda: None))
-    assert str(training_loop.train_worker(job).error) == "damaged"  # type: ignore[arg-type]
+    assert training_loop.train_worker(job).error is error  # type: ignore[arg-type]
 
 
 def test_a_loss_that_is_not_finite_names_the_rows_of_every_rank(loop: TrainingLoop, monkeypatch: pytest.MonkeyPatch) -> None:
