@@ -63,8 +63,10 @@ class CheckpointStore:
         return final
 
     def latest(self) -> SavedCheckpoint | None:
-        """The newest complete checkpoint, or None. One whose parts are missing, cut or changed is passed over with a warning."""
-        for path in self._folders():
+        """The newest complete checkpoint, or None where there is none at all. One whose parts are missing, cut or changed is passed over
+        with a warning. Raises CheckpointError where none is complete: starting over is not for a program to decide."""
+        folders = self._folders()
+        for path in folders:
             if not (path / MANIFEST).is_file():
                 logger.warning("checkpoint %s has no manifest and is passed over", path)
                 continue
@@ -78,6 +80,11 @@ class CheckpointStore:
                 logger.warning("checkpoint %s is passed over: %s", path, problem)
                 continue
             return SavedCheckpoint(step, state, path)
+        if folders:
+            raise CheckpointError(
+                f"{self.folder}: {folders[0].name} and all older checkpoints are damaged: restore one of them, "
+                "or delete the folder to start this stage over"
+            )
         return None
 
     def _folders(self) -> list[Path]:

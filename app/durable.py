@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -63,6 +64,29 @@ def sync_tree(folder: Path) -> None:
     """Force every file and folder under `folder` to disk."""
     for path in (*folder.rglob("*"), folder):
         sync(path)
+
+
+def replace_folder(target: Path, new: Path) -> None:
+    """Put the folder `new` in the place of `target`. A death at any moment leaves one of the two complete; `settle_folder` finds it."""
+    settle_folder(target)
+    old = _replaced(target)
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def settle_folder(target: Path) -> None:
+    """Undo a `replace_folder` that died between its two renames: the old folder gets its name back."""
+    old = _replaced(target)
+    if old.is_dir() and not target.exists():
+        old.rename(target)
+
+
+def _replaced(target: Path) -> Path:
+    return target.with_name(f"{target.name}.replaced")
 
 
 def file_hashes(folder: Path) -> dict[str, dict[str, Any]]:

@@ -47,7 +47,12 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
 
 
 def with_values(recipe: Recipe, values: Mapping[str, Any], source: str = "values") -> Recipe:
-    """A copy of `recipe` with some dotted keys set, checked as a whole. Raises ConfigError."""
+    """A copy of `recipe` with some dotted keys set, checked as a whole. Raises ConfigError.
+
+    No preset: its values stand in the recipe as if each had been given, and would win over another preset's."""
+    for name in values:
+        if name.endswith(".preset"):
+            raise ConfigError(f"{source}: {name} cannot be varied: vary the keys that the presets set, such as zero_stage")
     settings = {key: Setting(value, source) for key, value in resolved(recipe).items()}
     for name, value in values.items():
         settings[_known(name, source).name] = Setting(value, source)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from app.config.deepspeed_presets import PRESETS, Preset, merge
 from app.schema import Config
 
 
@@ -68,6 +70,8 @@ class OptimizerConfig(Config):
 class DeepSpeedConfig(Config):
     """The DeepSpeed engine of one role."""
 
+    preset: Preset | None = None
+    """Start from the values of one of Open-Assistant's DeepSpeed set-ups (ZeRO stage, offload, bucket sizes); keys given beside it win."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What is sharded over the workers: 1 optimizer state, 2 also gradients, 3 also parameters."""
     offload_optimizer: bool = False
@@ -78,6 +82,13 @@ class DeepSpeedConfig(Config):
     """Recompute activations in the backward pass."""
     extra: dict[str, Any] = Field(default_factory=dict)
     """Any other key of the DeepSpeed JSON, merged last."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_preset(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or given.get("preset") not in PRESETS:
+            return given  # without a preset, or refused by the checks of the fields
+        return merge(PRESETS[given["preset"]], given)
 
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> DeepSpeedConfig:

@@ -40,6 +40,8 @@ class TrainingConfig(Config):
     """Optimizer steps between evaluations on the held-out part (always once before and after)."""
     save_every: int = Field(200, ge=1)
     """Optimizer steps between checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints that stay; an older one goes after a newer one is complete."""
     log_every: int = Field(10, ge=1)
     """Optimizer steps between logged points."""
     keep_best: bool = False

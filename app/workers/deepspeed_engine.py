@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
+from app.config.deepspeed_presets import merge
 from app.config.shared import DeepSpeedConfig, OptimizerConfig
 from app.errors import CheckpointError, ConfigError
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 CHECKPOINT_TAG = "engine"
+RANDOM_FILE = "random-{rank:05d}.pt"
 
 
 def deepspeed_config(
@@ -44,9 +46,9 @@ def deepspeed_config(
         )
     zero: dict[str, Any] = {"stage": ds.zero_stage}
     if ds.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu"}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if ds.offload_parameters:
-        zero["offload_param"] = {"device": "cpu"}
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
@@ -57,7 +59,7 @@ def deepspeed_config(
     }
     if precision != "fp32":
         config[precision] = {"enabled": True}
-    return _merge(config, ds.extra)
+    return merge(config, ds.extra)
 
 
 def lr_factor(optimizer: OptimizerConfig, total_steps: int) -> Callable[[int], float]:
@@ -184,15 +186,25 @@ def full_weights(engine: DeepSpeedEngine) -> Iterator[None]:
 
 
 def save_engine(engine: DeepSpeedEngine, folder: Path, state: Mapping[str, Any]) -> None:
-    """Write weights, optimizer, schedule and `state` under `folder`. Collective; every worker writes its own shards."""
+    """Write weights, optimizer, schedule, rank 0's `state` and the random state of every worker under `folder`, which all of them share.
+
+    Collective; every worker writes its own shards.
+    """
     engine.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, client_state=dict(state))
+    random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+    torch.save(random, folder / RANDOM_FILE.format(rank=engine.global_rank))
 
 
 def load_engine(engine: DeepSpeedEngine, folder: Path) -> dict[str, Any]:
     """Restore what `save_engine` wrote and return its `state`. Collective. Raises CheckpointError if a part is missing."""
     path, state = engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
-    if path is None:
+    random_file = folder / RANDOM_FILE.format(rank=engine.global_rank)
+    if path is None or not random_file.is_file():
         raise CheckpointError(f"{folder}: no complete DeepSpeed checkpoint for {engine.dp_world_size} workers; delete it to start over")
+    random = torch.load(random_file, weights_only=True)
+    torch.set_rng_state(random["cpu"])
+    if random["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(random["cuda"])
     return dict(state)
 
 
@@ -223,11 +235,3 @@ def _checkpoint_activations(model: torch.nn.Module) -> None:
     if trunk is None or not trunk.supports_gradient_checkpointing:
         raise ConfigError(f"{type(model).__name__} cannot recompute activations: set deepspeed.gradient_checkpointing = false")
     trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def _merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in extra.items():
-        below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
-    return merged

@@ -253,11 +253,10 @@ class LearnerWorker:
         self._nccl.send_weights()
 
     def save(self, folder: str) -> None:
-        """Both engines and this rank's random state. Collective."""
+        """Both engines and every rank's random state. Collective."""
         from app.workers.deepspeed_engine import save_engine
 
-        state = {"torch_rng": torch.get_rng_state()}
-        save_engine(self._policy, Path(folder) / "policy", state)
+        save_engine(self._policy, Path(folder) / "policy", {})
         save_engine(self._critic, Path(folder) / "critic", {})
 
     def load(self, folder: str) -> None:
@@ -265,9 +264,8 @@ class LearnerWorker:
         from app.workers.deepspeed_engine import load_engine
 
         self._held = None
-        state = load_engine(self._policy, Path(folder) / "policy")
+        load_engine(self._policy, Path(folder) / "policy")
         load_engine(self._critic, Path(folder) / "critic")
-        torch.set_rng_state(state["torch_rng"])
 
     def export(self, folder: str) -> None:
         """Rank 0 writes the policy as a Hugging Face folder. Collective."""

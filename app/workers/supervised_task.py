@@ -76,6 +76,7 @@ class TrainingJob:
     steps: int
     mixture: Mixture
     model_folder: Path
+    checkpoint_folder: Path
     events: EventSender
 
 
@@ -99,6 +100,6 @@ class TrainingResult:
 class WorkerOutcome:
     """How the workers ended, the same on every rank: with a result, an error they all saw, or (neither) asked to stop after `steps`."""
 
-    steps: int
+    steps: int = 0
     result: TrainingResult | None = None
     error: CorralError | None = None

@@ -25,9 +25,9 @@ from app.workers.processes import process_environment
 from app.workers.supervised_task import SupervisedTask, TrainingJob, TrainingResult, WorkerOutcome
 from app.workers.training_loop import train_worker
 
+CHECKPOINTS = "checkpoints"
 MAX_FAILURES = 1
 """Times a run may lose a worker and go on by itself from its last checkpoint."""
-CHECKPOINTS_KEPT = 2
 POLL_SECONDS = 0.2
 START_GRACE_SECONDS = 3.0
 """How long a request to stop waits for workers that are still starting, and have nothing to save."""
@@ -60,14 +60,15 @@ def fit(
 
     Checkpoints are in `folder/checkpoints`; the same call goes on from the last one. Gradients are exact: neither the number
     of workers nor the micro-batch size changes the loss curve. `deadline_seconds` is the longest wait between two logged points.
-    Raises NonFiniteError, Interrupted (when `stop_requested()` turns true, after saving a checkpoint), DeadlineError, what a
-    worker raised, or CorralError when workers died more than MAX_FAILURES times.
+    Raises NonFiniteError, CheckpointError (checkpoints, none of which can be gone on from), Interrupted (when `stop_requested()`
+    turns true, after saving a checkpoint), DeadlineError, what a worker raised, or CorralError when workers died more than
+    MAX_FAILURES times.
     """
     optimizer, micro, accumulation = config.optimizer, config.micro_batch_size, config.accumulation
     deepspeed_config(config.deepspeed, optimizer, precision=precision, micro_batch_size=micro, accumulation=accumulation)  # refuses early
     folder = folder.absolute()  # Ray Train changes the workers' directory
     with EventChannel(tracker) as channel:
-        job = TrainingJob(task, config, precision, seed, steps, mixture, folder / "model", channel.sender)
+        job = TrainingJob(task, config, precision, seed, steps, mixture, folder / "model", folder / CHECKPOINTS, channel.sender)
         trainer, phase = _trainer(job, folder), f"{task.stage} training"
         outcome = _wait_for(trainer, channel, stop_requested, phase=phase, deadline_seconds=deadline_seconds)
     if outcome.error is not None:
@@ -86,10 +87,9 @@ def _trainer(job: TrainingJob, folder: Path) -> TorchTrainer:
         partial(train_worker, job),  # as train_loop_config the job would be unpickled, with all its imports, by the controller too
         scaling_config=ray.train.ScalingConfig(num_workers=workers.count, use_gpu=workers.gpus > 0, resources_per_worker=resources),
         run_config=ray.train.RunConfig(
-            name="checkpoints",
+            name=CHECKPOINTS,
             storage_path=str(folder),
             failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": process_environment(workers)},
         ),

@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import math
 import shutil
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
 
 from app.data.batch_order import evaluation_batches, micro_batches, step_rows
-from app.durable import read_json, write_json
-from app.errors import NonFiniteError
-from app.workers.deepspeed_engine import backward_scaled, full_weights, load_engine, optimizer_step, save_engine, start_engine
+from app.data.token_cache import TRAIN_FILE
+from app.durable import read_json, replace_folder, settle_folder, write_json
+from app.errors import CheckpointError, ConfigError, NonFiniteError
+from app.workers.deepspeed_engine import backward_scaled, full_weights, load_engine, optimizer_step, start_engine
+from app.workers.shared_checkpoints import SharedCheckpoints
 from app.workers.supervised_task import TrainingJob, TrainingResult, WorkerOutcome
 
 HELD_OUT = "held_out.json"
@@ -56,31 +56,31 @@ class Window:
 
 def train_worker(job: TrainingJob) -> WorkerOutcome:
     """The function that Ray Train runs on every rank."""
-    loop = TrainingLoop(job)
     try:
-        return loop.run()
-    except NonFiniteError as error:  # every rank sees it in the same step, so a restart would only meet it again
-        return WorkerOutcome(loop.progress.step, error=error)
+        return TrainingLoop(job).run()
+    except (NonFiniteError, CheckpointError, ConfigError) as error:  # every rank raises it at the same point, and would after a restart
+        return WorkerOutcome(error=error)
     finally:
-        loop.job.events.flush()
+        job.events.flush()
 
 
 class TrainingLoop:
-    """One rank."""
+    """One rank. Making it builds the engine and restores the newest complete checkpoint. Raises CheckpointError."""
 
     def __init__(self, job: TrainingJob) -> None:
         self.job, self.task, self.config = job, job.task, job.config
         torch.set_num_threads(job.config.workers.threads)
-        torch.manual_seed(job.seed)
         job.events.stop_requested()  # the first call only places the order; by the first step the answer may be there
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
+        self.checkpoints = SharedCheckpoints(job.checkpoint_folder, self.config.keep_checkpoints, self.device)
+        saved = self.checkpoints.newest()
         self.train_rows, self.held_out = self.task.load_rows()
         self.lengths = [self.task.length(row) for row in self.train_rows]
         self.held_out_sets: dict[str, list[int]] = defaultdict(list)
         for index, row in enumerate(self.held_out):
             self.held_out_sets[row.dataset].append(index)
-        self.progress = Progress()
+        self.progress, self.window = Progress(), Window()
         self.engine = start_engine(
             self.task.build_model(),
             self.config.optimizer,
@@ -90,29 +90,30 @@ class TrainingLoop:
             accumulation=self.config.accumulation,
             total_steps=job.steps,
         )
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is not None:
-            with checkpoint.as_directory() as folder:
-                self.progress = Progress(**load_engine(self.engine, Path(folder))["progress"])
+        self.engine.train()
+        torch.manual_seed(job.seed + self.rank)  # ranks draw dropout masks of their own
+        if saved is not None:
+            state = load_engine(self.engine, saved)
+            self.progress, self.window = Progress(**state["progress"]), Window(**state["window"])
 
     def run(self) -> WorkerOutcome:
         """Train to the last step, out of patience, or to a stop request, which alone leaves no model."""
-        progress, window, stop, exhausted = self.progress, Window(), False, False
+        progress, stop = self.progress, False
         if not progress.before:
             progress.before = self.evaluate()
-        while progress.step < self.job.steps and not stop and not exhausted:
-            stop = self.train_step(window)
+        while progress.step < self.job.steps and not stop and not self.out_of_patience:
+            stop = self.train_step()
             step = progress.step
             if step % self.config.log_every == 0 or step == self.job.steps:
-                self.log(window)
-                window = Window()
+                self.log()
+                self.window = Window()
             if step % self.config.eval_every == 0 and step < self.job.steps and not stop:
-                exhausted = self.judge()
+                self.judge()
             if stop or (step % self.config.save_every == 0 and step < self.job.steps):
-                self.save()
+                self.checkpoints.save(step, self.engine, {"progress": asdict(progress), "window": asdict(self.window)})
         if stop and progress.step < self.job.steps:
             return WorkerOutcome(progress.step)
-        if not exhausted:
+        if progress.evaluated_step != progress.step:
             self.judge()
         if self.config.keep_best:
             after = self.take_best()
@@ -122,29 +123,32 @@ class TrainingLoop:
         result = TrainingResult(progress.before, after, progress.step, progress.tokens, progress.seconds)
         return WorkerOutcome(progress.step, result=result)
 
-    def train_step(self, window: Window) -> bool:
+    def train_step(self) -> bool:
         """One optimizer step; returns whether the driver asked to stop. Raises NonFiniteError."""
         began = time.perf_counter()
-        progress = self.progress
+        progress, window = self.progress, self.window
         indices = step_rows(progress.step, mixture=self.job.mixture, batch_size=self.config.batch_size, seed=self.job.seed)
         denominator = sum(self.task.weight(self.train_rows[i]) for i in indices)
         mine = micro_batches(
             indices, self.lengths, micro_batch_size=self.config.micro_batch_size, rank=self.rank, world_size=self.world_size
         )
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        parts: list[torch.Tensor] = []
         for number, batch in enumerate(mine):
             if number:
                 optimizer_step(self.engine)  # within an accumulation it only counts
             part = self.task.loss(self.engine, [self.train_rows[i] for i in batch], self.device) / denominator
             backward_scaled(self.engine, part)
-            loss += part.detach()
+            parts.append(part.detach())
+            loss += parts[-1]
         total, stop = self.agree(loss)
-        self.require_finite("loss", total, "before the optimizer step")
+        if not math.isfinite(total):
+            raise self.non_finite("loss", total, f"before the optimizer step{self.blame(mine, parts)}")
         window.lr = self.engine.get_lr()[0]
         norm = optimizer_step(self.engine)
         assert norm is not None
-        if self.job.precision != "fp16":  # there an overflow only skips the step and lowers the loss scale
-            self.require_finite("gradient norm", norm, "which spoils the weights")
+        if not math.isfinite(norm) and self.job.precision != "fp16":  # there an overflow only skips the step and lowers the loss scale
+            raise self.non_finite("gradient norm", norm, "which spoils the weights")
         window.grad_norm = norm
         window.losses.append(total)
         progress.step += 1
@@ -153,12 +157,19 @@ class TrainingLoop:
         window.tokens, window.seconds = window.tokens + tokens, window.seconds + seconds
         return stop
 
-    def require_finite(self, name: str, value: float, consequence: str) -> None:
-        if not math.isfinite(value):
-            raise NonFiniteError(
-                f"{self.task.stage}: {name} is {value} in step {self.progress.step + 1}, {consequence}: "
-                "lower optimizer.lr, or look for broken rows in the data"
-            )
+    def non_finite(self, name: str, value: float, where: str) -> NonFiniteError:
+        return NonFiniteError(
+            f"{self.task.stage}: {name} is {value} in step {self.progress.step + 1}, {where}: "
+            "lower optimizer.lr, or look for broken rows in the data"
+        )
+
+    def blame(self, batches: list[list[int]], parts: list[torch.Tensor]) -> str:
+        """The rows of each rank's first micro-batch whose loss is not finite, in words. Collective."""
+        first: list[int] = next((batch for batch, part in zip(batches, parts, strict=True) if not torch.isfinite(part)), [])
+        found: list[list[int]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(found, first)
+        rows = sorted(row for batch in found for row in batch)
+        return f", among rows {', '.join(map(str, rows))} (from 0) of {TRAIN_FILE}" if rows else ""
 
     def agree(self, loss: torch.Tensor) -> tuple[float, bool]:
         """The loss summed over ranks, and whether to stop after this step: the same answer everywhere."""
@@ -203,8 +214,12 @@ class TrainingLoop:
         dist.all_reduce(vector)
         return dict(zip(names, vector.tolist(), strict=True))
 
-    def judge(self) -> bool:
-        """Evaluate, keep the model where `keep_best` wants it, and say whether patience has run out. The same on every rank.
+    @property
+    def out_of_patience(self) -> bool:
+        return self.config.patience is not None and self.progress.stale >= self.config.patience
+
+    def judge(self) -> None:
+        """Evaluate, and keep the model where `keep_best` wants it. The same on every rank.
 
         Raises NonFiniteError for a held-out loss that is not finite.
         """
@@ -218,13 +233,12 @@ class TrainingLoop:
                 self.export(self.best_folder)
         else:
             progress.stale += 1
-        return self.config.patience is not None and progress.stale >= self.config.patience
 
-    def log(self, window: Window) -> None:
+    def log(self) -> None:
         """Send means since the last logged point."""
         if self.rank:
             return
-        step = self.progress.step
+        step, window = self.progress.step, self.window
         metrics = {
             "loss": sum(window.losses) / len(window.losses),
             "grad_norm": window.grad_norm,
@@ -233,16 +247,6 @@ class TrainingLoop:
             "epoch": step * self.config.batch_size / self.job.mixture.rows_per_epoch,
         }
         self.job.events.log(self.task.stage, step, metrics)
-
-    def save(self) -> None:
-        """Every rank reports its own shards; Ray puts them into one checkpoint and commits it when it has them all."""
-        with tempfile.TemporaryDirectory(prefix="corral-") as folder:
-            save_engine(self.engine, Path(folder), {"progress": asdict(self.progress)})
-            ray.train.report(
-                {"step": self.progress.step},
-                checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=f"step-{self.progress.step:08d}",
-            )
 
     @property
     def best_folder(self) -> Path:
@@ -257,8 +261,7 @@ class TrainingLoop:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 self.task.export(self.engine.module, unfinished)
                 write_json(unfinished / HELD_OUT, {"step": self.progress.step, "metrics": self.progress.evaluated})
-                shutil.rmtree(target, ignore_errors=True)
-                unfinished.rename(target)
+                replace_folder(target, unfinished)
         dist.barrier()
 
     def take_best(self) -> dict[str, float]:
@@ -266,11 +269,13 @@ class TrainingLoop:
 
         A run that was stopped after its training, before its stage was committed, has done so already.
         """
+        if self.rank == 0:
+            settle_folder(self.best_folder)
+        dist.barrier()
         waits = self.best_folder.is_dir()
         metrics: dict[str, float] = read_json((self.best_folder if waits else self.job.model_folder) / HELD_OUT)["metrics"]
         dist.barrier()
         if waits and self.rank == 0:
-            shutil.rmtree(self.job.model_folder, ignore_errors=True)
-            self.best_folder.rename(self.job.model_folder)
+            replace_folder(self.job.model_folder, self.best_folder)
         dist.barrier()
         return metrics

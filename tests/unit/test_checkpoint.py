@@ -16,6 +16,7 @@ import pytest
 
 from app.checkpoint import CheckpointStore
 from app.durable import tree_hash
+from app.errors import CheckpointError
 
 
 def parts(text: str) -> Callable[[Path], None]:
@@ -105,6 +106,14 @@ def test_an_incomplete_checkpoint_is_passed_over(tmp_path: Path, harm: Callable[
     saved = store.latest()
     assert saved is not None
     assert saved.step == 1
+
+
+def test_damaged_checkpoints_alone_are_refused_and_not_taken_for_none(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=3)
+    for step in (1, 2):
+        remove_a_part(store.save(step, {}, parts("any")))
+    with pytest.raises(CheckpointError, match=r"step-00000002 and all older checkpoints are damaged.*delete the folder"):
+        store.latest()
 
 
 def test_temporary_folders_never_count(tmp_path: Path) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from app.config.deepspeed_presets import PRESETS, Preset
 from app.config.shared import DeepSpeedConfig, OptimizerConfig
 from app.errors import CheckpointError, ConfigError
 from app.workers.deepspeed_engine import deepspeed_config, lr_factor
@@ -48,7 +51,53 @@ def test_stage_0_refuses_16_bits(precision: str) -> None:
 
 def test_offload() -> None:
     config = build(DeepSpeedConfig(zero_stage=3, offload_optimizer=True, offload_parameters=True))
-    assert config["zero_optimization"] == {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    assert config["zero_optimization"] == {"stage": 3, **OFFLOAD}
+
+
+LIVE = {"sub_group_size": 10**9, "stage3_max_live_parameters": 10**9, "stage3_max_reuse_distance": 10**9, "overlap_comm": True}
+CONTIGUOUS = {"contiguous_gradients": True}
+ON_HOST = {"device": "cpu", "pin_memory": True}
+OFFLOAD = {"offload_optimizer": ON_HOST, "offload_param": ON_HOST}
+
+
+def buckets(elements: int, overlap_comm: bool) -> dict[str, object]:
+    return {"allgather_bucket_size": elements, "reduce_bucket_size": elements, "overlap_comm": overlap_comm, **CONTIGUOUS}
+
+
+@pytest.mark.parametrize(
+    ("preset", "zero"),
+    [
+        ("zero2", {"stage": 2, **buckets(10**9, False)}),
+        ("zero2_offload", {"stage": 2, "offload_optimizer": ON_HOST, **buckets(2 * 10**8, False)}),
+        ("zero3", {"stage": 3, **LIVE, **CONTIGUOUS}),
+        ("zero3_offload", {"stage": 3, **LIVE, **CONTIGUOUS, **OFFLOAD}),
+        ("zero3_offload_65b", {"stage": 3, **{k: v if v is True else 2 * v for k, v in LIVE.items()}, **CONTIGUOUS, **OFFLOAD}),
+        ("zero3_offload_rl", {"stage": 3, **buckets(10**9, True), **OFFLOAD}),
+    ],
+)
+def test_presets(preset: str, zero: dict[str, object]) -> None:
+    ds = DeepSpeedConfig.model_validate({"preset": preset})
+    assert build(ds)["zero_optimization"] == zero
+    assert DeepSpeedConfig.model_validate(ds.model_dump()) == ds, "a resolved recipe reads back as itself"
+
+
+def test_every_preset_is_tested() -> None:
+    tested = {case[0] for mark in test_presets.pytestmark for case in mark.args[1]}  # type: ignore[attr-defined]
+    assert tested == set(PRESETS) == set(get_args(Preset))
+
+
+def test_keys_beside_a_preset_win() -> None:
+    extra = {"zero_optimization": {"reduce_bucket_size": 1000, "offload_optimizer": {"pin_memory": False}}, "wall_clock_breakdown": True}
+    given = {"preset": "zero3_offload", "offload_parameters": False, "gradient_checkpointing": True, "extra": extra}
+    config = build(DeepSpeedConfig.model_validate(given))
+    expected = {"stage": 3, **LIVE, **CONTIGUOUS, "reduce_bucket_size": 1000, "offload_optimizer": {"device": "cpu", "pin_memory": False}}
+    assert config["zero_optimization"] == expected
+    assert config["wall_clock_breakdown"] is True
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValidationError, match=r"preset\n.*'zero2', 'zero2_offload', 'zero3'"):
+        DeepSpeedConfig.model_validate({"preset": "zero9"})
 
 
 def test_extra_keys_are_merged_last_and_section_by_section() -> None:

@@ -1,4 +1,4 @@
-"""What a training worker does with the best model, without the training."""
+"""What a training worker does around the training: refusals, blame for a loss, patience, the best model. One rank, no engine."""
 
 from __future__ import annotations
 
@@ -6,17 +6,60 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from app.data.token_cache import TRAIN_FILE
 from app.durable import write_json
-from app.workers.training_loop import HELD_OUT, TrainingLoop
+from app.errors import CheckpointError, ConfigError, CorralError, NonFiniteError
+from app.workers import training_loop
+from app.workers.training_loop import HELD_OUT, Progress, TrainingLoop
+
+
+@pytest.fixture
+def loop() -> TrainingLoop:
+    """The only rank, before anything is built."""
+    loop = object.__new__(TrainingLoop)
+    loop.rank, loop.world_size = 0, 1
+    return loop
+
+
+@pytest.mark.parametrize("error", [CheckpointError("damaged"), ConfigError("no fp16 here"), NonFiniteError("loss is nan")])
+def test_what_every_rank_raises_is_an_outcome_and_no_reason_to_restart(error: CorralError, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(job: object) -> None:
+        raise error
+
+    monkeypatch.setattr(training_loop, "TrainingLoop", refuse)
+    job = SimpleNamespace(events=SimpleNamespace(flush=lambda: None))
+    assert training_loop.train_worker(job).error is error  # type: ignore[arg-type]
+
+
+def test_a_loss_that_is_not_finite_names_the_rows_of_every_rank(loop: TrainingLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(found: list[list[int]], mine: list[int]) -> None:
+        found[:] = [mine, [4, 2]]
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    parts = [torch.tensor(value) for value in (1.0, float("nan"), float("inf"))]
+    assert loop.blame([[0, 1], [9, 3], [5, 6]], parts) == f", among rows 2, 3, 4, 9 (from 0) of {TRAIN_FILE}"
+
+
+def test_a_run_out_of_patience_does_not_train_on_after_a_restart(loop: TrainingLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoint may be of the very step at which it stopped."""
+    metrics = {"loss": 1.0}
+    loop.progress = Progress(step=4, before=metrics, evaluated=metrics, evaluated_step=4, best_loss=0.5, stale=2)
+    loop.config = SimpleNamespace(patience=2, keep_best=False)  # type: ignore[assignment]
+    loop.job = SimpleNamespace(steps=10, model_folder=Path("model"))  # type: ignore[assignment]
+    exported: list[Path] = []
+    monkeypatch.setattr(loop, "export", exported.append)
+    result = loop.run().result
+    assert result is not None
+    assert (result.steps, result.after, exported) == (4, metrics, [Path("model")])
 
 
 def test_the_best_model_is_taken_once_and_found_again_after_a_stop_before_the_commit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loop: TrainingLoop
 ) -> None:
     monkeypatch.setattr("torch.distributed.barrier", lambda: None)
-    loop = object.__new__(TrainingLoop)
-    loop.rank, loop.job = 0, SimpleNamespace(model_folder=tmp_path / "model")  # type: ignore[assignment]
+    loop.job = SimpleNamespace(model_folder=tmp_path / "model")  # type: ignore[assignment]
     for folder, loss in ((tmp_path / "model", 2.0), (loop.best_folder, 1.0)):
         folder.mkdir()
         write_json(folder / HELD_OUT, {"step": 6, "metrics": {"loss": loss}})
