@@ -64,8 +64,8 @@ class Corpus:
     path: Path
 
 
-def load_corpus(config: DataConfig, *, seed: int, folder: Path) -> Corpus:
-    """Read `data.path`, extract and split.
+def load_corpus(config: DataConfig, *, seed: int, folder: Path, split: bool = True) -> Corpus:
+    """Read `data.path`, extract and split; with split = False everything is in `train`, in the order of the rows.
 
     Writes under `folder`: the embedded task's trees (`embedded.jsonl`) and rows that cannot be used (`quarantine.jsonl`, one
     {"file", "line", "reason", "text"} each). The split depends on the seed and the tree ids, not on the order of rows.
@@ -89,7 +89,7 @@ def load_corpus(config: DataConfig, *, seed: int, folder: Path) -> Corpus:
         raise DataError(f"data.path = {config.path}: {reason}; see {folder / QUARANTINE}")
     if config.path == "embedded":
         trees = [replace(tree, groups=tuple(_with_gold(group) for group in tree.groups)) for tree in trees]
-    train, validation = split_trees(trees, config.val_split, seed)
+    train, validation = split_trees(trees, config.val_split, seed) if split else (trees, [])
     languages = Counter(tree.lang for tree in trees if tree.lang is not None)
     return Corpus(
         train=_collect(train),

@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, Pretrain
 
 from app.errors import ModelError
 from app.models.forward import hidden_states
-from app.models.load import DTYPES, load_config, load_tokenizer
+from app.models.load import DTYPES, check_model_folder, load_config, load_tokenizer
 from app.models.trainable import merged_state
 
 
@@ -47,15 +47,26 @@ def load_reward_model(
     path: str, *, precision: Literal["fp32", "bf16", "fp16"] = "fp32", trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """A reward-model folder, ready to score. Raises ModelError when it is none, or lacks weights."""
-    config = load_config(path, trust_remote_code)
-    if config.num_labels != 1:
-        raise ModelError(f"{path}: a reward model has one label, this one has {config.num_labels}; give a folder written by `corral rm`")
+    config = _reward_model_config(path, trust_remote_code)
     model, report = AutoModelForSequenceClassification.from_pretrained(
         path, config=config, dtype=DTYPES[precision], trust_remote_code=trust_remote_code, output_loading_info=True
     )
     _refuse_missing(report["missing_keys"], path)
     _score_head(model)
     return model.eval()
+
+
+def check_reward_model(path: str, trust_remote_code: bool = False) -> None:
+    """Raises ModelError, before any weight is loaded, for a folder that is no reward model or not whole."""
+    check_model_folder(path)
+    _reward_model_config(path, trust_remote_code)
+
+
+def _reward_model_config(path: str, trust_remote_code: bool) -> PretrainedConfig:
+    config = load_config(path, trust_remote_code)
+    if config.num_labels != 1:
+        raise ModelError(f"{path}: a reward model has one label, this one has {config.num_labels}; give a folder written by `corral rm`")
+    return config
 
 
 def save_reward_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, reward_offset: float) -> None:
