@@ -72,3 +72,10 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False, soft_wrap=True)
+
+
+def quiet_loading() -> None:
+    """No progress bars of transformers beside our own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from app.errors import ConfigError
-from jobs.command import Tool, output_path, tool_recipe
+from jobs.command import Tool, output_path, quiet_loading, tool_recipe
 from jobs.evaluate_score import KEYS
 
 
@@ -30,6 +30,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     folder = output_path(arguments.output, folder=True)
     from app.evaluation.local_scorer import LocalScorer
 
+    quiet_loading()
     choices = best_of_n(report, LocalScorer(arguments.model, recipe), arguments.keep)
     files = write_choices(choices, folder)
     for name, part in comparison(choices).items():

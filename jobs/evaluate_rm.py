@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.command import Tool, output_path, tool_recipe
+from jobs.command import Tool, console, output_path, quiet_loading, tool_recipe
 
 KEYS = ("data", "model.precision", "model.trust_remote_code", "rm.score_l2", "scoring.max_batch_tokens")
 
@@ -26,11 +26,13 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     file = output_path(arguments.json) if arguments.json else None
     from app.data.corpus import load_corpus
     from app.durable import without_non_finite, write_json
-    from app.evaluation.ranked_set import check_ranked_set, evaluate_ranked_set
+    from app.evaluation.local_scorer import check_scorer
+    from app.evaluation.ranked_set import evaluate_ranked_set
 
-    check_ranked_set(arguments.model, recipe)
+    check_scorer(arguments.model, recipe)
     with tempfile.TemporaryDirectory() as folder:
         corpus = load_corpus(recipe.data, seed=recipe.run.seed, folder=Path(folder), split=False)
+    quiet_loading()
     results = evaluate_ranked_set(arguments.model, corpus, recipe) | {"dataset": arguments.source}
     if file is not None:
         write_json(file, without_non_finite(results))
@@ -41,8 +43,6 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def show(results: Mapping[str, Any]) -> None:
     """The results as a table."""
     from rich.table import Table
-
-    from jobs.command import console
 
     table = Table("metric", "value", show_edge=False)
     for name, value in results.items():

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.errors import ConfigError, CorralError, DataError
+from app.errors import ConfigError, DataError
 from jobs.command import Tool, output_path, tool_recipe
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _ray(folder: Path) -> Iterator[None]:
         try:
             with local_ray.running_ray(Path(logs)):
                 yield
-        except CorralError:
+        except Exception:
             trace = folder / TRACE
             shutil.copytree(logs, trace.parent, dirs_exist_ok=True)
             trace.write_text(traceback.format_exc())

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from jobs.command import Tool, console, output_path, tool_recipe
+from jobs.command import Tool, console, output_path, quiet_loading, tool_recipe
 
 KEYS = ("data.template", "data.max_length", "model.precision", "model.trust_remote_code", "scoring.max_batch_tokens")
 """What tools that score replies read."""
@@ -30,6 +30,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     file = output_path(arguments.output or str(Path(arguments.report).with_suffix(".scores.json")))
     from app.evaluation.local_scorer import LocalScorer
 
+    quiet_loading()
     summary = score_summary(report, LocalScorer(arguments.model, recipe), reward_model=arguments.model)
     write_json(file, summary)
     show(summary["results"])

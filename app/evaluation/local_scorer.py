@@ -13,6 +13,7 @@ from app.data.token_cache import join_reply
 from app.errors import ScoringError
 from app.evaluation.progress import progress
 from app.evaluation.reply_scores import Replies
+from app.evaluation.sampling_report import Conversation
 from app.experience import IntArray
 from app.models.context import context_of, require_context
 from app.models.forward import pad_sequences, padded_batches
@@ -25,16 +26,21 @@ def compute_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def check_scorer(path: str, recipe: Recipe) -> None:
+    """Raises ModelError for a folder that is no reward model, ConfigError where it takes no data.max_length tokens. Loads no weights."""
+    check_reward_model(path, recipe.model.trust_remote_code)
+    require_context(context_of(path), recipe.data.max_length, "data.max_length")
+
+
 class LocalScorer:
-    """`ReplyScorer` over a reward-model folder; scores are logit - reward_offset. The model is loaded at the first score.
+    """`ReplyScorer` over a reward-model folder; scores are logit - reward_offset. The model is loaded when something is scored.
 
     recipe: data.template and data.max_length (how replies are written and cut, as in training), model.precision,
-    scoring.max_batch_tokens. Raises ModelError for a folder that is no reward model, ConfigError for sequences longer than it takes.
+    scoring.max_batch_tokens. Raises what `check_scorer` raises.
     """
 
     def __init__(self, path: str, recipe: Recipe) -> None:
-        check_reward_model(path, recipe.model.trust_remote_code)
-        require_context(context_of(path), recipe.data.max_length, "data.max_length")
+        check_scorer(path, recipe)
         self._path, self._recipe = path, recipe
         self._template = build_template(recipe.data.template, load_tokenizer(path, recipe.model.trust_remote_code))
 
@@ -44,8 +50,8 @@ class LocalScorer:
         scores = iter(self._scores([sequence for part in sequences for sequence in part]))
         return [[next(scores) for _ in part] for part in sequences]
 
-    def _sequences(self, conversation: Sequence[object], texts: Sequence[str]) -> list[IntArray]:
-        prompt, _ = self._template.encode(conversation, open_assistant=True)  # type: ignore[arg-type]
+    def _sequences(self, conversation: Conversation, texts: Sequence[str]) -> list[IntArray]:
+        prompt, _ = self._template.encode(conversation, open_assistant=True)
         length = self._recipe.data.max_length
         return [join_reply(prompt, self._template.encode_text(text), self._template.eos_id, length) for text in texts]
 

@@ -19,19 +19,12 @@ from app.data.token_cache import GroupRow, encode_groups
 from app.errors import DataError, ScoringError
 from app.evaluation.local_scorer import compute_device
 from app.evaluation.progress import Advance, progress
-from app.models.context import context_of, require_context
-from app.models.heads import check_reward_model, load_reward_model, reward_offset
+from app.models.heads import load_reward_model, reward_offset
 from app.models.load import load_tokenizer
 from app.tasks.reward_model import RewardModelTask, SequenceScores
 
 LENGTH_RULE = "the longer reply wins"
 """The baseline has no training split to learn its orientation from."""
-
-
-def check_ranked_set(path: str, recipe: Recipe) -> None:
-    """What can be wrong before anything is read: raises ModelError or ConfigError."""
-    check_reward_model(path, recipe.model.trust_remote_code)
-    require_context(context_of(path), recipe.data.max_length, "data.max_length")
 
 
 def evaluate_ranked_set(path: str, corpus: Corpus, recipe: Recipe) -> dict[str, Any]:
