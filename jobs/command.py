@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from app.errors import ConfigError
 
 if TYPE_CHECKING:  # reading a recipe's classes takes a second that `corral --help` need not spend
+    from rich.console import Console
+
     from app.config.recipe import Recipe
 
 
@@ -24,9 +29,53 @@ class Command:
 
 @dataclass(frozen=True)
 class Tool:
-    """A command with its own arguments. run: (arguments, overrides) -> exit code."""
+    """A command with its own arguments. run: (arguments, overrides) -> exit code; keys: the recipe keys and sections it also takes."""
 
     purpose: str
     details: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace, list[str]], int]
+    keys: tuple[str, ...] = ()
+
+
+def tool_recipe(name: str, keys: Sequence[str], overrides: Sequence[str], values: Mapping[str, Any] | None = None) -> Recipe:
+    """Defaults, the recipe keys given behind a tool's own arguments, and over both `values`, which stand for these arguments.
+
+    Raises ConfigError for an option that is no recipe key, or none of those that the tool reads.
+    """
+    from app.config.keys import section_keys
+    from app.config.loading import load_recipe, with_values
+
+    recipe = load_recipe(None, overrides)
+    read = {key.name for key in section_keys(keys)}
+    for word in overrides:
+        key = word.removeprefix("--").partition("=")[0]
+        if word.startswith("--") and key not in read:
+            raise ConfigError(f"corral {name} does not read {key}: `corral {name} --help` lists what it takes")
+    return with_values(recipe, values or {}, f"corral {name}")
+
+
+def output_path(path: str, *, folder: bool = False) -> Path:
+    """Where a tool will write, a file or a folder, with the folders above it made. Raises ConfigError where nothing can be written."""
+    target = Path(path).expanduser()
+    try:
+        (target if folder else target.parent).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path}: its folder cannot be made ({error.strerror}); give another path") from error
+    if target.is_dir() and not folder:
+        raise ConfigError(f"{path}: is a folder; give the path of a file in it")
+    return target
+
+
+def console() -> Console:
+    """For tables on standard output, without colours for numbers and without lines broken where it is no terminal."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+def quiet_loading() -> None:
+    """No progress bars of transformers beside our own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

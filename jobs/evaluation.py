@@ -25,7 +25,8 @@ COMMAND = Command(
     details=(
         "Reads prompts (data.path), the SFT model (run.dir/sft/model or model.path), the reward model (reward.path or\n"
         "run.dir/rm/model) and run.dir/ppo/model.\n"
-        "Same prompts and sampling seeds for both; leaves means and win rate with 95 % intervals in run.dir/summary.json."
+        "Same prompts and sampling seeds for both; leaves means and win rate with 95 % intervals in run.dir/summary.json.\n\n"
+        "Tools beside it, each with its own --help: corral evaluate rm | samples | score | best-of-n | trees"
     ),
     example="corral evaluate jobs/recipes/tiny/pipeline.toml --run.dir=runs/demo",
     sections=("run", "tracking", "data", "model", "reward", "rollout", "scoring", "evaluation"),

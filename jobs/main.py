@@ -9,7 +9,26 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from app.errors import ConfigError, CorralError
-from jobs import chat, data, doctor, evaluation, export, interrupts, pipeline, ppo, reward_model, serving, sft, submission, tuning
+from jobs import (
+    chat,
+    data,
+    doctor,
+    evaluate_best_of_n,
+    evaluate_rm,
+    evaluate_samples,
+    evaluate_score,
+    evaluate_trees,
+    evaluation,
+    export,
+    interrupts,
+    pipeline,
+    ppo,
+    reward_model,
+    serving,
+    sft,
+    submission,
+    tuning,
+)
 from jobs.command import Command, Tool
 
 RECIPE_COMMANDS: dict[str, Command] = {
@@ -21,7 +40,19 @@ RECIPE_COMMANDS: dict[str, Command] = {
     "serve": serving.COMMAND,
     "evaluate": evaluation.COMMAND,
 }
-TOOLS: dict[str, Tool] = {"submit": submission.TOOL, "data": data.TOOL, "chat": chat.TOOL, "export": export.TOOL, "doctor": doctor.TOOL}
+TOOLS: dict[str, Tool] = {
+    "submit": submission.TOOL,
+    "data": data.TOOL,
+    "chat": chat.TOOL,
+    "export": export.TOOL,
+    "doctor": doctor.TOOL,
+    "evaluate rm": evaluate_rm.TOOL,
+    "evaluate samples": evaluate_samples.TOOL,
+    "evaluate score": evaluate_score.TOOL,
+    "evaluate best-of-n": evaluate_best_of_n.TOOL,
+    "evaluate trees": evaluate_trees.TOOL,
+}
+"""A name of two words is a tool beside a recipe command of the first word: `corral evaluate rm`, `corral evaluate RECIPE`."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,6 +65,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for input to mend, 1 for a failed run, 130 when interrupted."""
     rest, overrides = split_overrides(sys.argv[1:] if argv is None else list(argv))
+    rest = join_tool_name(rest)
     with interrupts.installed():
         try:
             arguments, unknown = build_parser(rest).parse_known_args(rest)
@@ -81,6 +113,18 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return arguments, overrides
 
 
+def join_tool_name(words: list[str]) -> list[str]:
+    """The words with a tool's name of two words as one.
+
+    >>> join_tool_name(["evaluate", "rm", "pairs.jsonl"])
+    ['evaluate rm', 'pairs.jsonl']
+    >>> join_tool_name(["evaluate", "recipe.toml"])
+    ['evaluate', 'recipe.toml']
+    """
+    name = " ".join(words[:2])
+    return [name, *words[2:]] if name in TOOLS else words
+
+
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """The parser; the recipe keys of a command are listed only where `argv` asks for that command's help."""
     parser = _Parser(
@@ -91,13 +135,16 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     asks_help = bool({"-h", "--help"} & set(argv))
+
+    def keys_of(name: str, sections: tuple[str, ...]) -> str:
+        return _key_list(sections) if asks_help and argv[0] == name and sections else ""
+
     for name, command in RECIPE_COMMANDS.items():
-        keys = _key_list(command.sections) if asks_help and argv[0] == name else ""
         sub = commands.add_parser(
             name,
             help=command.purpose,
             description=f"{command.purpose}\n\n{command.details}\n\nexample:\n  {command.example}",
-            epilog=keys,
+            epilog=keys_of(name, command.sections),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -108,6 +155,7 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
             name,
             help=tool.purpose,
             description=f"{tool.purpose}\n\n{tool.details}",
+            epilog=keys_of(name, tool.keys),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )

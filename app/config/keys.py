@@ -69,9 +69,9 @@ def _leaves(config: Config, path: tuple[str, ...]) -> Iterator[RecipeKey]:
 
 
 def section_keys(sections: Iterable[str]) -> list[RecipeKey]:
-    """The leaf keys under the given top-level sections."""
-    wanted = set(sections)
-    return [key for key in recipe_keys().values() if key.name.split(".")[0] in wanted]
+    """The leaf keys that have one of the given names, or stand in a section of that name, such as `ppo` or `ppo.kl`."""
+    wanted = tuple(sections)
+    return [key for key in recipe_keys().values() if any(f"{key.name}.".startswith(f"{name}.") for name in wanted)]
 
 
 def is_section(name: str) -> bool:

@@ -137,8 +137,8 @@ class Corpus:
         return next(iter(sets.values())) if len(sets) == 1 else hashlib.sha256(repr(sorted(sets.items())).encode()).hexdigest()
 
 
-def load_corpus(config: DataConfig, *, seed: int, folder: Path) -> Corpus:
-    """Read every data set, extract and split.
+def load_corpus(config: DataConfig, *, seed: int, folder: Path, split: bool = True) -> Corpus:
+    """Read every data set, extract and split; with split = False everything is in `train`.
 
     Writes under `folder`: the embedded task's trees (`embedded.jsonl`), rows that cannot be used (`quarantine.jsonl`, one
     {"file", "line", "reason", "text"} each) and the records. The split depends on the seed and the tree ids, not on the order of
@@ -157,7 +157,8 @@ def load_corpus(config: DataConfig, *, seed: int, folder: Path) -> Corpus:
             path = str(folder / EMBEDDED_FILE) if source.path == EMBEDDED else source.path
             assert path is not None, "completed above"
             readings[name] = read_set(name, source, path, records, quarantine)
-    held_out = np.concatenate([_held_out_trees(readings[name].trees, source.val_split or 0.0) for name, source in sources.items()])
+    shares = [(readings[name].trees, source.val_split or 0.0) for name, source in sources.items() if split]
+    held_out = np.concatenate([np.empty(0, np.uint64), *(_held_out_trees(trees, share) for trees, share in shares)])
     threads, groups, prompts = records.tables()
     limits = [source.max_val_set for source in sources.values()]
 

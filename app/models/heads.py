@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, Pretrain
 from app.data.templates import OASST_CHAT_TEMPLATE, OASST_TOKENS
 from app.errors import ModelError, first_line
 from app.models.forward import hidden_states
-from app.models.load import DTYPES, load_config, load_tokenizer
+from app.models.load import DTYPES, check_model_folder, load_config, load_tokenizer
 from app.models.open_assistant import OpenAssistantConfig, load_open_assistant
 from app.models.trainable import merged_state
 
@@ -68,13 +68,24 @@ def load_reward_model(path: str, *, precision: Precision = "fp32", trust_remote_
 
     One of Open-Assistant's (see `app.models.open_assistant`) becomes what `convert_reward_model` would write.
     """
-    config = load_config(path, trust_remote_code)
-    if not isinstance(config, OpenAssistantConfig) and config.num_labels != 1:
-        raise ModelError(f"{path}: a reward model has one label, this one has {config.num_labels}; give a folder written by `corral rm`")
+    config = _reward_model_config(path, trust_remote_code)
     model, missing = _load_classifier(path, config, precision, trust_remote_code)
     _refuse_missing(missing, path)
     pooling_of(model)
     return model.eval()
+
+
+def check_reward_model(path: str, trust_remote_code: bool = False) -> None:
+    """Raises ModelError, before any weight is loaded, for a folder that is no reward model or not whole."""
+    check_model_folder(path, chat_template=False)
+    _reward_model_config(path, trust_remote_code)
+
+
+def _reward_model_config(path: str, trust_remote_code: bool) -> PretrainedConfig:
+    config = load_config(path, trust_remote_code)
+    if not isinstance(config, OpenAssistantConfig) and config.num_labels != 1:
+        raise ModelError(f"{path}: a reward model has one label, this one has {config.num_labels}; give a folder written by `corral rm`")
+    return config
 
 
 def convert_reward_model(path: str, folder: str | Path, *, precision: Precision = "fp32", trust_remote_code: bool = False) -> None:

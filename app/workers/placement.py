@@ -122,7 +122,7 @@ def _reward_model(recipe: Recipe, parameters: int) -> tuple[StagePlacement, ...]
 
 
 def placement(recipe: Recipe, command: str) -> tuple[StagePlacement, ...]:
-    """The stages of a command, in the order they run. `command` is one of sft, rm, ppo, pipeline, tune, serve, evaluate.
+    """The stages of a command, in the order they run. `command` is one of sft, rm, ppo, pipeline, tune, serve, evaluate, samples.
 
     `rm`, `ppo` and `tune` on the embedded model include the stages that train what they start from."""
     parameters = parameter_count(recipe.model.path) or 0
@@ -140,6 +140,7 @@ def placement(recipe: Recipe, command: str) -> tuple[StagePlacement, ...]:
         "tune": (*before_ppo, tune),
         "serve": (StagePlacement("serve", _scoring(recipe)),),
         "evaluate": (StagePlacement("evaluation", (_engines(recipe), *_scoring(recipe))),),
+        "samples": (StagePlacement("samples", (_engines(recipe),)),),
     }
     return stages[command]
 

@@ -76,26 +76,28 @@ class RolloutEngine:
 
     def generate(self, prompts: Sequence[IntArray], seeds: Sequence[int]) -> tuple[int, list[Sampled]]:
         """Sample one response per prompt. Returns the policy version and, in the order of `prompts`, what was sampled."""
+        common = {"max_tokens": self._config.max_new_tokens, "temperature": self._config.temperature, "logprobs": 0}
+        return self.version, [_sampled(output) for output in self._respond(prompts, [{**common, "seed": seed} for seed in seeds])]
+
+    def sample(self, prompts: Sequence[IntArray], settings: Sequence[Mapping[str, Any]]) -> list[IntArray]:
+        """Sample one response per prompt, each under vLLM sampling settings of its own. Returns token ids, in the order of `prompts`."""
+        return [np.asarray(output.token_ids, dtype=np.int32) for output in self._respond(prompts, settings)]
+
+    def _respond(self, prompts: Sequence[IntArray], settings: Sequence[Mapping[str, Any]]) -> list[Any]:
         from vllm import SamplingParams, TokensPrompt
 
+        ending = {
+            "detokenize": False,
+            "stop_token_ids": None if self._config.ignore_eos else self._eos_ids,
+            "ignore_eos": True,  # the end tokens are given above; no second source of truth
+        }
         with self._awake():
             outputs = self._llm.generate(
                 [TokensPrompt(prompt_token_ids=prompt.tolist()) for prompt in prompts],
-                [
-                    SamplingParams(
-                        max_tokens=self._config.max_new_tokens,
-                        temperature=self._config.temperature,
-                        seed=seed,
-                        logprobs=0,
-                        detokenize=False,
-                        stop_token_ids=None if self._config.ignore_eos else self._eos_ids,
-                        ignore_eos=True,  # the end tokens are given above; no second source of truth
-                    )
-                    for seed in seeds
-                ],
+                [SamplingParams(**ending, **one) for one in settings],
                 use_tqdm=False,
             )
-        return self.version, [_sampled(output.outputs[0]) for output in outputs]
+        return [output.outputs[0] for output in outputs]
 
     def logprobs(self, sequences: Sequence[IntArray]) -> list[FloatArray]:
         """Log-probs [S-1] of given sequences under the current weights, at temperature 1."""
@@ -225,6 +227,13 @@ class VllmRolloutPool:
             ]
 
         return Remote(calls, finish, phase="rollout", deadline_seconds=self._deadline_seconds, failure=RolloutError)
+
+    def sample(self, prompts: Sequence[IntArray], settings: Sequence[Mapping[str, Any]]) -> list[IntArray]:
+        """One response (token ids) per prompt, each under vLLM sampling settings of its own. Raises RolloutError."""
+        count = len(self.engines)
+        calls = [engine.sample.remote(prompts[k::count], settings[k::count]) for k, engine in enumerate(self.engines) if prompts[k::count]]
+        answers = collect(calls, phase="rollout", deadline_seconds=self._deadline_seconds, failure=RolloutError)
+        return [answers[i % count][i // count] for i in range(len(prompts))]
 
     def logprobs(self, sequences: Sequence[IntArray]) -> list[FloatArray]:
         return self.each("logprobs", list(sequences))[0]

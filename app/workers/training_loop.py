@@ -90,7 +90,6 @@ class TrainingLoop:
             accumulation=self.config.accumulation,
             total_steps=job.steps,
         )
-        self.engine.train()
         torch.manual_seed(job.seed + self.rank)  # ranks draw dropout masks of their own
         if saved is not None:
             state = load_engine(self.engine, saved)
