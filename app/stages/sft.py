@@ -27,8 +27,7 @@ def train_sft(recipe: Recipe, run: RunFolder, tracker: RunTracker, prepared: Pre
     require_rows("SFT", "threads", rows, held_out)
     write_threads(rows, data / TRAIN_FILE)
     write_threads(held_out, data / HELD_OUT_FILE)
-    pack_to = recipe.data.max_length if recipe.sft.packing else None
     model = recipe.model
-    task = SftTask(data, prepared.model_path, model.precision, model.trust_remote_code, recipe.sft, pack_to, recipe.run.seed)
+    task = SftTask(data, prepared.model_path, model.precision, model.trust_remote_code, recipe.sft, recipe.run.seed)
     result = train(task, recipe.sft, recipe, rows=len(rows), folder=run.stage("sft"), tracker=tracker)
     return {"eval_loss_before": result.before["loss"], "eval_loss_after": result.after["loss"], **speed(result)}

@@ -23,12 +23,12 @@ def test_threads_are_padded_on_the_right_to_a_multiple_of_8() -> None:
     assert batch.targets_BS[1].nonzero().flatten().tolist() == [2], "nothing predicts a first token"
 
 
-def test_packed_threads_share_a_row_and_count_their_own_positions() -> None:
+def test_packed_threads_follow_on_in_one_row_and_count_their_own_positions() -> None:
     threads = [SftRow(np.arange(10 * i, 10 * i + n, dtype=np.int32), np.ones(n, np.bool_)) for i, n in enumerate((3, 5, 4), 1)]
-    batch = collate_threads(threads, pack_to=8)
-    assert batch.ids_BS.tolist() == [[20, 21, 22, 23, 24, 10, 11, 12], [30, 31, 32, 33, 0, 0, 0, 0]]
-    assert batch.positions_BS.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], list(range(8))]
-    assert batch.targets_BS.int().tolist() == [[0, 1, 1, 1, 1, 0, 1, 1], [0, 1, 1, 1, 0, 0, 0, 0]]
+    batch = collate_threads(threads, packed=True)
+    assert batch.ids_BS.tolist() == [[10, 11, 12, 20, 21, 22, 23, 24, 30, 31, 32, 33, 0, 0, 0, 0]]
+    assert batch.positions_BS.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, *range(8)]]
+    assert batch.targets_BS.int().tolist() == [[0, 1, 1, 0, 1, 1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0]]
 
 
 def test_groups_become_one_batch_best_first() -> None:
