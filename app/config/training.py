@@ -81,8 +81,9 @@ class TrainingConfig(Config):
 class SftConfig(TrainingConfig):
     """Supervised fine-tuning on assistant turns."""
 
-    packing: bool = False
-    """Put several threads of a micro-batch into one row of up to data.max_length tokens, each attending to itself alone."""
+    packing: bool = True
+    """Put the threads of a micro-batch behind each other in one row, without padding, each attending to itself alone. Models whose
+    layers need more than a causal mask get one padded row per thread all the same."""
     poly_eps: float = Field(0.0, ge=0)
     """PolyLoss: adds this times (1 - p) to each target token's cross-entropy; held-out losses stay plain."""
 

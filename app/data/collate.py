@@ -35,19 +35,18 @@ class GroupBatch(NamedTuple):
 
 
 def collate_threads(
-    rows: Sequence[SftRow], device: torch.device | str = "cpu", *, pack_to: int | None = None, multiple: int = LENGTH_MULTIPLE
+    rows: Sequence[SftRow], device: torch.device | str = "cpu", *, packed: bool = False, multiple: int = LENGTH_MULTIPLE
 ) -> SftBatch:
-    """One row per thread, or with `pack_to` several threads behind each other in rows of at most so many tokens.
+    """One row per thread, or with `packed` all threads behind each other in one row.
 
     The first token of a thread is never a target: nothing predicts it. Padding counts its positions on, so that it belongs to
     the last thread of its row, none of whose tokens sees it.
     """
-    chosen = [[i] for i in range(len(rows))] if pack_to is None else pack([len(row.ids) for row in rows], pack_to)
-    bins = [[rows[i] for i in indices] for indices in chosen]
-    ids_BS, _ = _pad([np.concatenate([row.ids for row in threads]) for threads in bins], multiple)
-    positions_BS = torch.arange(ids_BS.shape[1]).repeat(len(bins), 1)
+    groups = [list(rows)] if packed else [[row] for row in rows]
+    ids_BS, _ = _pad([np.concatenate([row.ids for row in threads]) for threads in groups], multiple)
+    positions_BS = torch.arange(ids_BS.shape[1]).repeat(len(groups), 1)
     targets_BS = torch.zeros(ids_BS.shape, dtype=torch.bool)
-    for positions, targets, threads in zip(positions_BS, targets_BS, bins, strict=True):
+    for positions, targets, threads in zip(positions_BS, targets_BS, groups, strict=True):
         start = 0
         for row in threads:
             end = start + len(row.ids)
@@ -55,25 +54,6 @@ def collate_threads(
             targets[start + 1 : end] = torch.from_numpy(row.loss_mask[1:])
             start = end
     return SftBatch(ids_BS.to(device), positions_BS.to(device), targets_BS.to(device))
-
-
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices dealt into bins of at most `capacity` tokens, first fit from the longest down; what is longer has a bin of its own.
-
-    >>> pack([3, 5, 4, 2], 7)
-    [[1, 3], [2, 0]]
-    """
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        found = next((number for number, free in enumerate(room) if free >= lengths[index]), None)
-        if found is None:
-            bins.append([index])
-            room.append(capacity - lengths[index])
-        else:
-            bins[found].append(index)
-            room[found] -= lengths[index]
-    return bins
 
 
 def collate_groups(rows: Sequence[GroupRow], device: torch.device | str = "cpu", *, multiple: int = LENGTH_MULTIPLE) -> GroupBatch:

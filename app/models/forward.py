@@ -7,12 +7,14 @@ H hidden size, V vocabulary, N tokens picked out of [B, R], n of them in one chu
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Sized
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from app.experience import IntArray
+from app.models.segments import BY_SEGMENT, segment_lengths
 from app.numerics.logprobs import label_logprobs
 
 LOGITS_PER_CHUNK = 2**25
@@ -88,8 +90,12 @@ def target_logprobs(model: PreTrainedModel, ids_BS: torch.Tensor, positions_BS: 
     positions_BS restarts at 0 where a sequence begins, and a row may hold several: attention stays within each. Padding may only
     stand behind a row's last sequence, so that causal attention needs no mask. The head runs on what predicts a target alone.
     """
+    inputs: dict[str, Any] = {"use_cache": False}
+    if model.config._attn_implementation == BY_SEGMENT:  # all in one row: a row's first token is no target, so rows can follow on
+        ids_BS, positions_BS, targets_BS = (x.reshape(1, -1) for x in (ids_BS, positions_BS, targets_BS))
+        inputs["segments"] = segment_lengths(positions_BS[0])
+    inputs |= {"input_ids": ids_BS, "position_ids": positions_BS}
     pick_BR = targets_BS[:, 1:]
-    inputs = {"input_ids": ids_BS, "position_ids": positions_BS, "use_cache": False}
     if _transforms_logits(model):
         logits_NV = model(**inputs).logits[:, :-1][pick_BR]
     else:

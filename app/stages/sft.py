@@ -34,18 +34,8 @@ def train_sft(recipe: Recipe, run: RunFolder, tracker: RunTracker, prepared: Pre
     )
     require_rows("SFT", "threads", rows, held_out)
     mixture = Mixture.of(read_threads(data / TRAIN_FILE).datasets, corpus.settings)
-    pack_to = recipe.data.max_length if recipe.sft.packing else None
-    model = recipe.model
-    task = SftTask(
-        data,
-        prepared.model_path,
-        model.precision,
-        model.trust_remote_code,
-        recipe.sft,
-        pack_to,
-        seed,
-        multiple=recipe.data.pad_to_multiple,
-    )
+    model, multiple = recipe.model, recipe.data.pad_to_multiple
+    task = SftTask(data, prepared.model_path, model.precision, model.trust_remote_code, recipe.sft, seed, multiple=multiple)
     result = train(task, recipe.sft, recipe, mixture=mixture, folder=run.stage("sft"), tracker=tracker)
     losses = {"eval_loss_before": result.before["loss"], "eval_loss_after": result.after["loss"]}
     return losses | speed(result) | cuts.as_dict()

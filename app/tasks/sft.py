@@ -20,19 +20,22 @@ from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, SftRow, read_threads
 from app.models.forward import target_logprobs
 from app.models.load import load_causal_lm, load_tokenizer
 from app.models.residual_dropout import add_residual_dropout
+from app.models.segments import attend_by_segment
 from app.models.trainable import choose_trainable, merged_state
 
 
 class TargetLoss(nn.Module):
     """A causal language model whose forward is the summed cross-entropy of its target tokens, in nats.
 
-    While it trains, `poly_eps` times (1 - p) is added for each token (PolyLoss, https://arxiv.org/abs/2204.12511).
+    `packs`: whether a row may hold several threads. While it trains, `poly_eps` times (1 - p) is added for each token (PolyLoss,
+    https://arxiv.org/abs/2204.12511).
     """
 
     def __init__(self, language_model: PreTrainedModel, poly_eps: float = 0.0) -> None:
         super().__init__()
         self.language_model = language_model
         self.poly_eps = poly_eps
+        self.packs = attend_by_segment(language_model)
 
     def forward(self, ids_BS: torch.Tensor, positions_BS: torch.Tensor, targets_BS: torch.Tensor) -> torch.Tensor:
         """Scalar float32; the arguments are those of `target_logprobs`."""
@@ -43,14 +46,13 @@ class TargetLoss(nn.Module):
 
 @dataclass(frozen=True)
 class SftTask:
-    """`SupervisedTask` over the parquet files in `data`. The loss is the mean over all target tokens of an optimizer step."""
+    """`SupervisedTask` over the token caches in `data`. The loss is the mean over all target tokens of an optimizer step."""
 
     data: Path
     model_path: str
     precision: Literal["fp32", "bf16", "fp16"]
     trust_remote_code: bool
     config: SftConfig = SftConfig()
-    pack_to: int | None = None
     seed: int = 0
     stage: str = "sft"
     multiple: int = LENGTH_MULTIPLE
@@ -74,7 +76,8 @@ class SftTask:
         return int(row.loss_mask[1:].sum())
 
     def loss(self, engine: Any, rows: Sequence[SftRow], device: torch.device) -> torch.Tensor:
-        loss: torch.Tensor = engine(*collate_threads(rows, device, pack_to=self.pack_to, multiple=self.multiple))
+        packed = self.config.packing and engine.module.packs
+        loss: torch.Tensor = engine(*collate_threads(rows, device, packed=packed, multiple=self.multiple))
         return loss
 
     def evaluate(self, engine: Any, rows: Sequence[SftRow], device: torch.device) -> dict[str, float]:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from app.config.recipe import Recipe
 from app.config.shared import DeepSpeedConfig, OptimizerConfig, WorkersConfig
-from app.config.training import TrainingConfig
+from app.config.training import SftConfig, TrainingConfig
 from app.data.corpus import Corpus, Source, Split
 from app.data.mixture import Mixture
 from app.data.templates import build_template
@@ -121,12 +121,10 @@ def sft(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> SftRun:
     return SftRun(recipe, run, results, curve)
 
 
-def fit_again(
-    sft: SftRun, base: str, folder: Path, curve: Curve, *, stop: bool = False, pack_to: int | None = None, **layout: object
-) -> None:
+def fit_again(sft: SftRun, base: str, folder: Path, curve: Curve, *, stop: bool = False, packing: bool = True, **layout: object) -> None:
     """The SFT run in another layout of workers, micro-batches and rows."""
     config = TrainingConfig.model_validate({**SHAPE, **layout})
-    task = SftTask(sft.folder.path / "sft" / "data", base, "fp32", False, pack_to=pack_to)
+    task = SftTask(sft.folder.path / "sft" / "data", base, "fp32", False, SftConfig(packing=packing))
     fit(
         task, config, steps=STEPS, mixture=Mixture.of(["data"] * 37, {}), precision="fp32", seed=sft.recipe.run.seed, folder=folder,
         tracker=curve,
@@ -181,12 +179,12 @@ def test_accumulation_with_a_stop_in_the_middle_trains_like_one_batch(
     layout = {"micro_batch_size": 2, "workers": WorkersConfig(cpus=0.5)}
     curve = Curve()
     with pytest.raises(Interrupted, match="goes on from there"):
-        fit_again(sft, base, tmp_path, curve, stop=True, pack_to=64, **layout)
+        fit_again(sft, base, tmp_path, curve, stop=True, packing=False, **layout)
     stopped = max(curve.losses)
     assert stopped < STEPS
     assert not (tmp_path / "model").exists()
     rest = Curve()
-    fit_again(sft, base, tmp_path, rest, pack_to=64, **layout)
+    fit_again(sft, base, tmp_path, rest, packing=False, **layout)
     assert min(rest.losses) == stopped + 1, "resumed from the checkpoint written at the stop"
     for name in ("losses", "held_out", "grad_norms"):
         getattr(curve, name).update(getattr(rest, name))

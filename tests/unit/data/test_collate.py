@@ -31,12 +31,12 @@ def test_padding_to_a_multiple(multiple: int, length: int) -> None:
     assert collate_groups([GroupRow("g", (row, row[:3]))], multiple=multiple).ids_NS.shape == (2, length)
 
 
-def test_packed_threads_share_a_row_and_count_their_own_positions() -> None:
+def test_packed_threads_follow_on_in_one_row_and_count_their_own_positions() -> None:
     threads = [SftRow(np.arange(10 * i, 10 * i + n, dtype=np.int32), np.ones(n, np.bool_)) for i, n in enumerate((3, 5, 4), 1)]
-    batch = collate_threads(threads, pack_to=8)
-    assert batch.ids_BS.tolist() == [[20, 21, 22, 23, 24, 10, 11, 12], [30, 31, 32, 33, 0, 0, 0, 0]]
-    assert batch.positions_BS.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], list(range(8))]
-    assert batch.targets_BS.int().tolist() == [[0, 1, 1, 1, 1, 0, 1, 1], [0, 1, 1, 1, 0, 0, 0, 0]]
+    batch = collate_threads(threads, packed=True)
+    assert batch.ids_BS.tolist() == [[10, 11, 12, 20, 21, 22, 23, 24, 30, 31, 32, 33, 0, 0, 0, 0]]
+    assert batch.positions_BS.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, *range(8)]]
+    assert batch.targets_BS.int().tolist() == [[0, 1, 1, 0, 1, 1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0]]
 
 
 def test_groups_become_one_batch_best_first() -> None:
