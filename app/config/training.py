@@ -86,5 +86,7 @@ class RewardModelConfig(TrainingConfig):
     """Replies per group; the best-ranked ones are kept."""
     score_l2: float = Field(0.001, ge=0)
     """Weight of the squared scores in the loss, which keeps them near 0."""
+    share_prefix: bool | None = None
+    """Compute the tokens that all replies of a group begin with once; not given: on CPUs. Other scores and gradients it does not make."""
     offset_samples: int = Field(128, ge=1)
     """Answers of the SFT model whose mean score becomes `reward_offset`."""
