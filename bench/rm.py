@@ -30,7 +30,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from app.config.data import DataConfig  # noqa: E402
-from app.config.shared import DeepSpeedConfig, OptimizerConfig  # noqa: E402
+from app.config.shared import DeepSpeedConfig, OptimizerConfig, WorkersConfig  # noqa: E402
 from app.config.training import RewardModelConfig  # noqa: E402
 from app.data.collate import shared_prefix  # noqa: E402
 from app.data.corpus import load_corpus  # noqa: E402
@@ -40,6 +40,7 @@ from app.models.heads import init_reward_model, save_reward_model  # noqa: E402
 from app.models.load import load_tokenizer  # noqa: E402
 from app.tasks.reward_model import RewardModelTask  # noqa: E402
 from app.workers.deepspeed_engine import backward_scaled, optimizer_step, start_engine  # noqa: E402
+from app.workers.processes import process_environment  # noqa: E402
 
 LEARNING_RATE = 1e-5
 
@@ -205,6 +206,9 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="also measure Corral without the shared prefix")
     parser.add_argument("--json", action="store_true", help="print only one JSON object")
     arguments = parser.parse_args()
+    environment = process_environment(WorkersConfig(threads=arguments.threads))
+    if not environment.items() <= os.environ.items():  # what training workers, and here TRL as well, have from their start
+        os.execve(sys.executable, [sys.executable, str(ROOT / "bench" / "rm.py"), *sys.argv[1:]], {**os.environ, **environment})
     result = run(arguments)
     if not arguments.json:
         for lane in ("corral", "plain", "trl"):
