@@ -101,5 +101,7 @@ class RewardModelConfig(TrainingConfig):
     """Weight of the squared scores in the loss, which keeps them near 0."""
     pooling: Literal["last", "mean"] = "last"
     """What a score is read from: the last token, or the mean over all tokens. Plain transformers reads the last token of either."""
+    share_prefix: bool | None = None
+    """Compute the tokens that all replies of a group begin with once; not given: on CPUs. Other scores and gradients it does not make."""
     offset_samples: int = Field(128, ge=1)
     """Answers of the SFT model whose mean score becomes `reward_offset` (of a model that writes none: training groups)."""

@@ -44,7 +44,7 @@ def evaluate_ranked_set(path: str, corpus: Corpus, recipe: Recipe) -> dict[str, 
     cuts = Cuts()
     rows = list(encode_groups(groups, template, recipe.data, recipe.run.seed, cuts))
     reward_model = load_reward_model(path, precision=config.precision, trust_remote_code=config.trust_remote_code)
-    model = SequenceScores(reward_model).to(compute_device())
+    model = SequenceScores(reward_model, sharing=False).to(compute_device())
     task = RewardModelTask(Path(), path, recipe.run.seed, config.trust_remote_code, recipe.rm)
     with progress("ranked groups", len(rows)) as advance:
         metrics = group_metrics(model, task, rows, max_tokens=recipe.scoring.max_batch_tokens, advance=advance)

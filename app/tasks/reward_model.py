@@ -19,6 +19,7 @@ from app.data.collate import LENGTH_MULTIPLE, collate_groups
 from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, GroupRow, read_groups
 from app.experience import IntArray
 from app.models.forward import pad_sequences, padded_batches
+from app.models.grouped import can_share_prefix, group_scores, share_prefix
 from app.models.heads import init_reward_model, load_reward_model, save_reward_model, sequence_scores
 from app.models.load import load_tokenizer
 from app.models.residual_dropout import add_residual_dropout
@@ -30,14 +31,22 @@ SCORING_TOKENS = 8192
 
 
 class SequenceScores(nn.Module):
-    """A reward model whose forward is the raw score of each reply."""
+    """A reward model whose forward is the raw score of each reply.
 
-    def __init__(self, reward_model: PreTrainedModel) -> None:
+    With `sharing`, where the model allows it, what the replies of a group begin with is computed once.
+    """
+
+    def __init__(self, reward_model: PreTrainedModel, *, sharing: bool) -> None:
         super().__init__()
         self.reward_model = reward_model
+        self.sharing = sharing and can_share_prefix(reward_model)
+        if self.sharing:
+            share_prefix(reward_model)
 
-    def forward(self, ids_NS: torch.Tensor, attention_NS: torch.Tensor) -> torch.Tensor:
-        """Raw logits float32 [N]."""
+    def forward(self, ids_NS: torch.Tensor, attention_NS: torch.Tensor, own_NS: torch.Tensor) -> torch.Tensor:
+        """Raw logits float32 [N] of a `GroupBatch`."""
+        if self.sharing:
+            return group_scores(self.reward_model, ids_NS, attention_NS, own_NS)
         return sequence_scores(self.reward_model, ids_NS, attention_NS)
 
 
@@ -57,7 +66,8 @@ class RewardModelTask:
         model = init_reward_model(self.sft_path, seed=self.seed, pooling=self.config.pooling, trust_remote_code=self.trust_remote_code)
         choose_trainable(model, self.config, seed=self.seed)
         add_residual_dropout(model, self.config.residual_dropout, lima=self.config.residual_dropout_lima)
-        return SequenceScores(model)
+        sharing = self.config.share_prefix
+        return SequenceScores(model, sharing=not torch.cuda.is_available() if sharing is None else sharing)
 
     def load_rows(self) -> tuple[Sequence[GroupRow], Sequence[GroupRow]]:
         return read_groups(self.data / TRAIN_FILE), read_groups(self.data / HELD_OUT_FILE)
@@ -74,11 +84,11 @@ class RewardModelTask:
 
     def loss(self, engine: Any, rows: Sequence[GroupRow], device: torch.device) -> torch.Tensor:
         batch = collate_groups(rows, device, multiple=self.multiple)
-        return self._loss(engine(batch.ids_NS, batch.attention_NS), batch.group_sizes)
+        return self._loss(engine(batch.ids_NS, batch.attention_NS, batch.own_NS), batch.group_sizes)
 
     def evaluate(self, engine: Any, rows: Sequence[GroupRow], device: torch.device) -> dict[str, float]:
         batch = collate_groups(rows, device, multiple=self.multiple)
-        scores_N = engine(batch.ids_NS, batch.attention_NS).cpu()
+        scores_N = engine(batch.ids_NS, batch.attention_NS, batch.own_NS).cpu()
         return {"loss": float(self._loss(scores_N, batch.group_sizes)), **ranking_sums(scores_N, batch.group_sizes)}
 
     def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
