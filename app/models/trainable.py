@@ -40,7 +40,7 @@ def freeze_lower_layers(model: PreTrainedModel, count: int) -> None:
 def decoder_layers(model: PreTrainedModel, remedy: str) -> nn.ModuleList:
     """The layers of the trunk, lowest first. Raises ModelError, with the setting that does without, when they are in no list."""
     depth = model.config.get_text_config().num_hidden_layers
-    for part in model.base_model.children():
+    for part in model.base_model.modules():
         if isinstance(part, nn.ModuleList) and len(part) == depth:
             return part
     raise ModelError(f"{type(model).__name__}: its layers are in no list of {depth}; set {remedy}")

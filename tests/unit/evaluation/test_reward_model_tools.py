@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from app.config.data import DataConfig
 from app.config.loading import load_recipe
 from app.config.recipe import Recipe
+from app.data.encoding import Cuts, encode_groups
 from app.data.templates import build_template
-from app.data.token_cache import GroupRow, encode_groups
+from app.data.token_cache import GroupRow
 from app.errors import ConfigError, ModelError
 from app.evaluation.local_scorer import LocalScorer
 from app.evaluation.ranked_set import group_batches, group_metrics
@@ -59,7 +61,7 @@ def literal_scores(reward: str, rows: list[GroupRow]) -> list[list[float]]:
 
 def test_scores_are_those_of_the_model_whatever_the_batch(reward: str, groups: list[RankedGroup]) -> None:
     replies = [(group.prefix, group.replies) for group in groups]
-    rows = encode_groups(groups, build_template("auto", load_tokenizer(reward)), CONTEXT)
+    rows = list(encode_groups(groups, build_template("auto", load_tokenizer(reward)), DataConfig(max_length=CONTEXT), 0, Cuts()))
     expected = [[score - OFFSET for score in row] for row in literal_scores(reward, rows)]
     for tokens in (1, 300, 8192):
         given = LocalScorer(reward, recipe(scoring__max_batch_tokens=tokens)).score(replies)
@@ -68,10 +70,10 @@ def test_scores_are_those_of_the_model_whatever_the_batch(reward: str, groups: l
 
 
 def test_metrics_are_means_over_groups_whatever_the_batch(reward: str, groups: list[RankedGroup]) -> None:
-    rows = encode_groups(groups, build_template("auto", load_tokenizer(reward)), CONTEXT)
+    rows = list(encode_groups(groups, build_template("auto", load_tokenizer(reward)), DataConfig(max_length=CONTEXT), 0, Cuts()))
     scores = literal_scores(reward, rows)
     task = RewardModelTask(Path(), reward, 0, False)
-    model = SequenceScores(load_reward_model(reward))
+    model = SequenceScores(load_reward_model(reward), sharing=False)
     pairs = [a > b for row in scores for i, a in enumerate(row) for b in row[i + 1 :]]
     one_by_one = [group_metrics(model, task, [row], max_tokens=1, advance=lambda count: None)["loss"] for row in rows]
     for tokens in (1, 700, 100_000):

@@ -39,6 +39,7 @@ def train(model: PreTrainedModel, batch: SftBatch, steps: int = 3) -> None:
         TargetLoss(model)(*batch).backward()
         optimizer.step()
         optimizer.zero_grad()
+    model.set_attn_implementation("sdpa")  # as it was before it was put into TargetLoss
 
 
 def changed(before: dict[str, torch.Tensor], model: PreTrainedModel) -> set[str]:
