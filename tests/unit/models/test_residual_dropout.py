@@ -141,7 +141,7 @@ def test_both_tasks_train_with_it(folder: str, tmp_path: Path) -> None:
         (BloomForCausalLM(BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)), "adds the residual stream inside"),
         (
             OPTForCausalLM(OPTConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16)),
-            "its layers are in no list of 1",
+            "OPTDecoderLayer has no part called mlp",
         ),
     ],
     ids=["bloom", "opt"],
