@@ -40,7 +40,7 @@ from app.models.heads import init_reward_model, save_reward_model  # noqa: E402
 from app.models.load import load_tokenizer  # noqa: E402
 from app.tasks.reward_model import RewardModelTask  # noqa: E402
 from app.workers.deepspeed_engine import backward_scaled, optimizer_step, start_engine  # noqa: E402
-from app.workers.processes import process_environment  # noqa: E402
+from app.workers.processes import KEEP_FREED_MEMORY, NOTHING_COMPILED, process_environment  # noqa: E402
 
 LEARNING_RATE = 1e-5
 
@@ -112,7 +112,8 @@ def trl_steps(arguments: argparse.Namespace, reward_model: Path, rows: Sequence[
     file.write_text(json.dumps(pairs))
     options = {"model": reward_model, "pairs": file, "batch": batch, "micro": micro, "lr": LEARNING_RATE, "threads": arguments.threads}
     command = [arguments.peer, str(ROOT / "bench" / "trl_rm.py"), *(f"--{name}={value}" for name, value in options.items())]
-    environment = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "PYTHONPATH")}
+    ours = {"LOCAL_RANK", "PYTHONPATH", *KEEP_FREED_MEMORY, *NOTHING_COMPILED}
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
     peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     assert peer.stdin and peer.stdout
 
@@ -136,10 +137,15 @@ def trl_steps(arguments: argparse.Namespace, reward_model: Path, rows: Sequence[
 def alternate(lanes: dict[str, Iterator[Step]]) -> dict[str, list[Step]]:
     """Steps of all lanes in turn until each has run out, without the first of each; a lane that has run out is passed over."""
     done: dict[str, list[Step]] = {name: [] for name in lanes}
-    for turn in itertools.zip_longest(*lanes.values()):
-        for name, step in zip(lanes, turn, strict=True):
-            if step is not None:
+    waiting = dict(lanes)
+    while waiting:
+        for name, lane in list(waiting.items()):
+            step = next(lane, None)
+            if step is None:
+                del waiting[name]
+            else:
                 done[name].append(step)
+                sys.stderr.write(f"{name}: {step.pairs} pairs in {step.seconds:.1f} s\n")
     return {name: steps[1:] for name, steps in done.items()}
 
 
@@ -197,7 +203,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="file of conversation trees or ranked groups")
     parser.add_argument("--peer", required=True, help="Python of an environment with TRL (requirements/peers.txt)")
     parser.add_argument("--steps", type=int, default=8, help="counted optimizer steps of Corral; TRL sees the same pairs")
-    parser.add_argument("--groups", type=int, default=4, help="groups of an optimizer step")
+    parser.add_argument("--groups", type=int, default=2, help="groups of an optimizer step")
     parser.add_argument("--micro", type=int, default=2, help="groups of a forward pass")
     parser.add_argument("--peer-micro", type=int, default=4, help="pairs of a forward pass of TRL")
     parser.add_argument("--replies", type=int, default=5, help="most replies of a group")
@@ -207,7 +213,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print only one JSON object")
     arguments = parser.parse_args()
     environment = process_environment(WorkersConfig(threads=arguments.threads))
-    if not environment.items() <= os.environ.items():  # what training workers, and here TRL as well, have from their start
+    if not environment.items() <= os.environ.items():  # what training workers have from their start
         os.execve(sys.executable, [sys.executable, str(ROOT / "bench" / "rm.py"), *sys.argv[1:]], {**os.environ, **environment})
     result = run(arguments)
     if not arguments.json:
