@@ -34,8 +34,9 @@ from app.config.shared import DeepSpeedConfig, OptimizerConfig, WorkersConfig  #
 from app.config.training import RewardModelConfig  # noqa: E402
 from app.data.collate import shared_prefix  # noqa: E402
 from app.data.corpus import load_corpus  # noqa: E402
+from app.data.encoding import Cuts, encode_groups  # noqa: E402
 from app.data.templates import build_template  # noqa: E402
-from app.data.token_cache import GroupRow, encode_groups  # noqa: E402
+from app.data.token_cache import GroupRow  # noqa: E402
 from app.models.heads import init_reward_model, save_reward_model  # noqa: E402
 from app.models.load import load_tokenizer  # noqa: E402
 from app.tasks.reward_model import RewardModelTask  # noqa: E402
@@ -57,9 +58,10 @@ class Step(NamedTuple):
 
 def read_groups(arguments: argparse.Namespace, folder: Path) -> list[GroupRow]:
     """All groups of the data, of at most --replies replies, in random order."""
-    corpus = load_corpus(DataConfig(path=arguments.data), seed=0, folder=folder)
+    config = DataConfig(path=arguments.data, max_length=arguments.max_length)
+    corpus = load_corpus(config, seed=0, folder=folder)
     template = build_template("auto", load_tokenizer(arguments.model))
-    rows = list(encode_groups((*corpus.train.groups, *corpus.validation.groups), template, arguments.max_length))
+    rows = list(encode_groups((*corpus.train.groups, *corpus.validation.groups), template, config, 0, Cuts()))
     random.Random(0).shuffle(rows)
     return [GroupRow(row.id, row.sequences[: arguments.replies]) for row in rows]
 
