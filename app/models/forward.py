@@ -84,8 +84,10 @@ def sequence_logprobs(
     return blank_BR.masked_scatter(pick_BR, torch.cat(logprobs))
 
 
-def target_logprobs(model: PreTrainedModel, ids_BS: torch.Tensor, positions_BS: torch.Tensor, targets_BS: torch.Tensor) -> torch.Tensor:
-    """Log-probs of the target tokens, each given the tokens before it in its own sequence: float32 [N], in row-major order.
+def target_logits(
+    model: PreTrainedModel, ids_BS: torch.Tensor, positions_BS: torch.Tensor, targets_BS: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [N, V] of the target tokens, each given the tokens before it in its own sequence, and their ids [N]; in row-major order.
 
     positions_BS restarts at 0 where a sequence begins, and a row may hold several: attention stays within each. Padding may only
     stand behind a row's last sequence, so that causal attention needs no mask. The head runs on what predicts a target alone.
@@ -100,7 +102,7 @@ def target_logprobs(model: PreTrainedModel, ids_BS: torch.Tensor, positions_BS: 
         logits_NV = model(**inputs).logits[:, :-1][pick_BR]
     else:
         logits_NV = model.get_output_embeddings()(model.base_model(**inputs).last_hidden_state[:, :-1][pick_BR])
-    return label_logprobs(logits_NV[None], ids_BS[:, 1:][pick_BR][None])[0]
+    return logits_NV, ids_BS[:, 1:][pick_BR]
 
 
 def _transforms_logits(model: PreTrainedModel) -> bool:

@@ -20,9 +20,10 @@ from app.tracking import RunTracker
 def train_sft(recipe: Recipe, run: RunFolder, tracker: RunTracker, prepared: Prepared) -> dict[str, Any]:
     """Fine-tune `prepared.model_path` and leave `DIR/sft/model`; returns the stage's results, for the caller to commit.
 
-    An unfinished stage goes on from its last checkpoint. Results: eval_loss_before,
-    eval_loss_after (nats per target token on held-out threads), steps, tokens, tokens_per_second, train_seconds; of both sides,
-    truncated (threads that lost tokens) and left_out (threads without a target in what was kept).
+    An unfinished stage goes on from its last checkpoint. Results, on held-out threads: eval_loss_before and eval_loss_after (nats per
+    target token), eval_accuracy_before and _after (share of target tokens that the model finds likeliest), the same of each data set
+    where there are several; steps, tokens, tokens_per_second, train_seconds; of both sides, truncated (threads that lost tokens) and
+    left_out (threads without a target in what was kept).
     Raises DataError without threads on either side of the split, and what `app.workers.training.fit` raises.
     """
     require_context(prepared.context, recipe.data.max_length, "data.max_length")
@@ -37,5 +38,7 @@ def train_sft(recipe: Recipe, run: RunFolder, tracker: RunTracker, prepared: Pre
     model, multiple = recipe.model, recipe.data.pad_to_multiple
     task = SftTask(data, prepared.model_path, model.precision, model.trust_remote_code, recipe.sft, seed, multiple=multiple)
     result = train(task, recipe.sft, recipe, mixture=mixture, folder=run.stage("sft"), tracker=tracker)
-    losses = {"eval_loss_before": result.before["loss"], "eval_loss_after": result.after["loss"]}
-    return losses | speed(result) | cuts.as_dict()
+    quality = {
+        f"eval_{name}_{when}": found[name] for name in result.after for when, found in (("before", result.before), ("after", result.after))
+    }
+    return quality | speed(result) | cuts.as_dict()

@@ -15,13 +15,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from app.config.training import SftConfig
-from app.data.collate import LENGTH_MULTIPLE, collate_threads
+from app.data.collate import LENGTH_MULTIPLE, SftBatch, collate_threads
 from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, SftRow, read_threads
-from app.models.forward import target_logprobs
+from app.models.forward import target_logits
 from app.models.load import load_causal_lm, load_tokenizer
 from app.models.residual_dropout import add_residual_dropout
 from app.models.segments import attend_by_segment
 from app.models.trainable import choose_trainable, merged_state
+from app.numerics import label_logprobs
 
 
 class TargetLoss(nn.Module):
@@ -37,10 +38,18 @@ class TargetLoss(nn.Module):
         self.poly_eps = poly_eps
         self.packs = attend_by_segment(language_model)
 
-    def forward(self, ids_BS: torch.Tensor, positions_BS: torch.Tensor, targets_BS: torch.Tensor) -> torch.Tensor:
-        """Scalar float32; the arguments are those of `target_logprobs`."""
-        logprobs_N = target_logprobs(self.language_model, ids_BS, positions_BS, targets_BS)
+    def forward(
+        self, ids_BS: torch.Tensor, positions_BS: torch.Tensor, targets_BS: torch.Tensor, *, count_hits: bool = False
+    ) -> torch.Tensor:
+        """Scalar float32; the arguments are those of `target_logits`.
+
+        With `count_hits` [2]: the loss, and how many target tokens are the ones that the model finds likeliest.
+        """
+        logits_NV, ids_N = target_logits(self.language_model, ids_BS, positions_BS, targets_BS)
+        logprobs_N = label_logprobs(logits_NV[None], ids_N[None])[0]
         loss = -logprobs_N.sum()
+        if count_hits:
+            return torch.stack([loss, (logits_NV.argmax(-1) == ids_N).sum().to(loss.dtype)])
         return loss + self.poly_eps * (1 - logprobs_N.exp()).sum() if self.training and self.poly_eps else loss
 
 
@@ -76,15 +85,18 @@ class SftTask:
         return int(row.loss_mask[1:].sum())
 
     def loss(self, engine: Any, rows: Sequence[SftRow], device: torch.device) -> torch.Tensor:
-        packed = self.config.packing and engine.module.packs
-        loss: torch.Tensor = engine(*collate_threads(rows, device, packed=packed, multiple=self.multiple))
+        loss: torch.Tensor = engine(*self._batch(engine, rows, device))
         return loss
 
+    def _batch(self, engine: Any, rows: Sequence[SftRow], device: torch.device) -> SftBatch:
+        return collate_threads(rows, device, packed=self.config.packing and engine.module.packs, multiple=self.multiple)
+
     def evaluate(self, engine: Any, rows: Sequence[SftRow], device: torch.device) -> dict[str, float]:
-        return {"loss": float(self.loss(engine, rows, device)), "tokens": sum(self.weight(row) for row in rows)}
+        loss, hits = engine(*self._batch(engine, rows, device), count_hits=True).tolist()
+        return {"loss": loss, "hits": hits, "tokens": sum(self.weight(row) for row in rows)}
 
     def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
-        return {"loss": sums["loss"] / sums["tokens"]}
+        return {"loss": sums["loss"] / sums["tokens"], "accuracy": sums["hits"] / sums["tokens"]}
 
     def export(self, model: nn.Module, folder: Path) -> None:
         assert isinstance(model, TargetLoss)

@@ -124,6 +124,32 @@ def test_loss_and_gradients_are_those_of_each_thread_alone(
     target_loss.language_model.gradient_checkpointing_disable()
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_accuracy_is_the_share_of_targets_that_are_likeliest(model: PreTrainedModel, target_loss: TargetLoss, packing: bool) -> None:
+    rows, hits, count = [], 0, 0
+    for row in threads():
+        likeliest = model(torch.from_numpy(row.ids.astype(np.int64))[None]).logits[0].argmax(-1).tolist()
+        ids = row.ids.copy()
+        for t in targets(row)[::2]:  # every other target becomes what the tokens before it make likeliest
+            ids[t] = likeliest[t - 1]
+            likeliest = model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0].argmax(-1).tolist()
+        rows.append(SftRow(ids, row.loss_mask))
+        hits += sum(likeliest[t - 1] == ids[t] for t in targets(row))
+        count += len(targets(row))
+    task = SftTask(Path(), "", "fp32", False, SftConfig(packing=packing))
+
+    class Engine(SimpleNamespace):
+        def __call__(self, *batch: torch.Tensor, **options: bool) -> torch.Tensor:
+            found: torch.Tensor = self.module(*batch, **options)
+            return found
+
+    engine = Engine(module=target_loss)
+    assert 0 < hits < count
+    found = task.summarise(task.evaluate(engine, rows, torch.device("cpu")))
+    assert found["accuracy"] == hits / count
+    assert found["loss"] == pytest.approx(task.loss(engine, rows, torch.device("cpu")).item() / count, rel=1e-6)
+
+
 def test_poly_loss_is_added_in_training_alone(folder: str, model: PreTrainedModel) -> None:
     batch = collate_threads(threads())
     plain, poly = TargetLoss(load(folder)).eval(), TargetLoss(load(folder), poly_eps=0.5).eval()
