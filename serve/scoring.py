@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import ray
 from ray import serve
+from ray.exceptions import ActorAlreadyExistsError
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from app.config.ppo import ScoringConfig
@@ -65,11 +66,9 @@ def start_scoring(
     start (with its reason) or the name is taken, DeadlineError when the replicas are not there in time.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # Serve tells every start and stop on standard error
-    started_serve = not _serve_is_running()
+    started_serve = _start_serve()
     try:
-        if started_serve:
-            serve.start(proxy_location="Disabled", logging_config=_LOGGING)
-        elif name in serve.status().applications:
+        if not started_serve and name in serve.status().applications:
             raise ScoringError(f"the cluster already runs an application {name!r}: choose another name, or `ray.serve.delete` it")
         application = scoring_application(
             config,
@@ -112,6 +111,18 @@ def _deployment(replica: type, name: str, workers: WorkersConfig) -> serve.Deplo
         health_check_period_s=HEALTH_CHECK_PERIOD_SECONDS,
         graceful_shutdown_wait_loop_s=0.1,
     )(replica)
+
+
+def _start_serve() -> bool:
+    """Start Serve on this cluster, unless it runs there; returns whether it was started here."""
+    if _serve_is_running():
+        return False
+    try:
+        serve.start(proxy_location="Disabled", logging_config=_LOGGING)
+    except ActorAlreadyExistsError:  # another job on the cluster was a moment faster
+        serve.start(proxy_location="Disabled", logging_config=_LOGGING)
+        return False
+    return True
 
 
 def _serve_is_running() -> bool:
