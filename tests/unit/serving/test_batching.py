@@ -56,12 +56,12 @@ def test_callers_that_come_while_the_model_works_share_the_next_batch() -> None:
 def test_a_batch_keeps_to_its_limit_and_to_the_order_of_arrival() -> None:
     async def scenario() -> None:
         model = Model()
-        answers = await asyncio.gather(*map(batcher(model, limit=10, wait_seconds=5.0).submit, (6, 3, 4, 50, 1)))
+        answers = await asyncio.gather(*map(batcher(model, limit=10, wait_seconds=2.0).submit, (6, 3, 4, 50, 1)))
         assert answers == [12, 6, 8, 100, 2]
         assert model.batches[:3] == [[6, 3], [4], [50]]
 
-    # No wait of 5 s where the limit is reached; the last item waits alone, and its wait is bounded.
-    asyncio.run(asyncio.wait_for(scenario(), 8))
+    # No wait of 2 s where the limit is reached; the last item waits alone, and its wait is bounded.
+    asyncio.run(asyncio.wait_for(scenario(), 3.8))
 
 
 def test_one_caller_waits_no_longer_than_asked() -> None:
