@@ -6,6 +6,7 @@ from pathlib import Path
 
 from app.config.recipe import Recipe
 from app.data.corpus import Corpus, load_corpus, require_groups, require_prompts, require_threads
+from app.data.reading import EMBEDDED
 from app.data.registry import Stage, complete, lookup
 from app.data.source import is_hub_name, local_files
 from app.errors import ConfigError, ModelError
@@ -55,7 +56,7 @@ def _check_data(recipe: Recipe, command: str) -> None:
         if source.path is None and command in STAGE_OF:
             lookup(name, STAGE_OF[command])
     for source in complete(recipe.data).sources().values():
-        if source.path not in (None, "embedded") and "://" not in source.path and not is_hub_name(source.path):
+        if source.path not in (None, EMBEDDED) and "://" not in source.path and not is_hub_name(source.path):
             local_files(source.path)
 
 

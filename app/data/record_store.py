@@ -96,7 +96,7 @@ class Records(Sequence[T]):
     def __getitem__(self, index: int | slice) -> T | Records[T]:
         if isinstance(index, slice):
             return Records(self._column, self._rows[index], self._adapter)
-        return self._adapter.validate_json(memoryview(self._column[int(self._rows[index])].as_buffer()).tobytes())
+        return self._adapter.validate_json(self._column[int(self._rows[index])].as_py())
 
     def __iter__(self) -> Iterator[T]:
         return (self[k] for k in range(len(self)))

@@ -50,9 +50,10 @@ class PromptSets:
 def prompt_sets(recipe: Recipe, prepared: Prepared) -> PromptSets:
     """Both sides of the corpus as token ids; at most `evaluation.prompts` held-out ones."""
     corpus, cuts = prepared.corpus, Cuts()
-    sides = (corpus.train.prompts, corpus.validation.prompts[: recipe.evaluation.prompts])
+    items = list(corpus.train.prompts)  # decoded once
+    sides = (items, corpus.validation.prompts[: recipe.evaluation.prompts])
     train, held_out = (list(encode_prompts(side, prepared.template, recipe.data, cuts)) for side in sides)
-    mixture = Mixture.of((item.dataset for item in corpus.train.prompts), corpus.settings)
+    mixture = Mixture.of((item.dataset for item in items), corpus.settings)
     return PromptSets(PromptStream(train, mixture), held_out, cuts.truncated)
 
 

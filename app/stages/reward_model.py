@@ -62,12 +62,16 @@ def _length_baselines(corpus: Corpus, limit: int) -> dict[str, float]:
     found: dict[str, float] = {}
     sets = sorted({group.dataset for group in corpus.validation.groups})
     for prefix, dataset in [("", None), *((f"{name}/", name) for name in sets if len(sets) > 1)]:
-        sides = ([group for group in side.groups if dataset in (None, group.dataset)] for side in (corpus.train, corpus.validation))
-        train_groups, held_out = (_best_replies(groups, limit) for groups in sides)
+        train_groups, held_out = (_best_replies(_of_set(side.groups, dataset), limit) for side in (corpus.train, corpus.validation))
         baseline = length_baseline(train_groups, held_out)
         found[f"{prefix}length_baseline"] = baseline.pop("pair_accuracy")
         found |= {f"{prefix}length_{name}": value for name, value in baseline.items()}
     return found
+
+
+def _of_set(groups: Iterable[RankedGroup], dataset: str | None) -> Iterator[RankedGroup]:
+    """The groups of one data set, or all of them; as they come, since a corpus may be larger than memory."""
+    return (group for group in groups if dataset in (None, group.dataset))
 
 
 def set_reward_offset(
