@@ -52,6 +52,37 @@ class ScoringError(CorralError, RuntimeError):
     """The scoring service did not answer a request; never turned into a score of 0."""
 
 
+class BadRequestError(ScoringError):
+    """A request that no model could answer: wrong shape, type or token ids. The same request would be refused again."""
+
+
+class TooLongError(BadRequestError):
+    """A sequence is longer than the model's context, or the answer larger than the service sends."""
+
+
+class ModelNotFoundError(ScoringError):
+    """The service holds no model of that name and version."""
+
+
+class NotReadyError(ScoringError):
+    """The model is known but cannot answer yet (or any more): it is loading, draining or being replaced."""
+
+
+class OverloadedError(ScoringError):
+    """More requests wait than the service holds; ask again after `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message, retry_after)  # both travel when it is pickled
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class ScoringTimeoutError(ScoringError, TimeoutError):
+    """No answer within the request's deadline."""
+
+
 class NonFiniteError(CorralError, RuntimeError):
     """A loss, reward or gradient is NaN or infinite; raised before the optimizer step."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from app.config.data import DataConfig
 from app.config.ppo import EvaluationConfig, PpoConfig, RolloutConfig, ScoringConfig
+from app.config.serving import ServingConfig
 from app.config.shared import ModelConfig, RunConfig
 from app.config.tracking import TrackingConfig
 from app.config.training import RewardModelConfig, SftConfig
@@ -33,5 +34,6 @@ class Recipe(Config):
     ppo: PpoConfig = PpoConfig()
     rollout: RolloutConfig = RolloutConfig()
     scoring: ScoringConfig = ScoringConfig()
+    serving: ServingConfig = ServingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tune: TuneConfig = TuneConfig()

@@ -1,0 +1,66 @@
+"""The scoring service that `corral serve` runs: named models behind HTTP and gRPC."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from app.config.shared import WorkersConfig
+from app.schema import Config
+
+ModelKind = Literal["reward", "reference"]
+
+
+class BatchingConfig(Config):
+    """How requests of all callers are put together."""
+
+    max_batch_tokens: int = Field(8192, ge=1)
+    """Tokens (with padding) per forward pass."""
+    wait_seconds: float = Field(0.005, ge=0)
+    """How long an idle model waits for more callers before it computes."""
+    max_waiting_tokens: int = Field(2**22, ge=1)
+    """Tokens that may wait in one replica; requests beyond are refused as overloaded, with the time after which to ask again."""
+    cache_entries: int = Field(0, ge=0)
+    """Answers kept by content (model version, ids), the oldest dropped first; 0 keeps none."""
+
+
+class ServedModelConfig(Config):
+    """One named model: a reward model that scores, or a reference policy that gives log-probs."""
+
+    path: str
+    """Hugging Face folder (a reward model, or a causal language model)."""
+    kind: ModelKind | None = None
+    """Default: seen from the folder."""
+    version: str = "1"
+    """Label that every answer carries beside the hash of the weights."""
+    temperature: float = Field(1.0, gt=0)
+    """Log-probs are those of the logits divided by this (reference policies)."""
+    workers: WorkersConfig = WorkersConfig()
+    """Replicas, and what each of them takes."""
+    max_replicas: int | None = Field(None, ge=1)
+    """Scale between `workers.count` and this many replicas by load; default: fixed."""
+    target_ongoing_requests: float = Field(8.0, gt=0)
+    """Requests in flight per replica that autoscaling aims at."""
+    batching: BatchingConfig = BatchingConfig()
+    timeout_seconds: float = Field(60.0, gt=0)
+    """Deadline of one request inside the service."""
+
+
+class ServingConfig(Config):
+    """The service's doors. One application holds all models, so that a client needs a host, a port and a model's name."""
+
+    models: dict[str, ServedModelConfig] = Field(default_factory=dict)
+    """Models by name: letters, digits, `-`, `_` and `.`."""
+    host: str = "127.0.0.1"
+    """Interface to listen on. Any other than a loopback one needs a token."""
+    http_port: int = Field(8000, ge=0, le=65535)
+    """Open Inference Protocol v2 over HTTP, and `/score`."""
+    grpc_port: int = Field(8001, ge=0, le=65535)
+    """Open Inference Protocol v2 over gRPC."""
+    token_file: str | None = None
+    """File with the bearer token that requests must carry; the environment variable CORRAL_SERVE_TOKEN stands in for it."""
+    max_request_bytes: int = Field(64 * 2**20, ge=1024)
+    """Longest body of a request, after decompression."""
+    max_logits_bytes: int = Field(256 * 2**20, ge=1024)
+    """Largest `logits` output of one request."""

@@ -1,0 +1,57 @@
+"""What travels between a scoring client and a replica of a model: arrays through Ray's object store, no conversion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from app.config.serving import ModelKind
+from app.experience import IntArray
+
+Output = Literal["rewards", "logprobs", "logits"]
+"""rewards: float32, one per sequence. logprobs: float32, S - 1 per sequence of S; entry t = log p(ids[t+1] | ids[..t]).
+logits: float16 [S, V] per sequence."""
+
+
+@dataclass(frozen=True)
+class ScoringRequest:
+    """Sequences of one caller.
+
+    ids: int32, all sequences in a row; lengths: int32, one per sequence; output: what is asked for.
+    alone: compute these sequences in batches of their own, of the same composition every time, for answers that are equal bit for bit.
+    """
+
+    ids: IntArray
+    lengths: IntArray
+    output: Output
+    alone: bool = False
+    request_id: str = ""
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which weights answered. weights_hash: hex digest over the folder's weight files and configuration."""
+
+    name: str
+    version: str
+    weights_hash: str
+
+
+@dataclass(frozen=True)
+class ScoringAnswer:
+    """values: answers of the request's sequences, concatenated along the first axis, see `Output`. The whole answer is of `model`."""
+
+    values: np.ndarray[Any, np.dtype[Any]]
+    model: ModelIdentity
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What a served model is. context: longest sequence, None where the model has no limit; vocabulary: ids are below it."""
+
+    identity: ModelIdentity
+    kind: ModelKind
+    vocabulary: int
+    context: int | None
