@@ -95,7 +95,7 @@ def corral_steps(arguments: argparse.Namespace, rows: Sequence[GroupRow], *, sha
             backward_scaled(engine, task.loss(engine, part, torch.device("cpu")) / arguments.groups)
         optimizer_step(engine)
         seconds = time.perf_counter() - began
-        tokens, sizes = sum(task.tokens(row) for row in batch), [len(row.sequences) for row in batch]
+        tokens, sizes = sum(task.shape(row).tokens for row in batch), [len(row.sequences) for row in batch]
         saved = sum(shared_prefix(row.sequences) * (size - 1) for row, size in zip(batch, sizes, strict=True)) if share_prefix else 0
         yield Step(seconds, len(pairs_of(batch)), sum(sizes), tokens, tokens - saved)
 

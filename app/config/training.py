@@ -36,6 +36,9 @@ class TrainingConfig(Config):
     """Samples per optimizer step over all workers (SFT: threads, RM: ranked groups)."""
     micro_batch_size: int = Field(8, ge=1)
     """Samples per forward pass on one worker."""
+    micro_batch_tokens: int | None = Field(None, ge=1)
+    """Tokens per forward pass on one worker, padding included; given, it rules instead of `micro_batch_size`. A step then takes as
+    few passes as that allows, of samples of similar length where they are padded. A longer sample goes alone."""
     eval_every: int = Field(50, ge=1)
     """Optimizer steps between evaluations on the held-out part (always once before and after)."""
     save_every: int = Field(200, ge=1)
@@ -62,11 +65,11 @@ class TrainingConfig(Config):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> TrainingConfig:
-        unit = self.micro_batch_size * self.workers.count
-        if self.batch_size % unit:
+        micro = 1 if self.micro_batch_tokens else self.micro_batch_size
+        if self.batch_size % (micro * self.workers.count):
             raise ValueError(
                 f"batch_size = {self.batch_size} is no multiple of micro_batch_size x workers.count = "
-                f"{self.micro_batch_size} x {self.workers.count}: choose a multiple of {unit}"
+                f"{micro} x {self.workers.count}: choose a multiple of {micro * self.workers.count}"
             )
         if self.freeze_layers and self.lora:
             raise ValueError("freeze_layers and lora exclude each other: adapters freeze the whole trunk")
@@ -74,7 +77,9 @@ class TrainingConfig(Config):
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches per optimizer step on each worker."""
+        """Micro-batches per optimizer step on each worker; at most, where tokens are counted."""
+        if self.micro_batch_tokens:
+            return self.batch_size // self.workers.count
         return self.batch_size // (self.micro_batch_size * self.workers.count)
 
 

@@ -3,9 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from app.data.mixture import Mixture
+
+
+class RowShape(NamedTuple):
+    """What a row brings into a forward pass: sequences, tokens of the longest, and tokens of all of them."""
+
+    sequences: int
+    longest: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class PassLimit:
+    """How much one forward pass on one worker takes.
+
+    rows: that many rows; tokens: as many rows as make at most so many tokens instead (a row that has more goes alone).
+    padded: every sequence takes as much room as the longest of its pass.
+    """
+
+    rows: int
+    tokens: int | None = None
+    padded: bool = True
+
+    def cost(self, rows: Iterable[RowShape]) -> int:
+        """Tokens that a pass over `rows` computes.
+
+        >>> rows = [RowShape(1, 3, 3), RowShape(2, 4, 7)]
+        >>> PassLimit(8).cost(rows), PassLimit(8, padded=False).cost(rows)
+        (12, 10)
+        """
+        rows = list(rows)
+        if self.padded:
+            return sum(row.sequences for row in rows) * max(row.longest for row in rows)
+        return sum(row.tokens for row in rows)
 
 
 def total_steps(rows_per_epoch: int, *, epochs: float, batch_size: int, max_steps: int | None) -> int:
@@ -19,22 +54,68 @@ def step_rows(step: int, *, mixture: Mixture, batch_size: int, seed: int) -> lis
     return mixture.rows(step * batch_size, batch_size, seed=seed)
 
 
-def micro_batches(indices: Sequence[int], lengths: Sequence[int], *, micro_batch_size: int, rank: int, world_size: int) -> list[list[int]]:
-    """This worker's share of one step: equally many micro-batches on every worker.
+def micro_batches(indices: Sequence[int], shapes: Sequence[RowShape], limit: PassLimit, *, rank: int, world_size: int) -> list[list[int]]:
+    """This worker's share of one step: equally many micro-batches on every worker, none empty.
 
-    `lengths[i]` is the length of row i. Rows of similar length share a micro-batch and workers get similar lengths at the
-    same time, which saves padding and waiting; the step's loss does not depend on it. `indices` must divide evenly.
+    `shapes[i]` is the shape of row i. Rows of similar length share a micro-batch where it is padded; workers get like amounts
+    of work at the same time. The step's loss depends on none of this. `indices` must divide evenly over the workers, and where
+    `limit` counts rows over the micro-batches as well.
     """
-    if len(indices) % (micro_batch_size * world_size):
-        raise ValueError(f"{len(indices)} rows do not divide into micro-batches of {micro_batch_size} on {world_size} workers")
-    order = sorted(indices, key=lambda i: (lengths[i], i))
-    chunks = [order[start : start + micro_batch_size] for start in range(0, len(order), micro_batch_size)]
-    return chunks[rank::world_size]
+    unit = world_size * (limit.rows if limit.tokens is None else 1)
+    if len(indices) % unit:
+        raise ValueError(f"{len(indices)} rows do not divide into micro-batches of {unit // world_size} on {world_size} workers")
+    order = _by_length(indices, shapes)
+    if limit.tokens is None or limit.padded:
+        batches = _in_order(order, shapes, limit)
+        while len(batches) % world_size:  # there are enough rows: their number divides
+            costliest = max((batch for batch in batches if len(batch) > 1), key=lambda batch: limit.cost(shapes[i] for i in batch))
+            at = batches.index(costliest)
+            batches[at : at + 1] = [costliest[: len(costliest) // 2], costliest[len(costliest) // 2 :]]
+    else:
+        batches = _balanced(order, shapes, limit, world_size)
+    return batches[rank::world_size]
 
 
-def evaluation_batches(lengths: Sequence[int], *, micro_batch_size: int, rank: int, world_size: int) -> list[list[int]]:
+def evaluation_batches(shapes: Sequence[RowShape], limit: PassLimit, *, rank: int, world_size: int) -> list[list[int]]:
     """This worker's share of all rows, each row on exactly one worker. Every worker gets equally many lists; some may be empty."""
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    chunks = [order[start : start + micro_batch_size] for start in range(0, len(order), micro_batch_size)]
-    chunks += [[] for _ in range(-len(chunks) % world_size)]
-    return chunks[rank::world_size]
+    batches = _in_order(_by_length(range(len(shapes)), shapes), shapes, limit)
+    batches += [[] for _ in range(-len(batches) % world_size)]
+    return batches[rank::world_size]
+
+
+def _by_length(indices: Iterable[int], shapes: Sequence[RowShape]) -> list[int]:
+    return sorted(indices, key=lambda i: (shapes[i].longest, i))
+
+
+def _in_order(order: Sequence[int], shapes: Sequence[RowShape], limit: PassLimit) -> list[list[int]]:
+    """Pass after pass filled to the limit, so that rows of similar length meet."""
+    batches: list[list[int]] = []
+    for index in order:
+        last = batches[-1] if batches else []
+        if last and _fits([shapes[i] for i in [*last, index]], limit):
+            last.append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def _fits(rows: Sequence[RowShape], limit: PassLimit) -> bool:
+    return len(rows) <= limit.rows if limit.tokens is None else limit.cost(rows) <= limit.tokens
+
+
+def _balanced(order: Sequence[int], shapes: Sequence[RowShape], limit: PassLimit, world_size: int) -> list[list[int]]:
+    """As few passes as the limit allows, a multiple of `world_size`, with like numbers of tokens: longest rows first, each into the
+    emptiest pass so far. The costliest come first."""
+    assert limit.tokens is not None
+    tokens = sum(shapes[i].tokens for i in order)
+    count = world_size * min(-(-tokens // (limit.tokens * world_size)), len(order) // world_size)
+    while True:
+        batches: list[list[int]] = [[] for _ in range(count)]
+        filled = [0] * count
+        for index in reversed(order):
+            emptiest = filled.index(min(filled))
+            batches[emptiest].append(index)
+            filled[emptiest] += shapes[index].tokens
+        if count == len(order) or all(cost <= limit.tokens or len(batch) == 1 for cost, batch in zip(filled, batches, strict=True)):
+            return sorted(batches, key=lambda batch: -limit.cost(shapes[i] for i in batch))
+        count += world_size

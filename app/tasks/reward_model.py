@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from app.config.training import RewardModelConfig
+from app.data.batch_order import RowShape
 from app.data.collate import LENGTH_MULTIPLE, collate_groups
 from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, GroupRow, read_groups
 from app.experience import IntArray
@@ -72,11 +73,12 @@ class RewardModelTask:
     def load_rows(self) -> tuple[Sequence[GroupRow], Sequence[GroupRow]]:
         return read_groups(self.data / TRAIN_FILE), read_groups(self.data / HELD_OUT_FILE)
 
-    def length(self, row: GroupRow) -> int:
-        return max(len(sequence) for sequence in row.sequences)
+    def shape(self, row: GroupRow) -> RowShape:
+        lengths = [len(sequence) for sequence in row.sequences]
+        return RowShape(len(lengths), max(lengths), sum(lengths))
 
-    def tokens(self, row: GroupRow) -> int:
-        return sum(len(sequence) for sequence in row.sequences)
+    def padded(self, engine: Any) -> bool:
+        return not engine.module.sharing
 
     def weight(self, row: GroupRow) -> int:
         replies = len(row.sequences)

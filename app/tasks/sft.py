@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from app.config.training import SftConfig
+from app.data.batch_order import RowShape
 from app.data.collate import LENGTH_MULTIPLE, SftBatch, collate_threads
 from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, SftRow, read_threads
 from app.models.forward import target_logits
@@ -75,11 +76,11 @@ class SftTask:
     def load_rows(self) -> tuple[Sequence[SftRow], Sequence[SftRow]]:
         return read_threads(self.data / TRAIN_FILE), read_threads(self.data / HELD_OUT_FILE)
 
-    def length(self, row: SftRow) -> int:
-        return len(row.ids)
+    def shape(self, row: SftRow) -> RowShape:
+        return RowShape(1, len(row.ids), len(row.ids))
 
-    def tokens(self, row: SftRow) -> int:
-        return len(row.ids)
+    def padded(self, engine: Any) -> bool:
+        return not (self.config.packing and engine.module.packs)
 
     def weight(self, row: SftRow) -> int:
         return int(row.loss_mask[1:].sum())
@@ -89,7 +90,7 @@ class SftTask:
         return loss
 
     def _batch(self, engine: Any, rows: Sequence[SftRow], device: torch.device) -> SftBatch:
-        return collate_threads(rows, device, packed=self.config.packing and engine.module.packs, multiple=self.multiple)
+        return collate_threads(rows, device, packed=not self.padded(engine), multiple=self.multiple)
 
     def evaluate(self, engine: Any, rows: Sequence[SftRow], device: torch.device) -> dict[str, float]:
         loss, hits = engine(*self._batch(engine, rows, device), count_hits=True).tolist()

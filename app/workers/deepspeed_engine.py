@@ -136,6 +136,14 @@ def start_engine(
     return engine
 
 
+def begin_micro_batch(engine: DeepSpeedEngine, *, last: bool) -> None:
+    """Before the forward pass of a micro-batch: say whether it is the last one of its optimizer step.
+
+    Without this DeepSpeed counts to `accumulation`; with it a step may have any number of micro-batches.
+    """
+    engine.set_gradient_accumulation_boundary(last)
+
+
 def backward_scaled(engine: DeepSpeedEngine, loss: torch.Tensor) -> None:
     """Backward of a micro-batch's loss (scalar) that is already divided by the global totals of its optimizer step.
 

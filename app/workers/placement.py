@@ -201,8 +201,11 @@ def _sizes(recipe: Recipe, stage: str) -> dict[str, Any]:
         return {
             "batch_size": config.batch_size,
             "workers": config.workers.count,
-            "micro_batch_size": config.micro_batch_size,
-            "accumulation": config.accumulation,
+            **(
+                {"micro_batch_tokens": config.micro_batch_tokens, "accumulation": f"up to {config.accumulation}"}
+                if config.micro_batch_tokens
+                else {"micro_batch_size": config.micro_batch_size, "accumulation": config.accumulation}
+            ),
             "steps": config.max_steps or f"{config.epochs:g} epochs of the data / {config.batch_size}",
         }
     if stage in ("ppo", "tune"):

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from app.config.training import TrainingConfig
+from app.data.batch_order import RowShape
 from app.data.mixture import Mixture
 from app.errors import CorralError
 from app.workers.event_channel import EventSender
@@ -36,12 +37,12 @@ class SupervisedTask(Protocol):
         """Rows to train on and held-out rows."""
         ...
 
-    def length(self, row: Any) -> int:
-        """Tokens of the row's longest sequence; rows of similar length are padded together."""
+    def shape(self, row: Any) -> RowShape:
+        """The row's sequences and tokens, of which forward passes are composed."""
         ...
 
-    def tokens(self, row: Any) -> int:
-        """Real tokens of the row."""
+    def padded(self, engine: Any) -> bool:
+        """Whether a forward pass gives each sequence the room of the longest."""
         ...
 
     def weight(self, row: Any) -> int:

@@ -17,11 +17,11 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from app.data.batch_order import evaluation_batches, micro_batches, step_rows
+from app.data.batch_order import PassLimit, evaluation_batches, micro_batches, step_rows
 from app.data.token_cache import TRAIN_FILE
 from app.durable import read_json, replace_folder, settle_folder, write_json
 from app.errors import CheckpointError, ConfigError, NonFiniteError
-from app.workers.deepspeed_engine import backward_scaled, full_weights, load_engine, optimizer_step, start_engine
+from app.workers.deepspeed_engine import backward_scaled, begin_micro_batch, full_weights, load_engine, optimizer_step, start_engine
 from app.workers.shared_checkpoints import SharedCheckpoints
 from app.workers.supervised_task import TrainingJob, TrainingResult, WorkerOutcome
 
@@ -76,7 +76,7 @@ class TrainingLoop:
         self.checkpoints = SharedCheckpoints(job.checkpoint_folder, self.config.keep_checkpoints, self.device)
         saved = self.checkpoints.newest()
         self.train_rows, self.held_out = self.task.load_rows()
-        self.lengths = [self.task.length(row) for row in self.train_rows]
+        self.shapes = [self.task.shape(row) for row in self.train_rows]
         self.held_out_sets: dict[str, list[int]] = defaultdict(list)
         for index, row in enumerate(self.held_out):
             self.held_out_sets[row.dataset].append(index)
@@ -90,6 +90,7 @@ class TrainingLoop:
             accumulation=self.config.accumulation,
             total_steps=job.steps,
         )
+        self.limit = PassLimit(self.config.micro_batch_size, self.config.micro_batch_tokens, padded=self.task.padded(self.engine))
         torch.manual_seed(job.seed + self.rank)  # ranks draw dropout masks of their own
         if saved is not None:
             state = load_engine(self.engine, saved)
@@ -128,14 +129,13 @@ class TrainingLoop:
         progress, window = self.progress, self.window
         indices = step_rows(progress.step, mixture=self.job.mixture, batch_size=self.config.batch_size, seed=self.job.seed)
         denominator = sum(self.task.weight(self.train_rows[i]) for i in indices)
-        mine = micro_batches(
-            indices, self.lengths, micro_batch_size=self.config.micro_batch_size, rank=self.rank, world_size=self.world_size
-        )
+        mine = micro_batches(indices, self.shapes, self.limit, rank=self.rank, world_size=self.world_size)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         parts: list[torch.Tensor] = []
         for number, batch in enumerate(mine):
             if number:
                 optimizer_step(self.engine)  # within an accumulation it only counts
+            begin_micro_batch(self.engine, last=number == len(mine) - 1)
             part = self.task.loss(self.engine, [self.train_rows[i] for i in batch], self.device) / denominator
             backward_scaled(self.engine, part)
             parts.append(part.detach())
@@ -151,7 +151,7 @@ class TrainingLoop:
         window.grad_norm = norm
         window.losses.append(total)
         progress.step += 1
-        seconds, tokens = time.perf_counter() - began, sum(self.task.tokens(self.train_rows[i]) for i in indices)
+        seconds, tokens = time.perf_counter() - began, sum(self.shapes[i].tokens for i in indices)
         progress.tokens, progress.seconds = progress.tokens + tokens, progress.seconds + seconds
         window.tokens, window.seconds = window.tokens + tokens, window.seconds + seconds
         return stop
@@ -200,10 +200,9 @@ class TrainingLoop:
 
     def evaluation_sums(self, indices: Sequence[int]) -> dict[str, float]:
         """What `SupervisedTask.evaluate` adds up to over some held-out rows, each computed on one rank. The same on every rank."""
-        micro = self.config.micro_batch_size
-        lengths = [self.task.length(self.held_out[i]) for i in indices]
+        shapes = [self.task.shape(self.held_out[i]) for i in indices]
         sums: dict[str, float] = defaultdict(float)
-        for batch in evaluation_batches(lengths, micro_batch_size=micro, rank=self.rank, world_size=self.world_size):
+        for batch in evaluation_batches(shapes, self.limit, rank=self.rank, world_size=self.world_size):
             # An empty share still takes part, because under ZeRO 3 every forward pass is a collective.
             rows = [self.held_out[indices[k]] for k in batch or [0]]
             for name, value in self.task.evaluate(self.engine, rows, self.device).items():

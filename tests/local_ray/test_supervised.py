@@ -165,7 +165,7 @@ def test_sft_folder_is_plain_transformers(sft: SftRun, base: str) -> None:
 def test_two_sharded_workers_train_like_one(sft: SftRun, base: str, tmp_path: Path) -> None:
     curve = Curve()
     workers, zero3 = WorkersConfig(count=2, cpus=0.5), DeepSpeedConfig(zero_stage=3)
-    fit_again(sft, base, tmp_path, curve, micro_batch_size=4, workers=workers, deepspeed=zero3)
+    fit_again(sft, base, tmp_path, curve, micro_batch_tokens=160, workers=workers, deepspeed=zero3)
     assert_same_curve(curve, sft.curve)
     sharded, single = weights(tmp_path / "model"), weights(sft.folder.path / "sft" / "model")
     largest = max(float(tensor.abs().max()) for tensor in single.values())
