@@ -40,6 +40,10 @@ class RolloutError(CorralError, RuntimeError):
     """A rollout engine failed, or gave something that cannot be trained on."""
 
 
+class EngineDiedError(RolloutError):
+    """The process of a rollout engine ended; the pool starts another one."""
+
+
 class StaleRolloutError(RolloutError):
     """A rollout was sampled by a policy older than `ppo.max_lag` allows."""
 

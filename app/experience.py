@@ -42,7 +42,7 @@ class Rollout:
     """One sampled response.
 
     ids: int32 [T] including the end token where one was sampled; logprobs: float32 [T], log p under the engine that
-    sampled them (the behaviour policy); policy_version: how many updates that engine's weights had seen.
+    sampled them (the behaviour policy); versions: int32 [T], how many updates the weights had seen that sampled each token.
     """
 
     prompt: Prompt
@@ -50,7 +50,12 @@ class Rollout:
     ids: IntArray
     logprobs: FloatArray
     finish: FinishReason
-    policy_version: int
+    versions: IntArray
+
+    @property
+    def policy_version(self) -> int:
+        """Of the oldest weights that took part."""
+        return int(self.versions.min())
 
     @property
     def sequence(self) -> IntArray:

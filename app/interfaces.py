@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -20,13 +20,25 @@ class Pending(Protocol[T_co]):
         ...
 
 
+class Sampling(Pending[list[Rollout]], Protocol):
+    """Responses in the making, one per prompt. Raises RolloutError when an engine fails for good, DeadlineError when none ends in time.
+
+    `result()` waits for all and gives them in the order of the prompts."""
+
+    def finished(self) -> Iterator[Sequence[int]]:
+        """Places of responses that have just ended, group after group, until all have."""
+        ...
+
+    def __getitem__(self, place: int) -> Rollout:
+        """A response that has ended."""
+        ...
+
+
 class RolloutPool(Protocol):
     """Rollout engines that hold one policy."""
 
-    def submit(self, prompts: Sequence[Prompt], *, seed: int) -> Pending[list[Rollout]]:
-        """Start sampling one response per prompt; the same seed and prompts sample the same responses.
-
-        Results come in the order of `prompts`. Raises RolloutError when an engine fails."""
+    def submit(self, prompts: Sequence[Prompt], *, seed: int) -> Sampling:
+        """Start sampling one response per prompt; the same seed, prompts and weights sample the same responses."""
         ...
 
     def logprobs(self, sequences: Sequence[IntArray]) -> list[FloatArray]:

@@ -121,6 +121,11 @@ class RolloutConfig(Config):
     """Share of a GPU's memory that the engine may use."""
     colocate: bool = False
     """Engines share the learners' GPUs and sleep while the learner works."""
+    in_flight: Literal["keep", "redo", "wait"] = "keep"
+    """What happens to unfinished responses when new weights arrive (ppo.max_lag > 0): they go on under the new weights, each token
+    labelled with its policy version; start anew under them; or end first, while the push waits."""
+    max_restarts: int = Field(3, ge=0)
+    """Engine processes that may be lost and replaced in the course of a run before it stops."""
     transfer: Literal["auto", "object_store", "nccl"] = "auto"
     """How weights reach the engines; `auto` takes nccl where engines own their GPUs, else the object store."""
 

@@ -202,7 +202,7 @@ def run_evaluation(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunT
         ):
             pool.ready()
             before = answer(pool, scorer, held_out, template, recipe.evaluation, gold)
-            pool.each("load_folder", ppo_path, 1)
+            pool.load_folder(ppo_path, 1)
             after = answer(pool, scorer, held_out, template, recipe.evaluation, gold)
         write_examples(run.path / "examples.jsonl", held_out, before, after, recipe.evaluation.examples)
         return pipeline.summarise(evaluation=compare(before, after, recipe.evaluation))

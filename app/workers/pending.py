@@ -15,11 +15,18 @@ TRACE = "logs/error.txt"
 T = TypeVar("T")
 
 
-def collect(references: Sequence[ray.ObjectRef[Any]], *, phase: str, deadline_seconds: float, failure: type[CorralError]) -> list[Any]:
+def collect(
+    references: Sequence[ray.ObjectRef[Any]],
+    *,
+    phase: str,
+    deadline_seconds: float,
+    failure: type[CorralError],
+    died: type[CorralError] | None = None,
+) -> list[Any]:
     """Results of remote calls, in order.
 
-    Raises DeadlineError naming the phase when they are not all there in time, and `failure` when a process died or raised
-    something; errors of ours raised inside a worker arrive as themselves.
+    Raises DeadlineError naming the phase when they are not all there in time, `failure` when a process raised something, and
+    `died` (default: `failure`) when a process ended; errors of ours raised inside a worker arrive as themselves.
     """
     try:
         return ray.get(list(references), timeout=deadline_seconds)
@@ -36,7 +43,7 @@ def collect(references: Sequence[ray.ObjectRef[Any]], *, phase: str, deadline_se
             f"{phase}: {type(error.cause).__name__}: {last_line(error.cause)}; the whole trace is in the run's {TRACE}"
         ) from error
     except ray.exceptions.RayActorError as error:
-        raise failure(f"{phase}: a worker process died ({str(error).splitlines()[0]}); rerun the same command to go on") from error
+        raise (died or failure)(f"{phase}: a worker process died ({str(error).splitlines()[0]}); rerun the same command to go on") from error
 
 
 def last_line(message: BaseException | str) -> str:

@@ -1,29 +1,25 @@
-"""Rollout engines: vLLM inside Ray actors. Token ids in, token ids and log-probs out."""
+"""The rollout pool: prompts dealt over vLLM engines, responses handed out as they end, lost engines replaced."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
 
 from app.config.ppo import RolloutConfig
-from app.config.shared import WorkersConfig
-from app.errors import RolloutError
+from app.errors import DeadlineError, EngineDiedError, RolloutError
 from app.experience import FinishReason, FloatArray, IntArray, Prompt, Rollout
-from app.workers.pending import Remote, collect
-from app.workers.processes import process_options
+from app.workers.pending import collect
+from app.workers.rollout_engine import RolloutEngine, Sampled, Weights, engine_options
 
-BATCHED_TOKENS = 8192
-"""Prompt tokens that a CPU engine processes at a time, and at least one whole prompt."""
-
-Weights = Mapping[str, np.ndarray[Any, Any]]  # parameter name -> array
-Sampled = tuple[IntArray, FloatArray, str]  # response ids [T], log-probs [T], finish reason
+Note = Callable[[str], None]
+"""Tells the user something that happened."""
 
 
 def request_seed(seed: int, prompt_id: str, sample: int) -> int:
@@ -32,216 +28,161 @@ def request_seed(seed: int, prompt_id: str, sample: int) -> int:
     return int.from_bytes(digest, "little")
 
 
-class RolloutEngine:
-    """One vLLM engine in the process of a Ray actor.
-
-    The engine core runs in this process, so the weights that a push brings through Ray's object store are handed to it
-    as arrays, without a copy on the way.
-    """
-
-    def __init__(
-        self, model_path: str, config: RolloutConfig, *, precision: str, max_model_len: int, eos_ids: Sequence[int], seed: int
-    ) -> None:
-        import torch
-
-        threads = config.engines.threads
-        torch.set_num_threads(threads)
-        from vllm import LLM
-        from vllm.config import WeightTransferConfig
-
-        from app.workers.weight_transfer import BACKEND, register_object_store_backend
-
-        register_object_store_backend()
-        on_gpu = config.engines.gpus > 0
-        tensor_parallel = max(1, int(config.engines.gpus))
-        self._llm = LLM(
-            model=model_path,
-            skip_tokenizer_init=True,
-            dtype={"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[precision],
-            max_model_len=max_model_len,
-            enforce_eager=not on_gpu,
-            enable_prefix_caching=False,  # a cached prefix would outlive the weights that computed it
-            logprobs_mode="processed_logprobs",  # of the distribution that was sampled from: after temperature
-            distributed_executor_backend="uni" if tensor_parallel == 1 else "mp",
-            tensor_parallel_size=tensor_parallel,
-            weight_transfer_config=WeightTransferConfig(backend="nccl" if uses_nccl(config) else BACKEND),
-            enable_sleep_mode=config.colocate and on_gpu,
-            seed=seed % 2**31,
-            **(gpu_settings(config) if on_gpu else cpu_settings(config, max_model_len)),
-        )
-        self._config = config
-        self._eos_ids = list(eos_ids)
-        self._sleeps = config.colocate and on_gpu
-        self.version = 0
-
-    def generate(self, prompts: Sequence[IntArray], seeds: Sequence[int]) -> tuple[int, list[Sampled]]:
-        """Sample one response per prompt. Returns the policy version and, in the order of `prompts`, what was sampled."""
-        common = {"max_tokens": self._config.max_new_tokens, "temperature": self._config.temperature, "logprobs": 0}
-        return self.version, [_sampled(output) for output in self._respond(prompts, [{**common, "seed": seed} for seed in seeds])]
-
-    def sample(self, prompts: Sequence[IntArray], settings: Sequence[Mapping[str, Any]]) -> list[IntArray]:
-        """Sample one response per prompt, each under vLLM sampling settings of its own. Returns token ids, in the order of `prompts`."""
-        return [np.asarray(output.token_ids, dtype=np.int32) for output in self._respond(prompts, settings)]
-
-    def _respond(self, prompts: Sequence[IntArray], settings: Sequence[Mapping[str, Any]]) -> list[Any]:
-        from vllm import SamplingParams, TokensPrompt
-
-        ending = {
-            "detokenize": False,
-            "stop_token_ids": None if self._config.ignore_eos else self._eos_ids,
-            "ignore_eos": True,  # the end tokens are given above; no second source of truth
-        }
-        with self._awake():
-            outputs = self._llm.generate(
-                [TokensPrompt(prompt_token_ids=prompt.tolist()) for prompt in prompts],
-                [SamplingParams(**ending, **one) for one in settings],
-                use_tqdm=False,
-            )
-        return [output.outputs[0] for output in outputs]
-
-    def logprobs(self, sequences: Sequence[IntArray]) -> list[FloatArray]:
-        """Log-probs [S-1] of given sequences under the current weights, at temperature 1."""
-        from vllm import SamplingParams, TokensPrompt
-
-        with self._awake():
-            outputs = self._llm.generate(
-                [TokensPrompt(prompt_token_ids=ids.tolist()) for ids in sequences],
-                SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False, ignore_eos=True),
-                use_tqdm=False,
-            )
-        rows = []
-        for ids, output in zip(sequences, outputs, strict=True):
-            steps = output.prompt_logprobs[1:]  # the first token has no distribution before it
-            rows.append(np.array([step[int(token)].logprob for step, token in zip(steps, ids[1:], strict=True)], dtype=np.float32))
-        return rows
-
-    def transfer(self, method: str, *args: Any) -> None:
-        """Call one step of vLLM's weight-transfer interface on the workers of this engine."""
-        self._llm.collective_rpc(method, args=args)
-
-    def load_buckets(self, buckets: Sequence[ray.ObjectRef[Weights]], version: int) -> None:
-        """Replace all weights by the given buckets; answers from here on carry `version`."""
-        self._load(map(ray.get, buckets), version)
-
-    def load_folder(self, path: str, version: int) -> None:
-        """Replace all weights by those of a Hugging Face folder of the same architecture. Needs rollout.transfer = object_store."""
-        from safetensors.torch import load_file
-
-        files = sorted(Path(path).glob("*.safetensors"))
-        self._load(({name: tensor.float().numpy() for name, tensor in load_file(file).items()} for file in files), version)
-
-    def _load(self, buckets: Iterable[Weights], version: int) -> None:
-        with self._awake():
-            self.transfer("start_weight_update")
-            for tensors in buckets:
-                self.transfer("update_weights", {"tensors": tensors})
-            self.transfer("finish_weight_update")
-        self.version = version
-
-    def set_version(self, version: int) -> None:
-        """Label the weights that another backend has just brought."""
-        self.version = version
-
-    @contextmanager
-    def _awake(self) -> Iterator[None]:
-        """On a shared GPU the engine gives its memory back between calls."""
-        if self._sleeps and self._llm.llm_engine.is_sleeping():
-            self._llm.wake_up()
-        yield
-        if self._sleeps:
-            self._llm.sleep(level=1)
-
-    def pid(self) -> int:
-        import os
-
-        return os.getpid()
-
-
-def gpu_settings(config: RolloutConfig) -> dict[str, Any]:
-    """What an engine on GPUs is told beside its model."""
-    return {"gpu_memory_utilization": config.gpu_memory_utilization}
-
-
-def cpu_settings(config: RolloutConfig, max_model_len: int) -> dict[str, Any]:
-    """What an engine on CPUs is told beside its model.
-
-    Prompts are never processed in pieces: for a piece the engine draws a token, discards it and winds the request's random
-    generator back, which torch's CPU generators cannot do.
-    """
-    return {
-        "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(BATCHED_TOKENS, max_model_len),
-    }
-
-
-def uses_nccl(config: RolloutConfig) -> bool:
-    """NCCL needs engines that own their GPUs: two processes of one NCCL group cannot share one."""
-    if config.transfer == "auto":
-        return config.engines.gpus > 0 and not config.colocate
-    return config.transfer == "nccl"
-
-
-def _sampled(output: Any) -> Sampled:
-    ids = np.asarray(output.token_ids, dtype=np.int32)
-    logprobs = np.array([step[int(token)].logprob for step, token in zip(output.logprobs, ids, strict=True)], dtype=np.float32)
-    return ids, logprobs, str(output.finish_reason)
-
-
-def engine_options(workers: WorkersConfig, placement: Any) -> dict[str, Any]:
-    """Ray actor options of one engine: its resources and the environment that vLLM reads while it is imported."""
-    variables = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    return process_options(workers, **variables) | {"scheduling_strategy": placement}
-
-
 class VllmRolloutPool:
-    """`RolloutPool` over engine actors: every batch is dealt over the engines and comes back in its order."""
+    """`RolloutPool` over engine actors. An engine whose process ends is replaced by one that holds the current weights before it is
+    given any prompt, and what it had not finished is sampled again, with the same seeds."""
 
-    def __init__(self, engines: Sequence[Any], *, deadline_seconds: float) -> None:
-        self.engines = list(engines)
+    def __init__(self, start: Callable[[int], Any], config: RolloutConfig, *, deadline_seconds: float, note: Note) -> None:
+        """start: starts engine k, an actor of `RolloutEngine`."""
+        self._start = start
+        self._restarts_left = config.max_restarts
         self._deadline_seconds = deadline_seconds
+        self._note = note
+        self._current: tuple[str, tuple[Any, ...]] = ("pid", ())  # the call that gives a new engine the weights of now
+        self.engines = [start(k) for k in range(config.engines.count)]
 
     def ready(self) -> None:
         """Wait until every engine has loaded. Raises RolloutError when one cannot start, DeadlineError when it does not in time."""
-        self.each("pid")
+        collect([engine.pid.remote() for engine in self.engines], **self._waiting("pid"))
 
-    def submit(self, prompts: Sequence[Prompt], *, seed: int) -> Remote[list[Rollout]]:
-        samples = _sample_numbers(prompts)
-        seeds = [request_seed(seed, prompt.id, sample) for prompt, sample in zip(prompts, samples, strict=True)]
-        count = len(self.engines)
-        calls = [
-            engine.generate.remote([prompt.ids for prompt in prompts[k::count]], seeds[k::count])
-            for k, engine in enumerate(self.engines)
-            if prompts[k::count]
-        ]
-
-        def finish(answers: list[tuple[int, list[Sampled]]]) -> list[Rollout]:
-            return [
-                _rollout(prompt, sample, answers[i % count][0], answers[i % count][1][i // count])
-                for i, (prompt, sample) in enumerate(zip(prompts, samples, strict=True))
-            ]
-
-        return Remote(calls, finish, phase="rollout", deadline_seconds=self._deadline_seconds, failure=RolloutError)
+    def submit(self, prompts: Sequence[Prompt], *, seed: int) -> Sampling:
+        """Start sampling; see `app.interfaces.RolloutPool`."""
+        return Sampling(self, prompts, seed=seed, deadline_seconds=self._deadline_seconds)
 
     def sample(self, prompts: Sequence[IntArray], settings: Sequence[Mapping[str, Any]]) -> list[IntArray]:
         """One response (token ids) per prompt, each under vLLM sampling settings of its own. Raises RolloutError."""
         count = len(self.engines)
         calls = [engine.sample.remote(prompts[k::count], settings[k::count]) for k, engine in enumerate(self.engines) if prompts[k::count]]
-        answers = collect(calls, phase="rollout", deadline_seconds=self._deadline_seconds, failure=RolloutError)
+        answers = collect(calls, **self._waiting("sample"))
         return [answers[i % count][i // count] for i in range(len(prompts))]
 
     def logprobs(self, sequences: Sequence[IntArray]) -> list[FloatArray]:
         return self.each("logprobs", list(sequences))[0]
 
+    def load(self, buckets: Sequence[ray.ObjectRef[Weights]], version: int) -> None:
+        """Give every engine new weights, through Ray's object store. They stay there for engines that start later."""
+        self._current = ("load_buckets", (buckets, version))
+        self.each("load_buckets", buckets, version)
+
+    def load_folder(self, path: str, version: int) -> None:
+        """Give every engine the weights of a Hugging Face folder of the same architecture. Needs rollout.transfer = object_store."""
+        self._current = ("load_folder", (path, version))
+        self.each("load_folder", path, version)
+
+    def label(self, version: int) -> None:
+        """Say which version the weights have that another way has brought. Engines that are lost afterwards cannot be replaced."""
+        self._restarts_left = 0
+        self.each("set_version", version)
+
     def each(self, method: str, *args: Any) -> list[Any]:
         """Call `method` on every engine and wait for all answers."""
-        calls = [getattr(engine, method).remote(*args) for engine in self.engines]
-        return collect(calls, phase=f"rollout engine: {method}", deadline_seconds=self._deadline_seconds, failure=RolloutError)
+        engines = list(self.engines)
+        calls = [getattr(engine, method).remote(*args) for engine in engines]
+        return [self._answer(k, engines[k], call, method, args) for k, call in enumerate(calls)]
+
+    def replace(self, k: int, lost: Any) -> Any:
+        """The engine in place k after `lost` has died: a new one with the current weights, started unless somebody did before.
+
+        Raises RolloutError once `rollout.max_restarts` engines were lost.
+        """
+        if self.engines[k] is not lost:
+            return self.engines[k]
+        if not self._restarts_left:
+            raise RolloutError(
+                f"rollout engine {k} died and cannot be replaced (rollout.max_restarts is used up, or weights go over NCCL): "
+                "look at its last lines under the run's logs/; the same command goes on from the last checkpoint"
+            )
+        self._restarts_left -= 1
+        self._note(f"rollout engine {k} died; starting another one ({self._restarts_left} more may be lost)")
+        ray.kill(lost)
+        engine = self._start(k)
+        method, args = self._current
+        collect([getattr(engine, method).remote(*args)], **self._waiting("restart"))
+        self.engines[k] = engine
+        return engine
+
+    def _answer(self, k: int, engine: Any, call: ray.ObjectRef[Any], method: str, args: tuple[Any, ...]) -> Any:
+        while True:
+            try:
+                return collect([call], **self._waiting(method), died=EngineDiedError)[0]
+            except EngineDiedError:
+                engine = self.replace(k, engine)
+                call = getattr(engine, method).remote(*args)
+
+    def _waiting(self, method: str) -> dict[str, Any]:
+        return {"phase": f"rollout engine: {method}", "deadline_seconds": self._deadline_seconds, "failure": RolloutError}
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one engine was given: the places of its prompts in the batch, in its own order."""
+
+    k: int
+    engine: Any
+    places: list[int]
+
+
+class Sampling:
+    """`app.interfaces.Sampling`: one batch in the engines."""
+
+    def __init__(self, pool: VllmRolloutPool, prompts: Sequence[Prompt], *, seed: int, deadline_seconds: float) -> None:
+        self._pool, self._prompts, self._deadline_seconds = pool, prompts, deadline_seconds
+        self._samples = _sample_numbers(prompts)
+        self._seeds = [request_seed(seed, prompt.id, sample) for prompt, sample in zip(prompts, self._samples, strict=True)]
+        self._rollouts: dict[int, Rollout] = {}
+        self._streams: dict[Any, _Share] = {}
+        count = len(pool.engines)
+        for k, engine in enumerate(pool.engines):
+            if places := list(range(k, len(prompts), count)):
+                self._deal(_Share(k, engine, places))
+
+    def finished(self) -> Iterator[list[int]]:
+        """Places of responses that have just ended, group after group until all have. Raises RolloutError, DeadlineError."""
+        while self._streams:
+            ready, _ = ray.wait(list(self._streams), num_returns=1, timeout=self._deadline_seconds)
+            if not ready:
+                raise DeadlineError(
+                    f"rollout: none of {len(self._prompts) - len(self._rollouts)} responses ended within {self._deadline_seconds:g} s "
+                    "(raise run.deadline_seconds if the work is simply that long)"
+                )
+            ready, _ = ray.wait(list(self._streams), num_returns=len(self._streams), timeout=0)
+            places = [place for stream in ready for place in self._take(stream)]
+            if places:
+                yield places
+
+    def __getitem__(self, place: int) -> Rollout:
+        """A response that has ended."""
+        return self._rollouts[place]
+
+    def result(self) -> list[Rollout]:
+        """Wait for all, in the order of the prompts."""
+        for _ in self.finished():
+            pass
+        return [self._rollouts[place] for place in range(len(self._prompts))]
+
+    def _deal(self, share: _Share) -> None:
+        prompts, seeds = [self._prompts[i].ids for i in share.places], [self._seeds[i] for i in share.places]
+        self._streams[share.engine.generate.options(num_returns="streaming").remote(prompts, seeds)] = share
+
+    def _take(self, stream: Any) -> list[int]:
+        """The next response of one engine; its unfinished prompts go to another one where it has died."""
+        share = self._streams[stream]
+        try:
+            reference = next(stream)
+        except StopIteration:
+            del self._streams[stream]
+            return []
+        try:
+            index, sampled = collect([reference], phase="rollout", deadline_seconds=self._deadline_seconds, failure=RolloutError, died=EngineDiedError)[0]  # fmt: skip
+        except EngineDiedError:
+            del self._streams[stream]
+            missing = [place for place in share.places if place not in self._rollouts]
+            if missing:
+                self._deal(_Share(share.k, self._pool.replace(share.k, share.engine), missing))
+            return []
+        place = share.places[index]
+        self._rollouts[place] = _rollout(self._prompts[place], self._samples[place], sampled)
+        return [place]
 
 
 def _sample_numbers(prompts: Sequence[Prompt]) -> list[int]:
@@ -254,14 +195,13 @@ def _sample_numbers(prompts: Sequence[Prompt]) -> list[int]:
     return numbers
 
 
-def _rollout(prompt: Prompt, sample: int, version: int, sampled: Sampled) -> Rollout:
-    ids, logprobs, reason = sampled
-    if not len(ids) or not np.isfinite(logprobs).all():
+def _rollout(prompt: Prompt, sample: int, sampled: Sampled) -> Rollout:
+    if not len(sampled.ids) or not np.isfinite(sampled.logprobs).all():
         raise RolloutError(
-            f"prompt {prompt.id}: the engine returned {len(ids)} tokens with log-probs {logprobs[:4]}...: "
+            f"prompt {prompt.id}: the engine returned {len(sampled.ids)} tokens with log-probs {sampled.logprobs[:4]}...: "
             "its weights are not finite, or the prompt fills the whole context"
         )
-    return Rollout(prompt, sample, ids, logprobs, FinishReason(reason), version)
+    return Rollout(prompt, sample, sampled.ids, sampled.logprobs, FinishReason(sampled.finish), sampled.versions)
 
 
 @contextmanager
@@ -275,6 +215,7 @@ def rollout_pool(
     seed: int,
     deadline_seconds: float,
     placement: Sequence[Any] = (),
+    note: Note = lambda text: None,
 ) -> Iterator[VllmRolloutPool]:
     """Start the engines and end their processes at exit. They load while the caller goes on; `ready` waits for them.
 
@@ -283,14 +224,15 @@ def rollout_pool(
     """
     max_model_len = config.max_model_len or max_prompt_length + config.max_new_tokens
     engine_class = ray.remote(RolloutEngine)
-    engines = [
-        engine_class.options(**engine_options(config.engines, placement[k] if placement else "DEFAULT")).remote(
+
+    def start(k: int) -> Any:
+        return engine_class.options(**engine_options(config.engines, placement[k] if placement else "DEFAULT")).remote(
             model_path, config, precision=precision, max_model_len=max_model_len, eos_ids=list(eos_ids), seed=seed + k
         )
-        for k in range(config.engines.count)
-    ]
+
+    pool = VllmRolloutPool(start, config, deadline_seconds=deadline_seconds, note=note)
     try:
-        yield VllmRolloutPool(engines, deadline_seconds=deadline_seconds)
+        yield pool
     finally:
-        for engine in engines:
+        for engine in pool.engines:
             ray.kill(engine)

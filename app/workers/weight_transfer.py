@@ -124,9 +124,9 @@ class WeightPublisher:
         began = time.perf_counter()
         if self._nccl:
             self._learner.broadcast_nccl()
-            self._pool.each("set_version", version)
+            self._pool.label(version)
         else:
-            self._pool.each("load_buckets", self._learner.weight_buckets(), version)
+            self._pool.load(self._learner.weight_buckets(), version)
         pushed = time.perf_counter()
         mismatch = self._verify(version)
         return {"push/seconds": pushed - began, "push/verify_seconds": time.perf_counter() - pushed, "push/canary_mismatch": mismatch}

@@ -46,7 +46,7 @@ class FakeScorer:
 def rollout(prompt: int, *response: int) -> Rollout:
     logprobs: FloatArray = np.zeros(len(response), dtype=np.float32)
     ids = np.array(response, dtype=np.int32)
-    return Rollout(Prompt("p", "", np.array([prompt], dtype=np.int32)), 0, ids, logprobs, FinishReason.STOP, 0)
+    return Rollout(Prompt("p", "", np.array([prompt], dtype=np.int32)), 0, ids, logprobs, FinishReason.STOP, np.zeros(len(ids), np.int32))
 
 
 ROLLOUTS = [rollout(1, 10), rollout(2, 20, 20), rollout(3, 30)]

@@ -47,7 +47,7 @@ class World:
         self.journal.append(f"sample@{self.engine_version}")
         version = 0 if self.serve_stale else self.engine_version
         ids, logprobs = np.full(RESPONSE, 7, np.int32), np.full(RESPONSE, LOGPROB, np.float32)
-        return Done([Rollout(p, 0, ids, logprobs, FinishReason.STOP, version) for p in prompts])
+        return Done([Rollout(p, 0, ids, logprobs, FinishReason.STOP, np.full(RESPONSE, version)) for p in prompts])
 
     # scorer
     def scores(self, sequences: Sequence[Any]) -> Done:
@@ -168,7 +168,7 @@ def test_failed_scores_are_masked_out_up_to_a_share_and_then_stop_the_run(tmp_pa
 
 
 def test_lag_is_bounded() -> None:
-    rollout = Rollout(Prompt("a", "", np.zeros(1, np.int32)), 0, np.zeros(1, np.int32), np.zeros(1, np.float32), FinishReason.STOP, 3)
+    rollout = Rollout(Prompt("a", "", np.zeros(1, np.int32)), 0, np.zeros(1, np.int32), np.zeros(1, np.float32), FinishReason.STOP, np.full(1, 3))
     check_lag([rollout], version=5, max_lag=2)
     with pytest.raises(StaleRolloutError):
         check_lag([rollout], version=6, max_lag=2)

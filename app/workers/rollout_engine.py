@@ -1,0 +1,281 @@
+"""One vLLM engine in a Ray actor: samples responses, judges sequences, and takes new weights while it does.
+
+The engine core runs in the actor's own process, so the weights that a push brings through Ray's object store are handed to it
+as arrays, without a copy on the way, and between any two tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import ray
+
+from app.config.ppo import RolloutConfig
+from app.config.shared import WorkersConfig
+from app.experience import FloatArray, IntArray
+from app.workers.processes import process_options
+from app.workers.step_loop import StepLoop
+
+BATCHED_TOKENS = 8192
+"""Prompt tokens that a CPU engine processes at a time, and at least one whole prompt."""
+
+Weights = Mapping[str, np.ndarray[Any, Any]]  # parameter name -> array
+T = TypeVar("T")
+
+
+class Sampled(NamedTuple):
+    """One response: ids and versions int32 [T], logprobs float32 [T], and why it ended."""
+
+    ids: IntArray
+    logprobs: FloatArray
+    versions: IntArray
+    finish: str
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A request in the engine; `land` is given its `RequestOutput`, or the error that took it."""
+
+    inner_id: str
+    prompt: Any
+    params: Any
+    land: Callable[[Any], None]
+
+
+class RolloutEngine:
+    """Asynchronous actor: any number of calls at a time share the engine's steps."""
+
+    def __init__(
+        self, model_path: str, config: RolloutConfig, *, precision: str, max_model_len: int, eos_ids: Sequence[int], seed: int
+    ) -> None:
+        self._config = config
+        self._eos_ids = list(eos_ids)
+        self._sleeps = config.colocate and config.engines.gpus > 0
+        self._flights: dict[str, _Flight] = {}
+        self._numbers = count()
+        self._loop = StepLoop(self._step, lambda: bool(self._flights), self._crash)
+        self._loop.call(lambda: self._build(model_path, precision, max_model_len, seed)).result()
+
+    async def generate(self, prompts: Sequence[IntArray], seeds: Sequence[int]) -> AsyncIterator[tuple[int, Sampled]]:
+        """Sample one response per prompt; each is handed out with its place in `prompts` as soon as it has ended.
+
+        All prompts join the engine between the same two steps.
+        """
+        common = {"max_tokens": self._config.max_new_tokens, "temperature": self._config.temperature, "logprobs": 0}
+        async for place, output in self._outputs(prompts, [self._sampling(**common, seed=seed) for seed in seeds]):
+            yield place, _sampled(output.outputs[0])
+
+    async def sample(self, prompts: Sequence[IntArray], settings: Sequence[Mapping[str, Any]]) -> list[IntArray]:
+        """Sample one response per prompt, each under vLLM sampling settings of its own. Returns token ids, in the order of `prompts`."""
+        outputs = self._outputs(prompts, [self._sampling(**one) for one in settings])
+        found = {place: np.asarray(output.outputs[0].token_ids, dtype=np.int32) async for place, output in outputs}
+        return [found[place] for place in range(len(prompts))]
+
+    async def logprobs(self, sequences: Sequence[IntArray]) -> list[FloatArray]:
+        """Log-probs [S-1] of given sequences under the current weights, at temperature 1."""
+        settings = self._sampling(max_tokens=1, prompt_logprobs=0)
+        found = {place: output.prompt_logprobs async for place, output in self._outputs(sequences, [settings] * len(sequences))}
+        return [_of_tokens(found[place][1:], ids[1:]) for place, ids in enumerate(sequences)]  # no distribution before the first token
+
+    async def load_buckets(self, buckets: Sequence[ray.ObjectRef[Weights]], version: int) -> None:
+        """Replace all weights by the given buckets; tokens from here on carry `version`.
+
+        What happens to requests in flight is `rollout.in_flight`.
+        """
+        await self._load(lambda: map(ray.get, buckets), version)
+
+    async def load_folder(self, path: str, version: int) -> None:
+        """Replace all weights by those of a Hugging Face folder of the same architecture. Needs rollout.transfer = object_store."""
+        from safetensors.torch import load_file
+
+        files = sorted(Path(path).glob("*.safetensors"))
+        await self._load(lambda: ({name: x.float().numpy() for name, x in load_file(file).items()} for file in files), version)
+
+    async def transfer(self, method: str, *args: Any) -> None:
+        """Call one step of vLLM's weight-transfer interface on the workers of this engine."""
+        await self._ask(lambda: self._transfer(method, *args))
+
+    async def set_version(self, version: int) -> None:
+        """Label the weights that another backend has just brought."""
+        await self._ask(lambda: self._core.set_weight_version(str(version)))
+
+    async def pid(self) -> int:
+        import os
+
+        return os.getpid()
+
+    # In the actor's event loop:
+
+    async def _ask(self, work: Callable[[], T]) -> T:
+        return await asyncio.wrap_future(self._loop.call(work))
+
+    async def _outputs(self, prompts: Sequence[IntArray], params: Sequence[Any]) -> AsyncIterator[tuple[int, Any]]:
+        """(place, vLLM's RequestOutput) of every prompt, in the order in which they end."""
+        event_loop, landed = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Any]]()
+
+        def landing(place: int) -> Callable[[Any], None]:
+            return lambda output: event_loop.call_soon_threadsafe(landed.put_nowait, (place, output))
+
+        def admit() -> None:
+            for place, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
+                self._admit(prompt, one, landing(place))
+
+        await self._ask(admit)
+        for _ in prompts:
+            place, output = await landed.get()
+            if isinstance(output, BaseException):
+                raise output
+            yield place, output
+
+    async def _load(self, buckets: Callable[[], Iterable[Weights]], version: int) -> None:
+        while self._config.in_flight == "wait" and await self._ask(lambda: bool(self._flights)):
+            await asyncio.sleep(WAIT_SECONDS)
+
+        def load() -> None:
+            self._wake()
+            self._transfer("start_weight_update")
+            for tensors in buckets():
+                self._transfer("update_weights", {"tensors": tensors})
+            self._transfer("finish_weight_update")
+            self._core.set_weight_version(str(version))
+            if self._config.in_flight == "redo":
+                self._redo()
+            self._rest()
+
+        await self._ask(load)
+
+    # In the engine's thread:
+
+    def _build(self, model_path: str, precision: str, max_model_len: int, seed: int) -> None:
+        from vllm import LLM
+        from vllm.config import WeightTransferConfig
+
+        from app.workers.weight_transfer import BACKEND, register_object_store_backend
+
+        config = self._config
+        register_object_store_backend()
+        on_gpu = config.engines.gpus > 0
+        tensor_parallel = max(1, int(config.engines.gpus))
+        self._llm = LLM(
+            model=model_path,
+            skip_tokenizer_init=True,
+            dtype={"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[precision],
+            max_model_len=max_model_len,
+            enforce_eager=not on_gpu,
+            enable_prefix_caching=False,  # a cached prefix would outlive the weights that computed it
+            logprobs_mode="processed_logprobs",  # of the distribution that was sampled from: after temperature
+            distributed_executor_backend="uni" if tensor_parallel == 1 else "mp",
+            tensor_parallel_size=tensor_parallel,
+            weight_transfer_config=WeightTransferConfig(backend="nccl" if uses_nccl(config) else BACKEND),
+            enable_sleep_mode=self._sleeps,
+            seed=seed % 2**31,
+            **(gpu_settings(config) if on_gpu else cpu_settings(config, max_model_len)),
+        )
+        self._core = self._llm.llm_engine
+        self._core.set_weight_version("0")
+
+    def _sampling(self, **settings: Any) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        stops = None if self._config.ignore_eos or "prompt_logprobs" in settings else self._eos_ids
+        # The end tokens are given here; vLLM's own idea of them would be a second source of truth.
+        ending = {"detokenize": False, "stop_token_ids": stops, "ignore_eos": True, "output_kind": RequestOutputKind.FINAL_ONLY}
+        return SamplingParams(**ending, **settings)
+
+    def _admit(self, prompt: IntArray, params: Any, land: Callable[[Any], None]) -> None:
+        from vllm.inputs.engine import tokens_input
+
+        self._wake()
+        name = str(next(self._numbers))
+        inner_id = self._core.add_request(name, tokens_input(prompt.tolist()), params)
+        self._flights[name] = _Flight(inner_id, prompt, params, land)
+
+    def _redo(self) -> None:
+        """Start what is in flight anew, under the weights of now."""
+        interrupted = list(self._flights.values())
+        self._flights.clear()
+        self._core.abort_request([flight.inner_id for flight in interrupted], internal=True)
+        for flight in interrupted:
+            self._admit(flight.prompt, flight.params, flight.land)
+
+    def _step(self) -> None:
+        for output in self._core.step():
+            if output.finished and output.request_id in self._flights:
+                self._flights.pop(output.request_id).land(output)
+        self._rest()
+
+    def _rest(self) -> None:
+        """On a shared GPU the engine gives its memory back while it has nothing to do."""
+        if self._sleeps and not self._flights:
+            self._llm.sleep(level=1)
+
+    def _wake(self) -> None:
+        if self._sleeps and self._core.is_sleeping():
+            self._llm.wake_up()
+
+    def _transfer(self, method: str, *args: Any) -> None:
+        self._llm.collective_rpc(method, args=args)
+
+    def _crash(self, error: BaseException) -> None:
+        for flight in self._flights.values():
+            flight.land(error)
+        self._flights.clear()
+
+
+WAIT_SECONDS = 0.02
+"""Between two looks whether the requests in flight have ended, with rollout.in_flight = "wait"."""
+
+
+def gpu_settings(config: RolloutConfig) -> dict[str, Any]:
+    """What an engine on GPUs is told beside its model."""
+    return {"gpu_memory_utilization": config.gpu_memory_utilization}
+
+
+def cpu_settings(config: RolloutConfig, max_model_len: int) -> dict[str, Any]:
+    """What an engine on CPUs is told beside its model.
+
+    Prompts are never processed in pieces: for a piece the engine draws a token, discards it and winds the request's random
+    generator back, which torch's CPU generators cannot do.
+    """
+    return {
+        "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(BATCHED_TOKENS, max_model_len),
+    }
+
+
+def uses_nccl(config: RolloutConfig) -> bool:
+    """NCCL needs engines that own their GPUs: two processes of one NCCL group cannot share one."""
+    if config.transfer == "auto":
+        return config.engines.gpus > 0 and not config.colocate
+    return config.transfer == "nccl"
+
+
+def engine_options(workers: WorkersConfig, placement: Any) -> dict[str, Any]:
+    """Ray actor options of one engine: its resources and the environment that vLLM reads while it is imported."""
+    variables = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    return process_options(workers, **variables) | {"scheduling_strategy": placement}
+
+
+def _of_tokens(steps: Iterable[Mapping[int, Any]], ids: IntArray) -> FloatArray:
+    return np.array([step[int(token)].logprob for step, token in zip(steps, ids, strict=True)], dtype=np.float32)
+
+
+def _sampled(output: Any) -> Sampled:
+    ids = np.asarray(output.token_ids, dtype=np.int32)
+    versions = np.zeros(len(ids), dtype=np.int32)
+    for span in output.weight_versions or ():
+        versions[span.start : span.end] = int(span.version)
+    return Sampled(ids, _of_tokens(output.logprobs, ids), versions, str(output.finish_reason))
