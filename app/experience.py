@@ -16,6 +16,7 @@ import torch
 
 IntArray = np.ndarray[Any, np.dtype[np.int32]]
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
+DoubleArray = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,22 @@ class Rollout:
     def of_response(self, per_token: FloatArray) -> FloatArray:
         """Out of one number per predicted token of `sequence`, [P + T - 1], those of the response, [T]."""
         return per_token[len(self.prompt.ids) - 1 :]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a reward says about a batch of rollouts; every array is float64 [B], NaN where the score failed.
+
+    total_B: what is trained on; parts: each named part by itself; held_out: the parts that total_B leaves out;
+    disagreement_B: standard deviation over an ensemble's models (of several ensembles the largest), None without one;
+    failures: part -> the first reason why a score of it failed.
+    """
+
+    total_B: DoubleArray
+    parts: Mapping[str, DoubleArray] = field(default_factory=dict)
+    held_out: frozenset[str] = frozenset()
+    disagreement_B: DoubleArray | None = None
+    failures: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

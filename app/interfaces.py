@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from app.experience import Experience, FloatArray, IntArray, Prompt, Rollout, TokenBatch
+from app.experience import Experience, FloatArray, IntArray, Prompt, Rollout, Scores, TokenBatch
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -93,9 +93,9 @@ class Scorer(Protocol):
 
 
 class Reward(Protocol):
-    """Turns rollouts into one float each (before shaping)."""
+    """Scores rollouts (before shaping)."""
 
-    def score(self, rollouts: Sequence[Rollout]) -> Pending[list[float]]: ...
+    def score(self, rollouts: Sequence[Rollout]) -> Pending[Scores]: ...
 
 
 class Tracker(Protocol):

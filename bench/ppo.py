@@ -81,7 +81,7 @@ def configs(arguments: argparse.Namespace) -> tuple[PpoConfig, RolloutConfig, Sc
 
 def run(arguments: argparse.Namespace) -> list[Mapping[str, float]]:
     """Metrics of every step."""
-    from app.rewards import REWARDS
+    from app.rewards.mix import one_reward_model
     from app.stages.actor_learner import LoopState, Parts, actor_learner_loop
     from app.workers.learner import LearnerSpec, learner_group
     from app.workers.rollout import rollout_pool
@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> list[Mapping[str, float]]:
             canaries = [rng.integers(vocabulary, size=PROMPT_TOKENS + 8, dtype=np.int32)]
             publisher = WeightPublisher(learner, pool, canaries, limit=ppo.max_logprob_mismatch, nccl_tensor_parallel=None)
             parts = Parts(
-                learner, pool, publisher, REWARDS["reward_model"](scorer), scorer, recorder, recorder, PromptStream.over(prompts), pad_id=0
+                learner, pool, publisher, one_reward_model(scorer), scorer, recorder, recorder, PromptStream.over(prompts), pad_id=0
             )
             actor_learner_loop(parts, ppo, LoopState(), seed=0)
     return recorder.steps

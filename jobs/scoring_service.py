@@ -24,7 +24,7 @@ def scoring_service(recipe: Recipe) -> Callable[[str, str], AbstractContextManag
             temperature=recipe.rollout.temperature,
             precision=recipe.model.precision,
             trust_remote_code=recipe.model.trust_remote_code,
-            name=f"scoring-{run_digest(recipe)}",
+            name=f"scoring-{run_digest(recipe)}-{short_digest(reward_path)}",
             deadline_seconds=recipe.run.deadline_seconds,
             stop_serve=uses_cluster(),
         )
@@ -34,4 +34,8 @@ def scoring_service(recipe: Recipe) -> Callable[[str, str], AbstractContextManag
 
 def run_digest(recipe: Recipe) -> str:
     """A short name of the run folder, so that runs on one cluster do not meet in one application."""
-    return hashlib.blake2b(str(Path(recipe.run.dir).absolute()).encode(), digest_size=4).hexdigest()
+    return short_digest(str(Path(recipe.run.dir).absolute()))
+
+
+def short_digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()

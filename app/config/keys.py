@@ -37,6 +37,7 @@ class RecipeKey:
     def entry(self) -> type[Config] | None:
         """The config class of every entry of a free table; None where the entries are of no such class."""
         inside = get_args(self.annotation)[1] if self.is_table else None
+        inside = getattr(inside, "__origin__", inside)  # out of Annotated[...]
         return inside if isinstance(inside, type) and issubclass(inside, Config) else None
 
     def accepts(self, value: Any) -> bool:

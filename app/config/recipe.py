@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from app.config.data import DataConfig
 from app.config.ppo import EvaluationConfig, PpoConfig, RolloutConfig, ScoringConfig
+from app.config.reward import RewardConfig
 from app.config.serving import ServingConfig
 from app.config.shared import ModelConfig, RunConfig
 from app.config.tracking import TrackingConfig
 from app.config.training import RewardModelConfig, SftConfig
 from app.config.tune import TuneConfig
 from app.schema import Config
-
-
-class RewardConfig(Config):
-    """What PPO is trained against."""
-
-    path: str | None = None
-    """Reward-model folder; `corral pipeline` fills it with the one it trains."""
 
 
 class Recipe(Config):

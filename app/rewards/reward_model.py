@@ -1,14 +1,26 @@
-"""The learned reward: what the scoring service's reward model says about prompt and response."""
+"""The learned reward: what reward models of the scoring service say about prompt and response."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from app.errors import ScoringError
+from app.errors import ScoringError, first_line
 from app.experience import IntArray, Rollout
 from app.interfaces import Pending, Scorer
+from app.rewards.part import Failed, RewardPart
+
+
+class RewardModelPart(RewardPart):
+    """The score of a reward model, or of an ensemble of them."""
+
+    type: Literal["reward_model"]
+    paths: tuple[str, ...] = ()
+    """Reward-model folders, all of the policy's vocabulary; more than one are an ensemble. Default: `reward.path`."""
+    combine: Literal["mean", "min"] = "mean"
+    """The ensemble's score: the mean of its models' scores, or the lowest."""
 
 
 @dataclass(frozen=True)
@@ -17,8 +29,8 @@ class RewardModelReward:
 
     scorer: Scorer
 
-    def score(self, rollouts: Sequence[Rollout]) -> Pending[list[float]]:
-        """Start scoring; one float per rollout, in order, NaN where its score failed."""
+    def score(self, rollouts: Sequence[Rollout]) -> Pending[list[float | Failed]]:
+        """Start scoring; one score per rollout, in order."""
         sequences = [rollout.sequence for rollout in rollouts]
         return _PendingScores(self.scorer, sequences, self.scorer.scores(sequences))
 
@@ -29,24 +41,23 @@ class _PendingScores:
     sequences: list[IntArray]
     batch: Pending[list[float]]
 
-    def result(self) -> list[float]:
+    def result(self) -> list[float | Failed]:
         """The scores. A request for all that fails is split into one per rollout, so that one bad rollout costs only
         its own score. Raises ScoringError when every single one fails too: that is the service, not a rollout."""
         try:
-            scores = self.batch.result()
+            scores: list[float | Failed] = list(self.batch.result())
         except ScoringError as error:
             scores = self._one_by_one(error)
-        return [score if math.isfinite(score) else math.nan for score in scores]
+        return [score if isinstance(score, Failed) or math.isfinite(score) else Failed(f"the model gave {score}") for score in scores]
 
-    def _one_by_one(self, cause: ScoringError) -> list[float]:
+    def _one_by_one(self, cause: ScoringError) -> list[float | Failed]:
         requests = [self.scorer.scores([sequence]) for sequence in self.sequences]
-        scores, failures = [], 0
+        scores: list[float | Failed] = []
         for request in requests:
             try:
                 scores += request.result()
-            except ScoringError:
-                scores.append(math.nan)
-                failures += 1
-        if failures == len(requests):
+            except ScoringError as error:
+                scores.append(Failed(first_line(error)))
+        if all(isinstance(score, Failed) for score in scores):
             raise cause
         return scores

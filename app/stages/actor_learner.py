@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from app.algorithms import ALGORITHMS
@@ -20,9 +21,10 @@ from app.algorithms.credit import credit_metrics
 from app.config.ppo import PpoConfig
 from app.data.prompt_stream import PromptStream
 from app.errors import Interrupted, RolloutError, ScoringError, StaleRolloutError
-from app.experience import Experience, FinishReason, FloatArray, Rollout, TokenBatch, pad_rows
+from app.experience import Experience, FinishReason, FloatArray, Rollout, Scores, TokenBatch, pad_rows
 from app.interfaces import Learner, Pending, Publisher, Reward, RolloutPool, Scorer, Tracker
 from app.numerics import shape_scores
+from app.rewards.mix import score_metrics
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,11 @@ def actor_learner_loop(
             scores, reference = parts.reward.score(rollouts), parts.scorer.logprobs(sequences)
             tokens = TokenBatch.from_rollouts(rollouts, parts.pad_id)
             proximal_BT, values_BT = parts.learner.inspect(tokens)
-            scores_B = torch.tensor(scores.result(), dtype=torch.float32)
+            scored = scores.result()
+            scores_B = torch.from_numpy(scored.total_B).float()
             experience = collect_experience(rollouts, tokens, scores_B, reference.result(), proximal_BT, values_BT, config)
         require_agreement(experience, config)
-        require_scores(scores_B, config)
+        require_scores(scored, config)
         # 3. credit: KL-shaped rewards, advantages, returns
         experience = algorithm.credit(experience, kl_coef=config.kl.coef)
         # 4. learn: epochs x minibatches x micro-batches happen inside the workers
@@ -106,7 +109,7 @@ def actor_learner_loop(
         with clock("push"):
             push = parts.publisher.publish(state.version)
         seconds = time.perf_counter() - began
-        metrics = step_metrics(rollouts, scores_B, seconds) | credit_metrics(experience) | dict(update) | dict(push)
+        metrics = step_metrics(rollouts, scores_B, seconds) | score_metrics(scored) | credit_metrics(experience) | dict(update) | dict(push)
         parts.tracker.log("ppo", state.step, metrics | {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()})
         stopping = stop_requested()
         if stopping or state.step % config.save_every == 0 or state.step == config.steps:
@@ -186,13 +189,14 @@ def require_agreement(experience: Experience, config: PpoConfig) -> None:
         )
 
 
-def require_scores(scores_B: torch.Tensor, config: PpoConfig) -> None:
+def require_scores(scores: Scores, config: PpoConfig) -> None:
     """A failed score (NaN) is masked out of the update; more than a few of them are no accident. Raises ScoringError."""
-    failed = int(scores_B.isnan().sum())
-    if failed > config.max_failed_scores * len(scores_B):
+    failed, count = int(np.isnan(scores.total_B).sum()), len(scores.total_B)
+    if failed > config.max_failed_scores * count:
+        reasons = "; ".join(f"{part}: {reason}" for part, reason in scores.failures.items() if part not in scores.held_out)
         raise ScoringError(
-            f"{failed} of {len(scores_B)} scores failed, more than ppo.max_failed_scores = {config.max_failed_scores:g} allows: "
-            "look at the scoring service's logs"
+            f"{failed} of {count} scores failed, more than ppo.max_failed_scores = {config.max_failed_scores:g} allows ({reasons}): "
+            "mend that, or look at the logs in the run folder"
         )
 
 

@@ -16,9 +16,10 @@ from app.report import write_report
 from app.run_folder import MODEL, RunFolder
 from app.stages.evaluate import answer, compare, write_examples
 from app.stages.interruption import raise_unserved
-from app.stages.ppo import PromptSets, StartScoring, gold_of, open_pool, prompt_sets, train_ppo
+from app.stages.ppo import PromptSets, gold_of, open_pool, prompt_sets, train_ppo
 from app.stages.preparation import prepare
 from app.stages.reward_model import set_reward_offset, train_reward_model, training_replies
+from app.stages.rewards import StartScoring
 from app.stages.sft import train_sft
 from app.tracking import RunTracker
 from app.workers.memory import PeakMemory, raylet_pids

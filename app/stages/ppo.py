@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -18,20 +18,17 @@ from app.data.templates import Template
 from app.errors import ConfigError
 from app.experience import IntArray, Prompt
 from app.formats.records import Message
-from app.interfaces import Scorer, Tracker
-from app.rewards import REWARDS
+from app.interfaces import Reward, Scorer, Tracker
 from app.run_folder import RunFolder
 from app.stages.actor_learner import Checkpoints, LoopState, Parts, actor_learner_loop
 from app.stages.evaluate import Answers, Gold, answer, compare, write_examples
 from app.stages.interruption import stop_requests
 from app.stages.preparation import Prepared
+from app.stages.rewards import StartScoring, open_reward, reward_scorers
 from app.tracking import METRICS_FILE, RunTracker
 from app.workers.learner import LearnerSpec, RayLearner, learner_group
 from app.workers.rollout import VllmRolloutPool, rollout_pool, uses_nccl
 from app.workers.weight_transfer import WeightPublisher, canaries_of
-
-StartScoring = Callable[[str, str], AbstractContextManager[Scorer]]
-"""(reward model folder, reference policy folder) -> the scoring service for the length of a `with` block."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +115,14 @@ def train_ppo(
     with (
         start_learner(recipe, policy_path, reward_path) as learner,
         start_scoring(reward_path, policy_path) as scorer,
+        reward_scorers(recipe.reward, scorer, policy_path, start_scoring) as scorers,
+        open_reward(recipe.reward, scorers, template.decode, deadline_seconds=recipe.run.deadline_seconds) as reward,
     ):
         pool.ready()
         learner.ready()
         before = answer(pool, scorer, prompts.held_out, template, recipe.evaluation, gold)
         canaries = canaries_of(before.rollouts)
-        state = _resume_and_run(recipe, run, tracker, learner, pool, scorer, prompts.train, template.pad_id, canaries)
+        state = _resume_and_run(recipe, run, tracker, learner, pool, reward, scorer, prompts.train, template.pad_id, canaries)
         learner.export(str(folder / "model"))
         after = answer(pool, scorer, prompts.held_out, template, recipe.evaluation, gold)
     results = compare(before, after, recipe.evaluation) | loop_results(run, state) | {"truncated": prompts.truncated}
@@ -138,6 +137,7 @@ def _resume_and_run(
     tracker: RunTracker,
     learner: RayLearner,
     pool: VllmRolloutPool,
+    reward: Reward,
     scorer: Scorer,
     prompts: PromptStream,
     pad_id: int,
@@ -152,7 +152,7 @@ def _resume_and_run(
         state = LoopState(**saved.state)
         tracker.note(f"ppo: going on from step {state.step}")
     tracker.begin("ppo", recipe.ppo.steps, done=state.step)
-    parts = loop_parts(recipe, learner, pool, scorer, tracker, store, prompts, pad_id, canaries)
+    parts = loop_parts(recipe, learner, pool, reward, scorer, tracker, store, prompts, pad_id, canaries)
     with stop_requests() as stop_requested:
         state = actor_learner_loop(parts, recipe.ppo, state, seed=recipe.run.seed, stop_requested=stop_requested)
     tracker.end("ppo")
@@ -163,6 +163,7 @@ def loop_parts(
     recipe: Recipe,
     learner: RayLearner,
     pool: VllmRolloutPool,
+    reward: Reward,
     scorer: Scorer,
     tracker: Tracker,
     checkpoints: Checkpoints,
@@ -173,7 +174,7 @@ def loop_parts(
     """What the loop drives. Weights go over NCCL where the engines own their GPUs, else through the object store."""
     tensor_parallel = max(1, int(recipe.rollout.engines.gpus)) if uses_nccl(recipe.rollout) else None
     publisher = WeightPublisher(learner, pool, canaries, limit=recipe.ppo.max_logprob_mismatch, nccl_tensor_parallel=tensor_parallel)
-    return Parts(learner, pool, publisher, REWARDS["reward_model"](scorer), scorer, tracker, checkpoints, prompts, pad_id)
+    return Parts(learner, pool, publisher, reward, scorer, tracker, checkpoints, prompts, pad_id)
 
 
 def loop_results(run: RunFolder, state: LoopState) -> dict[str, Any]:

@@ -20,12 +20,14 @@ from app.config.recipe import Recipe
 from app.config.tune import Choice, TuneConfig
 from app.data.corpus import Corpus
 from app.data.prompt_stream import PromptStream
+from app.data.templates import Template
 from app.errors import ConfigError, CorralError
 from app.interfaces import Scorer
 from app.run_folder import RunFolder
 from app.stages.actor_learner import LoopState, actor_learner_loop
 from app.stages.pipeline import Pipeline
-from app.stages.ppo import StartScoring, loop_parts, open_pool, start_learner
+from app.stages.ppo import loop_parts, open_pool, start_learner
+from app.stages.rewards import MAIN, StartScoring, open_reward, reward_scorers
 from app.tracking import RunTracker
 from app.workers.weight_transfer import CANARIES
 
@@ -39,10 +41,9 @@ class TrialInputs:
     recipe: Recipe
     sft_path: str
     reward_path: str
-    scorer: Scorer
+    scorers: Mapping[str, Scorer]
     prompts: PromptStream
-    eos_id: int
-    pad_id: int
+    template: Template
 
 
 @dataclass
@@ -103,15 +104,17 @@ def run_trial(config: dict[str, Any], *, inputs: TrialInputs) -> None:
 
     with (
         open_pool(
-            recipe, inputs.sft_path, inputs.prompts.prompts, inputs.eos_id, bundles(1 + learners, recipe.rollout.engines.count)
+            recipe, inputs.sft_path, inputs.prompts.prompts, inputs.template.eos_id, bundles(1 + learners, recipe.rollout.engines.count)
         ) as pool,
         start_learner(recipe, inputs.sft_path, inputs.reward_path, bundles(1, learners)) as learner,
+        open_reward(recipe.reward, inputs.scorers, inputs.template.decode, deadline_seconds=recipe.run.deadline_seconds) as reward,
     ):
         pool.ready()
         learner.ready()
         canaries = [prompt.ids for prompt in inputs.prompts.prompts[:CANARIES]]
+        scorer, tracker = inputs.scorers[MAIN], TrialTracker(recipe.tune)
         parts = loop_parts(
-            recipe, learner, pool, inputs.scorer, TrialTracker(recipe.tune), NoCheckpoints(), inputs.prompts, inputs.pad_id, canaries
+            recipe, learner, pool, reward, scorer, tracker, NoCheckpoints(), inputs.prompts, inputs.template.pad_id, canaries
         )
         actor_learner_loop(parts, recipe.ppo, LoopState(), seed=recipe.run.seed)
 
@@ -149,9 +152,11 @@ def run_tune(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker
         sft_path = pipeline.sft_model()
         reward_path = pipeline.given_reward_model(sft_path)
         pipeline.close_engines()  # trials bring their own, in their own placement groups
-        with start_scoring(reward_path, sft_path) as scorer:
-            template = pipeline.prepared.template
-            inputs = TrialInputs(recipe, sft_path, reward_path, scorer, pipeline.prompts.train, template.eos_id, template.pad_id)
+        with (
+            start_scoring(reward_path, sft_path) as scorer,
+            reward_scorers(recipe.reward, scorer, sft_path, start_scoring) as scorers,
+        ):
+            inputs = TrialInputs(recipe, sft_path, reward_path, scorers, pipeline.prompts.train, pipeline.prepared.template)
             tracker.note(f"tune: {recipe.tune.trials} trials of up to {recipe.ppo.steps} PPO steps, {recipe.tune.concurrent} at a time")
             grid = _search(recipe, inputs, space, run, TrialNotes(tracker, recipe))
         rows = [trial_row(result, recipe.ppo.steps) for result in grid]

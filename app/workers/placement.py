@@ -83,10 +83,13 @@ def _trainers(name: str, key: str, workers: WorkersConfig, deepspeed: DeepSpeedC
 def _scoring(recipe: Recipe) -> tuple[Role, ...]:
     reward = parameter_count(recipe.reward.path or recipe.model.path) or 0
     reference = parameter_count(recipe.model.path) or 0
-    return (
-        _role("reward", "scoring.reward", recipe.scoring.reward, model_bytes=4 * reward),
-        _role("reference", "scoring.reference", recipe.scoring.reference, model_bytes=4 * reference),
-    )
+    further = [("reward " + path, parameter_count(path) or reward) for path in recipe.reward.further_paths()]
+    roles = []
+    for name, parameters in [("reward", reward), *further]:  # each with a service of its own
+        behind = name.removeprefix("reward")
+        roles.append(_role(name, "scoring.reward", recipe.scoring.reward, model_bytes=4 * parameters))
+        roles.append(_role(f"reference{behind}", "scoring.reference", recipe.scoring.reference, model_bytes=4 * reference))
+    return tuple(roles)
 
 
 def _engines(recipe: Recipe, *, on_learner_gpus: bool = False) -> Role:

@@ -171,6 +171,18 @@ def test_models_that_cannot_do_what_a_command_needs(refused: Refused, data: Call
     assert not (tmp_path / "run").exists()
 
 
+def test_a_reward_that_cannot_work(refused: Refused, tmp_path: Path) -> None:
+    run = f"--run.dir={tmp_path / 'run'}"
+    for part, reason in {
+        '{type="function", function="nowhere_rewards:score"}': "No module named 'nowhere_rewards'",
+        '{type="function", function="json:sing"}': "json has no sing",
+        f'{{type="reward_model", paths=["{tmp_path}/nowhere"]}}': "no such folder",
+    }.items():
+        error = refused("pipeline", TINY, f"--reward.parts.mine={part}", run)
+        assert "reward.parts.mine: " in error and reason in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_sequences_longer_than_the_model_takes(refused: Refused, tmp_path: Path) -> None:
     error = refused("sft", TINY, "--data.max_length=600", f"--run.dir={tmp_path / 'run'}")
     assert "data.max_length = 600 tokens, and the model's context is 512" in error

@@ -14,7 +14,7 @@ from app.config.ppo import PpoConfig
 from app.data.prompt_stream import PromptStream
 from app.errors import Interrupted, RolloutError, ScoringError, StaleRolloutError
 from app.experience import Experience, FinishReason, Prompt, Rollout, TokenBatch
-from app.rewards import REWARDS
+from app.rewards.mix import one_reward_model
 from app.stages.actor_learner import LoopState, Parts, actor_learner_loop, check_lag
 
 RESPONSE = 3
@@ -90,7 +90,7 @@ class Store:
 def parts(world: Any, folder: Path) -> Parts:
     store = Store(world, folder)
     prompts = [Prompt(str(i), "", np.array([i, 1, 2], np.int32)) for i in range(8)]
-    return Parts(world, world, world, REWARDS["reward_model"](world), world, store, store, PromptStream.over(prompts), pad_id=0)
+    return Parts(world, world, world, one_reward_model(world), world, store, store, PromptStream.over(prompts), pad_id=0)
 
 
 def config(**changes: Any) -> PpoConfig:

@@ -1,0 +1,62 @@
+"""The reward of a recipe, with the reward models and processes that its parts need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+
+from app.config.reward import RewardConfig
+from app.experience import IntArray
+from app.interfaces import Scorer
+from app.models.load import seen_from_anywhere
+from app.rewards.mix import Part, RewardMix, RuleSource
+from app.rewards.part import IsolatedPart, RewardPart, RulePart
+from app.rewards.reward_model import RewardModelPart, RewardModelReward
+from app.workers.rule_processes import RuleProcesses
+
+StartScoring = Callable[[str, str], AbstractContextManager[Scorer]]
+"""(reward model folder, reference policy folder) -> the scoring service for the length of a `with` block."""
+
+MAIN = ""
+"""Key of the scorer of `reward.path`."""
+
+
+@contextmanager
+def reward_scorers(config: RewardConfig, main: Scorer, reference_path: str, start_scoring: StartScoring) -> Iterator[dict[str, Scorer]]:
+    """A scorer for every reward model of the mix, by its folder as the recipe writes it: `main` is that of `reward.path`, the others
+    are started for the length of a `with` block."""
+    with ExitStack() as open_services:
+        scorers = {MAIN: main} | ({config.path: main} if config.path else {})
+        for path in config.further_paths():
+            scorers[path] = open_services.enter_context(start_scoring(seen_from_anywhere(path), reference_path))
+        yield scorers
+
+
+@contextmanager
+def open_reward(
+    config: RewardConfig, scorers: Mapping[str, Scorer], decode: Callable[[IntArray], str], *, deadline_seconds: float
+) -> Iterator[RewardMix]:
+    """The mix, with the processes of its isolated parts up for the length of a `with` block.
+
+    scorers: see `reward_scorers`; decode: response ids -> text. Raises ConfigError where a part does not work in its process."""
+    with ExitStack() as open_processes:
+        waiting: list[RuleProcesses] = []
+
+        def sources(name: str, part: RewardPart) -> tuple[RewardModelReward | RuleSource, ...]:
+            if isinstance(part, RewardModelPart):
+                return tuple(RewardModelReward(scorers[path]) for path in part.paths or (MAIN,))
+            assert isinstance(part, RulePart)
+            if not isinstance(part, IsolatedPart):
+                return (RuleSource(part, decode),)
+            processes = RuleProcesses(name, part)
+            open_processes.callback(processes.close)
+            waiting.append(processes)
+            return (RuleSource(part, decode, processes.submit),)
+
+        parts = []
+        for name, part in config.mix().items():
+            how = part.combine if isinstance(part, RewardModelPart) else "mean"
+            parts.append(Part(name, sources(name, part), how, part.weight, part.hold_out))
+        for processes in waiting:
+            processes.ready(deadline_seconds)
+        yield RewardMix(tuple(parts), config.combine)
