@@ -45,6 +45,9 @@ class PpoConfig(Config):
     of running it again. Saves a quarter of the learner's work and holds the activations of all its micro-batches at once."""
     max_lag: int = Field(0, ge=0)
     """How many policy versions old a rollout may be when it is trained on; 0 is synchronous PPO."""
+    score_pieces: int = Field(4, ge=1)
+    """A batch goes to reward model and reference in up to this many pieces, each as soon as its responses have ended; 1 waits for
+    the whole batch."""
     algorithm: PpoAlgorithmConfig = PpoAlgorithmConfig()
     kl: KlConfig = KlConfig()
     reward: RewardShapingConfig = RewardShapingConfig()

@@ -6,7 +6,7 @@ Shape legend: B rollouts, T response tokens (see app.experience).
 from __future__ import annotations
 
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,10 +21,11 @@ from app.algorithms.credit import credit_metrics
 from app.config.ppo import PpoConfig
 from app.data.prompt_stream import PromptStream
 from app.errors import Interrupted, RolloutError, ScoringError, StaleRolloutError
-from app.experience import Experience, FinishReason, FloatArray, Rollout, Scores, TokenBatch, pad_rows
-from app.interfaces import Learner, Pending, Publisher, Reward, RolloutPool, Scorer, Tracker
+from app.experience import Experience, FinishReason, Rollout, Scores, TokenBatch, pad_rows
+from app.interfaces import Learner, Publisher, Reward, RolloutPool, Scorer, Tracker
 from app.numerics import shape_scores
 from app.rewards.mix import score_metrics
+from app.stages.rollout_stream import RolloutStream, ScoredRollouts
 
 
 @dataclass(frozen=True)
@@ -80,25 +81,28 @@ def actor_learner_loop(
     """
     algorithm = ALGORITHMS["ppo"](config.algorithm)
     parts.publisher.publish(state.version)
-    stream = RolloutStream(parts, config, state, seed=seed)
+    stream = RolloutStream(
+        parts.pool, parts.reward, parts.scorer, parts.prompts, batch_size=config.batch_size, pieces=config.score_pieces,
+        max_lag=config.max_lag, seed=seed, step=state.step, steps=config.steps, cursor=state.prompt_cursor,
+    )  # fmt: skip
+    stream.fill(state.step)
     while state.step < config.steps:
         clock = PhaseClock()
         began = time.perf_counter()
-        # 1. what was sampled
+        # 1. what was sampled; reward model and reference judge each piece of it while the rest is still sampled
         with clock("rollout"):
-            rollouts = stream.take()
+            pending = stream.take()
+        rollouts = pending.rollouts
         check_lag(rollouts, state.version, config.max_lag)
         # 2. what the models think of it: reward model, reference, policy and critic work at the same time
         with clock("score"):
-            sequences = [rollout.sequence for rollout in rollouts]
-            scores, reference = parts.reward.score(rollouts), parts.scorer.logprobs(sequences)
             tokens = TokenBatch.from_rollouts(rollouts, parts.pad_id)
             proximal_BT, values_BT = parts.learner.inspect(tokens)
-            scored = scores.result()
-            scores_B = torch.from_numpy(scored.total_B).float()
-            experience = collect_experience(rollouts, tokens, scores_B, reference.result(), proximal_BT, values_BT, config)
+            scored = pending.result()
+            scores_B = torch.from_numpy(scored.scores.total_B).float()
+            experience = collect_experience(scored, tokens, scores_B, proximal_BT, values_BT, config)
         require_agreement(experience, config)
-        require_scores(scored, config)
+        require_scores(scored.scores, config)
         # 3. credit: KL-shaped rewards, advantages, returns
         experience = algorithm.credit(experience, kl_coef=config.kl.coef)
         # 4. learn: epochs x minibatches x micro-batches happen inside the workers
@@ -108,8 +112,15 @@ def actor_learner_loop(
         state = LoopState(state.step + 1, state.version + 1, state.prompt_cursor + len(rollouts))
         with clock("push"):
             push = parts.publisher.publish(state.version)
+            stream.fill(state.step)
         seconds = time.perf_counter() - began
-        metrics = step_metrics(rollouts, scores_B, seconds) | score_metrics(scored) | credit_metrics(experience) | dict(update) | dict(push)
+        metrics = (
+            step_metrics(rollouts, scores_B, seconds)
+            | score_metrics(scored.scores)
+            | credit_metrics(experience)
+            | dict(update)
+            | dict(push)
+        )
         parts.tracker.log("ppo", state.step, metrics | {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()})
         stopping = stop_requested()
         if stopping or state.step % config.save_every == 0 or state.step == config.steps:
@@ -119,30 +130,6 @@ def actor_learner_loop(
                 f"stopped after PPO step {state.step} of {config.steps}; a checkpoint is saved, the same command goes on from it"
             )
     return state
-
-
-class RolloutStream:
-    """Batches of rollouts, `max_lag` of them sampled ahead of the learner."""
-
-    def __init__(self, parts: Parts, config: PpoConfig, state: LoopState, *, seed: int) -> None:
-        self._parts, self._config, self._seed = parts, config, seed
-        self._cursor = state.prompt_cursor
-        self._remaining = config.steps - state.step
-        self._in_flight: deque[Pending[list[Rollout]]] = deque()
-
-    def take(self) -> list[Rollout]:
-        """The next batch; before returning it, start those that may be sampled while the learner works on it."""
-        self._fill(1)
-        batch = self._in_flight.popleft().result()
-        self._fill(self._config.max_lag)
-        return batch
-
-    def _fill(self, count: int) -> None:
-        while len(self._in_flight) < count and self._remaining:
-            batch = self._parts.prompts.take(self._cursor, self._config.batch_size, seed=self._seed)
-            self._in_flight.append(self._parts.pool.submit(batch, seed=self._seed + self._cursor))
-            self._cursor += self._config.batch_size
-            self._remaining -= 1
 
 
 def check_lag(rollouts: Sequence[Rollout], version: int, max_lag: int) -> None:
@@ -155,18 +142,18 @@ def check_lag(rollouts: Sequence[Rollout], version: int, max_lag: int) -> None:
 
 
 def collect_experience(
-    rollouts: Sequence[Rollout],
+    scored: ScoredRollouts,
     tokens: TokenBatch,
     scores_B: torch.Tensor,
-    reference_logprobs: Sequence[FloatArray],
     proximal_BT: torch.Tensor,
     values_BT: torch.Tensor,
     config: PpoConfig,
 ) -> Experience:
     """Align everything on response tokens; scores are shaped (clip, missing end token) here."""
     length = tokens.mask_BT.shape[1]
+    rollouts = scored.rollouts
     finished_B = torch.tensor([rollout.finish is FinishReason.STOP for rollout in rollouts])
-    reference = [rollout.of_response(row) for rollout, row in zip(rollouts, reference_logprobs, strict=True)]
+    reference = [rollout.of_response(row) for rollout, row in zip(rollouts, scored.reference, strict=True)]
     return Experience(
         tokens=tokens,
         scores_B=shape_scores(scores_B, finished_B, clip=config.reward.clip, missing_eos_score=config.reward.missing_eos_score),

@@ -27,7 +27,8 @@ from app.stages.preparation import Prepared
 from app.stages.rewards import StartScoring, open_reward, reward_scorers
 from app.tracking import METRICS_FILE, RunTracker
 from app.workers.learner import LearnerSpec, RayLearner, learner_group
-from app.workers.rollout import VllmRolloutPool, rollout_pool, uses_nccl
+from app.workers.rollout import VllmRolloutPool, rollout_pool
+from app.workers.rollout_engine import uses_nccl
 from app.workers.weight_transfer import WeightPublisher, canaries_of
 
 

@@ -43,7 +43,9 @@ def collect(
             f"{phase}: {type(error.cause).__name__}: {last_line(error.cause)}; the whole trace is in the run's {TRACE}"
         ) from error
     except ray.exceptions.RayActorError as error:
-        raise (died or failure)(f"{phase}: a worker process died ({str(error).splitlines()[0]}); rerun the same command to go on") from error
+        raise (died or failure)(
+            f"{phase}: a worker process died ({str(error).splitlines()[0]}); rerun the same command to go on"
+        ) from error
 
 
 def last_line(message: BaseException | str) -> str:

@@ -127,6 +127,7 @@ class Sampling:
 
     def __init__(self, pool: VllmRolloutPool, prompts: Sequence[Prompt], *, seed: int, deadline_seconds: float) -> None:
         self._pool, self._prompts, self._deadline_seconds = pool, prompts, deadline_seconds
+        self._waiting = {"phase": "rollout", "deadline_seconds": deadline_seconds, "failure": RolloutError, "died": EngineDiedError}
         self._samples = _sample_numbers(prompts)
         self._seeds = [request_seed(seed, prompt.id, sample) for prompt, sample in zip(prompts, self._samples, strict=True)]
         self._rollouts: dict[int, Rollout] = {}
@@ -173,13 +174,14 @@ class Sampling:
             del self._streams[stream]
             return []
         try:
-            index, sampled = collect([reference], phase="rollout", deadline_seconds=self._deadline_seconds, failure=RolloutError, died=EngineDiedError)[0]  # fmt: skip
+            (answer,) = collect([reference], **self._waiting)
         except EngineDiedError:
             del self._streams[stream]
             missing = [place for place in share.places if place not in self._rollouts]
             if missing:
                 self._deal(_Share(share.k, self._pool.replace(share.k, share.engine), missing))
             return []
+        index, sampled = answer
         place = share.places[index]
         self._rollouts[place] = _rollout(self._prompts[place], self._samples[place], sampled)
         return [place]

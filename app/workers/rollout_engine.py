@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -119,12 +120,12 @@ class RolloutEngine:
         """(place, vLLM's RequestOutput) of every prompt, in the order in which they end."""
         event_loop, landed = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Any]]()
 
-        def landing(place: int) -> Callable[[Any], None]:
-            return lambda output: event_loop.call_soon_threadsafe(landed.put_nowait, (place, output))
+        def land(place: int, output: Any) -> None:
+            event_loop.call_soon_threadsafe(landed.put_nowait, (place, output))
 
         def admit() -> None:
             for place, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
-                self._admit(prompt, one, landing(place))
+                self._admit(prompt, one, partial(land, place))
 
         await self._ask(admit)
         for _ in prompts:

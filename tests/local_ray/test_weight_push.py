@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -89,8 +91,10 @@ def test_push(make: Callable[[Path], str], zero_stage: int, tmp_path: Path) -> N
         exported = direct_logprobs(str(tmp_path / "exported"), canaries[0])
         assert float(np.abs(exported - learner.logprobs(canaries[:1])[0]).max()) < LIMIT
         assert canary_mismatch(pool.logprobs(canaries), learner.logprobs(canaries)) > 100 * LIMIT  # the engine is behind the learner
-        pool.each("load_folder", str(tmp_path / "exported"), 2)
+        pool.load_folder(str(tmp_path / "exported"), 2)
         assert canary_mismatch(pool.logprobs(canaries), learner.logprobs(canaries)) < LIMIT
+        check_push_between_two_tokens(pool, learner, prompts)
+        check_replaced_engine(pool, learner, prompts, canaries)
 
 
 def check_rollouts(pool: VllmRolloutPool, rollouts: list[Rollout], prompts: list[Prompt], policy: str) -> None:
@@ -105,6 +109,28 @@ def check_rollouts(pool: VllmRolloutPool, rollouts: list[Rollout], prompts: list
     for rollout in rollouts[:2]:
         expected = direct_logprobs(policy, rollout.sequence)[len(rollout.prompt.ids) - 1 :]
         np.testing.assert_allclose(rollout.logprobs, expected, atol=LIMIT)
+
+
+def check_push_between_two_tokens(pool: VllmRolloutPool, learner: RayLearner, prompts: list[Prompt]) -> None:
+    """Unfinished responses go on under the new weights, and every token is labelled with the version that sampled it."""
+    sampling = pool.submit(prompts * 40, seed=1)
+    pool.load(learner.weight_buckets(), 3)
+    rollouts = sampling.result()
+    assert {version for rollout in rollouts for version in rollout.versions.tolist()} == {2, 3}
+    assert all((np.diff(rollout.versions) >= 0).all() for rollout in rollouts)
+    assert any(rollout.versions[0] < rollout.versions[-1] for rollout in rollouts)
+
+
+def check_replaced_engine(pool: VllmRolloutPool, learner: RayLearner, prompts: list[Prompt], canaries: list[np.ndarray]) -> None:
+    """An engine killed while it samples costs nothing but time: its successor has the current weights and samples the same."""
+    undisturbed = pool.submit(prompts, seed=4).result()
+    sampling = pool.submit(prompts, seed=4)
+    (process,) = pool.each("pid")
+    os.kill(process, signal.SIGKILL)
+    assert [rollout.ids.tolist() for rollout in sampling.result()] == [rollout.ids.tolist() for rollout in undisturbed]
+    assert pool.each("pid") != [process]
+    assert {rollout.policy_version for rollout in sampling.result()} == {3}
+    assert canary_mismatch(pool.logprobs(canaries), learner.logprobs(canaries)) < LIMIT
 
 
 def check_checkpoint(learner: RayLearner, experience: Experience, config: PpoConfig, canaries: list[np.ndarray], folder: Path) -> None:

@@ -69,7 +69,7 @@ def sample_experience(seed: int, rows: int = 8, padding: int = 0) -> Experience:
             ids=draw.integers(1, VOCABULARY, draw.integers(1, 8)).astype(np.int32),
             logprobs=np.zeros(0, dtype=np.float32),
             finish=FinishReason.STOP,
-            policy_version=0,
+            versions=np.zeros(0, dtype=np.int32),
         )
         for row in range(rows)
     ]

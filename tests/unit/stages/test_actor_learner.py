@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,17 @@ class Done:
         return self.value
 
 
+class Sampled(Done):
+    """Responses that end one by one, the last one first."""
+
+    def finished(self) -> Iterator[list[int]]:
+        yield from ([place] for place in reversed(range(len(self.value))))
+
+    def __getitem__(self, place: int) -> Rollout:
+        rollout: Rollout = self.value[place]
+        return rollout
+
+
 class World:
     """All fakes at once, with a journal of what happened in which order."""
 
@@ -43,11 +54,11 @@ class World:
         self.saved: list[Mapping[str, int]] = []
 
     # pool
-    def submit(self, prompts: Sequence[Prompt], *, seed: int) -> Done:
+    def submit(self, prompts: Sequence[Prompt], *, seed: int) -> Sampled:
         self.journal.append(f"sample@{self.engine_version}")
         version = 0 if self.serve_stale else self.engine_version
         ids, logprobs = np.full(RESPONSE, 7, np.int32), np.full(RESPONSE, LOGPROB, np.float32)
-        return Done([Rollout(p, 0, ids, logprobs, FinishReason.STOP, np.full(RESPONSE, version)) for p in prompts])
+        return Sampled([Rollout(p, 0, ids, logprobs, FinishReason.STOP, np.full(RESPONSE, version)) for p in prompts])
 
     # scorer
     def scores(self, sequences: Sequence[Any]) -> Done:
@@ -116,8 +127,7 @@ def test_lag_samples_ahead_of_the_update_and_ends_with_nothing_in_flight(tmp_pat
     assert world.journal == [
         "publish 0",
         *("sample@0", "sample@0", "update", "publish 1"),
-        *("sample@1", "update", "publish 2"),
-        *("update", "publish 3"),
+        *("sample@1", "update", "publish 2", "update", "publish 3"),
     ]
 
 
@@ -160,15 +170,18 @@ def test_a_rollout_of_an_old_policy_is_refused(tmp_path: Path) -> None:
 
 def test_failed_scores_are_masked_out_up_to_a_share_and_then_stop_the_run(tmp_path: Path) -> None:
     world = World(failed_scores=1)
-    actor_learner_loop(parts(world, tmp_path), config(steps=1, max_failed_scores=0.25), LoopState(), seed=0)
+    actor_learner_loop(parts(world, tmp_path), config(steps=1, score_pieces=1, max_failed_scores=0.25), LoopState(), seed=0)
     assert world.logged[0]["score_mean"] == 6.0
     assert world.logged[0]["failed_scores"] == 0.25
     with pytest.raises(ScoringError, match="1 of 4 scores"):
-        actor_learner_loop(parts(World(failed_scores=1), tmp_path), config(steps=1, max_failed_scores=0.2), LoopState(), seed=0)
+        actor_learner_loop(
+            parts(World(failed_scores=1), tmp_path), config(steps=1, score_pieces=1, max_failed_scores=0.2), LoopState(), seed=0
+        )
 
 
 def test_lag_is_bounded() -> None:
-    rollout = Rollout(Prompt("a", "", np.zeros(1, np.int32)), 0, np.zeros(1, np.int32), np.zeros(1, np.float32), FinishReason.STOP, np.full(1, 3))
+    prompt = Prompt("a", "", np.zeros(1, np.int32))
+    rollout = Rollout(prompt, 0, np.zeros(2, np.int32), np.zeros(2, np.float32), FinishReason.STOP, np.array([3, 4], np.int32))
     check_lag([rollout], version=5, max_lag=2)
     with pytest.raises(StaleRolloutError):
         check_lag([rollout], version=6, max_lag=2)

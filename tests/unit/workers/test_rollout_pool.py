@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from app.config.ppo import RolloutConfig
+from app.config.shared import WorkersConfig
 from app.workers import rollout
 from app.workers.rollout import VllmRolloutPool
 
@@ -23,7 +25,9 @@ def test_samples_come_back_in_order(prompts: int, engines: int, monkeypatch: pyt
         return [np.append(row, one["max_tokens"]) for row, one in zip(ids, settings, strict=True)]
 
     monkeypatch.setattr(rollout, "collect", lambda calls, **_: calls)
-    pool = VllmRolloutPool([SimpleNamespace(sample=SimpleNamespace(remote=sample))] * engines, deadline_seconds=1)
+    engine = SimpleNamespace(sample=SimpleNamespace(remote=sample))
+    config = RolloutConfig(engines=WorkersConfig(count=engines))
+    pool = VllmRolloutPool(lambda k: engine, config, deadline_seconds=1, note=print)
     answers = pool.sample([np.array([k], np.int32) for k in range(prompts)], [{"max_tokens": 10 + k} for k in range(prompts)])
     assert [answer.tolist() for answer in answers] == [[k, 10 + k] for k in range(prompts)]
     assert sum(asked) == prompts
