@@ -9,13 +9,14 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from app.alarms import AlarmWatch, require_finite
 from app.algorithms import ALGORITHMS
 from app.algorithms.credit import credit_metrics
 from app.config.ppo import PpoConfig
@@ -24,7 +25,7 @@ from app.errors import Interrupted, RolloutError, ScoringError, StaleRolloutErro
 from app.experience import Experience, FinishReason, FloatArray, Rollout, Scores, TokenBatch, pad_rows
 from app.interfaces import Learner, Pending, Publisher, Reward, RolloutPool, Scorer, Tracker
 from app.numerics import shape_scores
-from app.rewards.mix import score_metrics
+from app.stages.step_metrics import speed_metrics, step_metrics
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Parts:
     checkpoints: Checkpoints
     prompts: PromptStream
     pad_id: int
+    watch: AlarmWatch = field(default_factory=AlarmWatch)
 
 
 class PhaseClock:
@@ -76,7 +78,7 @@ def actor_learner_loop(
     """Run the loop from `state` to `config.steps` and return where it ended.
 
     Raises StaleRolloutError, RolloutError (engine and learner disagree), WeightPushError, ScoringError, NonFiniteError,
-    DeadlineError, and Interrupted after saving a checkpoint when `stop_requested()` turns true.
+    AlarmError (after the step is recorded), DeadlineError, and Interrupted after saving a checkpoint when `stop_requested()` turns true.
     """
     algorithm = ALGORITHMS["ppo"](config.algorithm)
     parts.publisher.publish(state.version)
@@ -101,6 +103,8 @@ def actor_learner_loop(
         require_scores(scored, config)
         # 3. credit: KL-shaped rewards, advantages, returns
         experience = algorithm.credit(experience, kl_coef=config.kl.coef)
+        measured = step_metrics(rollouts, scored, experience, state.version) | credit_metrics(experience)
+        require_finite(measured)
         # 4. learn: epochs x minibatches x micro-batches happen inside the workers
         with clock("update"):
             update = parts.learner.update(experience, seed=seed + state.step)
@@ -108,9 +112,10 @@ def actor_learner_loop(
         state = LoopState(state.step + 1, state.version + 1, state.prompt_cursor + len(rollouts))
         with clock("push"):
             push = parts.publisher.publish(state.version)
-        seconds = time.perf_counter() - began
-        metrics = step_metrics(rollouts, scores_B, seconds) | score_metrics(scored) | credit_metrics(experience) | dict(update) | dict(push)
-        parts.tracker.log("ppo", state.step, metrics | {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()})
+        metrics = measured | dict(update) | dict(push) | speed_metrics(rollouts, time.perf_counter() - began)
+        metrics |= {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()} | parts.watch.drift(metrics)
+        parts.tracker.log("ppo", state.step, metrics)
+        sound_alarms(parts, state.step, metrics)
         stopping = stop_requested()
         if stopping or state.step % config.save_every == 0 or state.step == config.steps:
             parts.checkpoints.save(state.step, asdict(state), lambda folder: parts.learner.save(str(folder)))
@@ -200,14 +205,12 @@ def require_scores(scores: Scores, config: PpoConfig) -> None:
         )
 
 
-def step_metrics(rollouts: Sequence[Rollout], scores_B: torch.Tensor, seconds: float) -> dict[str, float]:
-    """What one batch says about the policy, and how fast it came."""
-    response_tokens = sum(len(rollout.ids) for rollout in rollouts)
-    scored_B = scores_B[~scores_B.isnan()]
-    return {
-        "score_mean": float(scored_B.mean()),
-        "score_std": float(scored_B.std(unbiased=False)),
-        "finished_share": sum(rollout.finish is FinishReason.STOP for rollout in rollouts) / len(rollouts),
-        "tokens_per_second": response_tokens / seconds,
-        "seconds": seconds,
-    }
+def sound_alarms(parts: Parts, step: int, metrics: Mapping[str, float]) -> None:
+    """Tell the alarms that begin with this step. Raises NonFiniteError, and AlarmError for the first alarm that is set to stop the run."""
+    require_finite(metrics)
+    begun = parts.watch.look(metrics)
+    for alarm in begun:
+        parts.tracker.event("ppo", step, alarm.text)
+    for alarm in begun:
+        if alarm.action == "stop":
+            raise alarm.error()

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from app.alarms import AlarmWatch
 from app.checkpoint import CheckpointStore
 from app.config.recipe import Recipe
 from app.curves import read_curves
@@ -152,7 +154,8 @@ def _resume_and_run(
         state = LoopState(**saved.state)
         tracker.note(f"ppo: going on from step {state.step}")
     tracker.begin("ppo", recipe.ppo.steps, done=state.step)
-    parts = loop_parts(recipe, learner, pool, reward, scorer, tracker, store, prompts, pad_id, canaries)
+    watch = AlarmWatch(recipe.alarms, steps_before(run.path / METRICS_FILE, state.step))
+    parts = loop_parts(recipe, learner, pool, reward, scorer, tracker, store, prompts, pad_id, canaries, watch)
     with stop_requests() as stop_requested:
         state = actor_learner_loop(parts, recipe.ppo, state, seed=recipe.run.seed, stop_requested=stop_requested)
     tracker.end("ppo")
@@ -170,11 +173,22 @@ def loop_parts(
     prompts: PromptStream,
     pad_id: int,
     canaries: Sequence[IntArray],
+    watch: AlarmWatch,
 ) -> Parts:
     """What the loop drives. Weights go over NCCL where the engines own their GPUs, else through the object store."""
     tensor_parallel = max(1, int(recipe.rollout.engines.gpus)) if uses_nccl(recipe.rollout) else None
     publisher = WeightPublisher(learner, pool, canaries, limit=recipe.ppo.max_logprob_mismatch, nccl_tensor_parallel=tensor_parallel)
-    return Parts(learner, pool, publisher, reward, scorer, tracker, checkpoints, prompts, pad_id)
+    return Parts(learner, pool, publisher, reward, scorer, tracker, checkpoints, prompts, pad_id, watch)
+
+
+def steps_before(path: Path, last: int) -> list[dict[str, float]]:
+    """Metrics of the loop's steps up to `last`, oldest first, as earlier sessions logged them."""
+    steps: dict[int, dict[str, float]] = {}
+    for curve in read_curves(path).get("ppo", {}).values():
+        for step, value in curve.points.items():
+            if step <= last and value is not None:
+                steps.setdefault(step, {})[curve.name] = value
+    return [steps[step] for step in sorted(steps)]
 
 
 def loop_results(run: RunFolder, state: LoopState) -> dict[str, Any]:
