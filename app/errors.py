@@ -98,6 +98,10 @@ class AlarmError(CorralError, RuntimeError):
         return f"alarm: {self.metric} = {self.value:.4g}, limit alarms.{self.metric}.limit = {self.limit:g}: {self.remedy}"
 
 
+class ReplayError(CorralError, RuntimeError):
+    """A recorded step, computed again, differs from what the run has logged."""
+
+
 class CheckpointError(CorralError, RuntimeError):
     """A checkpoint or run folder that is incomplete, or belongs to another configuration."""
 

@@ -18,14 +18,14 @@ import torch
 
 from app.alarms import AlarmWatch, require_finite
 from app.algorithms import ALGORITHMS
-from app.algorithms.credit import credit_metrics
 from app.config.ppo import PpoConfig
 from app.data.prompt_stream import PromptStream
 from app.errors import Interrupted, RolloutError, ScoringError, StaleRolloutError
 from app.experience import Experience, FinishReason, FloatArray, Rollout, Scores, TokenBatch, pad_rows
 from app.interfaces import Learner, Pending, Publisher, Reward, RolloutPool, Scorer, Tracker
+from app.kept_rollouts import RolloutRecorder
 from app.numerics import shape_scores
-from app.stages.step_metrics import speed_metrics, step_metrics
+from app.stages.step_metrics import batch_metrics, speed_metrics
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Parts:
     prompts: PromptStream
     pad_id: int
     watch: AlarmWatch = field(default_factory=AlarmWatch)
+    recorder: RolloutRecorder | None = None
 
 
 class PhaseClock:
@@ -102,8 +103,11 @@ def actor_learner_loop(
         require_agreement(experience, config)
         require_scores(scored, config)
         # 3. credit: KL-shaped rewards, advantages, returns
-        experience = algorithm.credit(experience, kl_coef=config.kl.coef)
-        measured = step_metrics(rollouts, scored, experience, state.version) | credit_metrics(experience)
+        credit = {"kl_coef": config.kl.coef}
+        collected, experience = experience, algorithm.credit(experience, **credit)
+        if parts.recorder is not None:
+            parts.recorder.write(state.step + 1, state.version, rollouts, scored, collected, experience, credit)
+        measured = batch_metrics(algorithm, rollouts, scored, experience, version=state.version, max_lag=config.max_lag)
         require_finite(measured)
         # 4. learn: epochs x minibatches x micro-batches happen inside the workers
         with clock("update"):
@@ -207,7 +211,8 @@ def require_scores(scores: Scores, config: PpoConfig) -> None:
 
 def sound_alarms(parts: Parts, step: int, metrics: Mapping[str, float]) -> None:
     """Tell the alarms that begin with this step. Raises NonFiniteError, and AlarmError for the first alarm that is set to stop the run."""
-    require_finite(metrics)
+    # An infinite gradient norm is how mixed precision tells that it skipped the step.
+    require_finite({name: value for name, value in metrics.items() if not name.endswith("grad_norm")})
     begun = parts.watch.look(metrics)
     for alarm in begun:
         parts.tracker.event("ppo", step, alarm.text)

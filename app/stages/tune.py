@@ -26,9 +26,9 @@ from app.data.templates import Template
 from app.errors import ConfigError, CorralError
 from app.interfaces import Scorer
 from app.run_folder import RunFolder
-from app.stages.actor_learner import LoopState, actor_learner_loop
+from app.stages.actor_learner import LoopState, Parts, actor_learner_loop
 from app.stages.pipeline import Pipeline
-from app.stages.ppo import loop_parts, open_pool, start_learner
+from app.stages.ppo import open_pool, start_learner, weight_publisher
 from app.stages.rewards import MAIN, StartScoring, open_reward, reward_scorers
 from app.tracking import RunTracker
 from app.workers.weight_transfer import CANARIES
@@ -120,9 +120,17 @@ def run_trial(config: dict[str, Any], *, inputs: TrialInputs) -> None:
         pool.ready()
         learner.ready()
         canaries = [prompt.ids for prompt in inputs.prompts.prompts[:CANARIES]]
-        scorer, tracker, watch = inputs.scorers[MAIN], TrialTracker(recipe.tune), AlarmWatch(recipe.alarms)
-        parts = loop_parts(
-            recipe, learner, pool, reward, scorer, tracker, NoCheckpoints(), inputs.prompts, inputs.template.pad_id, canaries, watch
+        parts = Parts(
+            learner,
+            pool,
+            weight_publisher(recipe, learner, pool, canaries),
+            reward,
+            inputs.scorers[MAIN],
+            TrialTracker(recipe.tune),
+            NoCheckpoints(),
+            inputs.prompts,
+            inputs.template.pad_id,
+            AlarmWatch(recipe.alarms),
         )
         actor_learner_loop(parts, recipe.ppo, LoopState(), seed=recipe.run.seed)
 
