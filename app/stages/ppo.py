@@ -118,7 +118,7 @@ def train_ppo(
     with (
         start_learner(recipe, policy_path, reward_path) as learner,
         start_scoring(reward_path, policy_path) as scorer,
-        reward_scorers(recipe.reward, scorer, policy_path, start_scoring) as scorers,
+        reward_scorers(recipe.reward, scorer, reward_path, policy_path, start_scoring) as scorers,
         open_reward(recipe.reward, scorers, template.decode, deadline_seconds=recipe.run.deadline_seconds) as reward,
     ):
         pool.ready()

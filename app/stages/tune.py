@@ -170,7 +170,7 @@ def run_tune(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker
         pipeline.close_engines()  # trials bring their own, in their own placement groups
         with (
             start_scoring(reward_path, sft_path) as scorer,
-            reward_scorers(recipe.reward, scorer, sft_path, start_scoring) as scorers,
+            reward_scorers(recipe.reward, scorer, reward_path, sft_path, start_scoring) as scorers,
         ):
             inputs = TrialInputs(recipe, sft_path, reward_path, scorers, pipeline.prompts.train, pipeline.prepared.template)
             tracker.note(f"tune: {recipe.tune.trials} trials of up to {recipe.ppo.steps} PPO steps, {recipe.tune.concurrent} at a time")

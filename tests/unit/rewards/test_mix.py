@@ -102,7 +102,7 @@ def test_a_mix_in_a_recipe_reads_back(tmp_path: Path) -> None:
 def test_the_short_form_is_one_reward_model() -> None:
     assert list(load_recipe(None).reward.mix()) == ["reward_model"]
     models = load_recipe(None, ["--reward.path=a", '--reward.parts.all={type="reward_model", paths=["a", "b", "b", "c"]}']).reward
-    assert models.further_paths() == ["b", "c"]
+    assert models.model_paths() == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(
