@@ -33,17 +33,15 @@ PART, STEP = "score/", re.compile(r"step-(\d+)\.parquet")
 
 
 @dataclass(frozen=True)
-class KeptStep:
-    """One step as it was recorded. experience: as it went into credit, with its masked rows; version: of the learner's weights;
-    credit: what credit was called with; config: the loop's."""
+class Batch:
+    """One step's batch as it goes into credit. version: of the learner's weights; credit: the other arguments of credit."""
 
     step: int
     version: int
-    rollouts: list[Rollout]
+    rollouts: Sequence[Rollout]
     scores: Scores
     experience: Experience
-    credit: dict[str, float]
-    config: PpoConfig
+    credit: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -55,30 +53,22 @@ class RolloutRecorder:
     decode: Callable[[IntArray], str]
     pad_id: int
 
-    def write(
-        self,
-        step: int,
-        version: int,
-        rollouts: Sequence[Rollout],
-        scores: Scores,
-        collected: Experience,
-        credited: Experience,
-        credit: Mapping[str, float],
-    ) -> None:
+    def write(self, batch: Batch, credited: Experience) -> None:
         """Record a step, in place of what an earlier session left of it and of later ones.
 
-        collected, credited: the experience before and after credit; credit: the other arguments of credit."""
+        credited: the experience after credit; where that has failed, the batch's own, and its results are null."""
         if not self.config.keep_rollouts:
             return
+        step = batch.step
         facts = {
             "step": step,
-            "version": version,
+            "version": batch.version,
             "pad_id": self.pad_id,
-            "credit": dict(credit),
-            "held_out": sorted(scores.held_out),
+            "credit": dict(batch.credit),
+            "held_out": sorted(batch.scores.held_out),
             "config": self.config.model_dump(mode="json"),
         }
-        table = pa.table(self._columns(rollouts, scores, collected, credited), metadata={FACTS: json.dumps(facts).encode()})
+        table = pa.table(self._columns(batch, credited), metadata={FACTS: json.dumps(facts).encode()})
         self.folder.mkdir(parents=True, exist_ok=True)
         path = step_path(self.folder, step)
         pq.write_table(table, path.with_suffix(".saving"), compression="zstd")
@@ -87,11 +77,13 @@ class RolloutRecorder:
         for number in set(kept_steps(self.folder)) - set(earlier[-self.config.keep_rollouts :]):
             step_path(self.folder, number).unlink()
 
-    def _columns(self, rollouts: Sequence[Rollout], scores: Scores, collected: Experience, credited: Experience) -> dict[str, Any]:
+    def _columns(self, batch: Batch, credited: Experience) -> dict[str, Any]:
+        rollouts, scores, collected = batch.rollouts, batch.scores, batch.experience
         lengths = [len(rollout.ids) for rollout in rollouts]
 
-        def per_token(x_BT: torch.Tensor | None) -> list[np.ndarray[Any, Any]]:
-            assert x_BT is not None
+        def per_token(x_BT: torch.Tensor | None) -> list[np.ndarray[Any, Any] | None]:
+            if x_BT is None:
+                return [None] * len(lengths)
             return [row[:length] for row, length in zip(x_BT.numpy(), lengths, strict=True)]
 
         trained_B = credited.mask_BT.any(dim=1)
@@ -127,8 +119,11 @@ def kept_steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for path in folder.glob("*.parquet") if (match := STEP.fullmatch(path.name)))
 
 
-def read_step(folder: Path, step: int) -> KeptStep:
-    """A recorded step. Raises ConfigError where it is not there, CheckpointError where its file is damaged."""
+def read_step(folder: Path, step: int) -> tuple[Batch, PpoConfig]:
+    """A recorded step, its masked rows as they were, and the loop's configuration.
+
+    Raises ConfigError where it is not there, CheckpointError where its file is damaged.
+    """
     path = step_path(folder, step)
     if not path.is_file():
         there = kept_steps(folder)
@@ -141,15 +136,15 @@ def read_step(folder: Path, step: int) -> KeptStep:
     except (OSError, pa.ArrowInvalid, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: no rollouts of ours, or damaged ({error}): restore the file") from error
     rollouts = _rollouts(columns)
-    return KeptStep(
+    batch = Batch(
         step=facts["step"],
         version=facts["version"],
         rollouts=rollouts,
         scores=_scores(columns, facts),
         experience=_experience(columns, rollouts, facts["pad_id"]),
         credit=facts["credit"],
-        config=PpoConfig.model_validate(facts["config"]),
     )
+    return batch, PpoConfig.model_validate(facts["config"])
 
 
 def _rollouts(columns: Mapping[str, Sequence[Any]]) -> list[Rollout]:

@@ -18,12 +18,13 @@ import torch
 
 from app.alarms import AlarmWatch, require_finite
 from app.algorithms import ALGORITHMS
+from app.algorithms.ppo import Ppo
 from app.config.ppo import PpoConfig
 from app.data.prompt_stream import PromptStream
-from app.errors import Interrupted, RolloutError, ScoringError, StaleRolloutError
+from app.errors import Interrupted, NonFiniteError, RolloutError, ScoringError, StaleRolloutError
 from app.experience import Experience, FinishReason, FloatArray, Rollout, Scores, TokenBatch, pad_rows
 from app.interfaces import Learner, Pending, Publisher, Reward, RolloutPool, Scorer, Tracker
-from app.kept_rollouts import RolloutRecorder
+from app.kept_rollouts import Batch, RolloutRecorder
 from app.numerics import shape_scores
 from app.stages.step_metrics import batch_metrics, speed_metrics
 
@@ -103,12 +104,10 @@ def actor_learner_loop(
         require_agreement(experience, config)
         require_scores(scored, config)
         # 3. credit: KL-shaped rewards, advantages, returns
-        credit = {"kl_coef": config.kl.coef}
-        collected, experience = experience, algorithm.credit(experience, **credit)
-        if parts.recorder is not None:
-            parts.recorder.write(state.step + 1, state.version, rollouts, scored, collected, experience, credit)
+        batch = Batch(state.step + 1, state.version, rollouts, scored, experience, {"kl_coef": config.kl.coef})
+        experience = credit_and_record(parts, algorithm, batch)
         measured = batch_metrics(algorithm, rollouts, scored, experience, version=state.version, max_lag=config.max_lag)
-        require_finite(measured)
+        require_finite_batch(parts, batch.step, measured)
         # 4. learn: epochs x minibatches x micro-batches happen inside the workers
         with clock("update"):
             update = parts.learner.update(experience, seed=seed + state.step)
@@ -207,6 +206,26 @@ def require_scores(scores: Scores, config: PpoConfig) -> None:
             f"{failed} of {count} scores failed, more than ppo.max_failed_scores = {config.max_failed_scores:g} allows ({reasons}): "
             "mend that, or look at the logs in the run folder"
         )
+
+
+def credit_and_record(parts: Parts, algorithm: Ppo, batch: Batch) -> Experience:
+    """The credited experience; the batch is recorded, also one that credit refuses. Raises NonFiniteError."""
+    credited = batch.experience
+    try:
+        credited = algorithm.credit(batch.experience, **batch.credit)
+    finally:
+        if parts.recorder is not None:
+            parts.recorder.write(batch, credited)
+    return credited
+
+
+def require_finite_batch(parts: Parts, step: int, metrics: Mapping[str, float]) -> None:
+    """Raises NonFiniteError before the update, with the metrics logged."""
+    try:
+        require_finite(metrics)
+    except NonFiniteError:
+        parts.tracker.log("ppo", step, metrics)
+        raise
 
 
 def sound_alarms(parts: Parts, step: int, metrics: Mapping[str, float]) -> None:

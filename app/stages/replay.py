@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.algorithms import ALGORITHMS
+from app.config.ppo import PpoConfig
 from app.curves import read_curves
 from app.errors import ConfigError, ReplayError
-from app.kept_rollouts import KeptStep, read_step
+from app.kept_rollouts import Batch, read_step
 from app.stages.step_metrics import batch_metrics
 from app.tracking import METRICS_FILE
 
@@ -38,20 +39,20 @@ def replay(run_path: Path, step: int) -> list[Comparison]:
     Log-probs, values and scores are taken as recorded. The losses are those before the first optimizer step, and where the step had
     no other, also the update's own. Raises ConfigError where rollouts or log lack the step, CheckpointError for a damaged file.
     """
-    kept = read_step(run_path / "ppo" / "rollouts", step)
+    batch, config = read_step(run_path / "ppo" / "rollouts", step)
     curves = read_curves(run_path / METRICS_FILE).get("ppo", {})
     logged = {name: curve.points[step] for name, curve in curves.items() if step in curve.points}
     if not logged:
         raise ConfigError(f"{run_path / METRICS_FILE}: no line of PPO step {step}; the run ended before it had logged it")
-    return [Comparison(name, logged.get(name), value) for name, value in recomputed(kept).items()]
+    return [Comparison(name, logged.get(name), value) for name, value in recomputed(batch, config).items()]
 
 
-def recomputed(kept: KeptStep) -> dict[str, float]:
+def recomputed(batch: Batch, config: PpoConfig) -> dict[str, float]:
     """The metrics of a recorded step, from its rollouts alone."""
-    algorithm = ALGORITHMS["ppo"](kept.config.algorithm)
-    credited = algorithm.credit(kept.experience, **kept.credit)
-    metrics = batch_metrics(algorithm, kept.rollouts, kept.scores, credited, version=kept.version, max_lag=kept.config.max_lag)
-    if kept.config.epochs * kept.config.minibatches == 1:
+    algorithm = ALGORITHMS["ppo"](config.algorithm)
+    credited = algorithm.credit(batch.experience, **batch.credit)
+    metrics = batch_metrics(algorithm, batch.rollouts, batch.scores, credited, version=batch.version, max_lag=config.max_lag)
+    if config.epochs * config.minibatches == 1:
         metrics |= {name: metrics[f"start/{name}"] for name in ("policy_loss", "value_loss") if f"start/{name}" in metrics}
     return metrics
 

@@ -227,6 +227,7 @@ def test_a_metric_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> 
     with pytest.raises(NonFiniteError, match=r"metric (reward|kl|advantage)"):
         actor_learner_loop(parts(world, tmp_path), config(), LoopState(), seed=0)
     assert "update" not in world.journal
+    assert len(world.logged) == 1
 
 
 def test_a_metric_of_the_update_that_is_not_finite_stops_after_it_is_recorded(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +134,8 @@ def test_the_file_holds_the_rollouts_for_other_tools(run: Path) -> None:
     assert {len(row[name]) for name in per_token} == {len(row["ids"])}
     failed = table["trained"].to_pylist().index(False)
     assert np.isnan(table["score"][failed].as_py()) and np.isnan(table["score/models"][failed].as_py())
-    kept = read_step(run / "ppo" / "rollouts", 5)
-    assert (kept.step, kept.version, kept.credit, kept.config) == (5, 4, {"kl_coef": CONFIG.kl.coef}, CONFIG)
+    batch, config = read_step(run / "ppo" / "rollouts", 5)
+    assert (batch.step, batch.version, batch.credit, config) == (5, 4, {"kl_coef": CONFIG.kl.coef}, CONFIG)
 
 
 def test_a_difference_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,10 +166,16 @@ def test_what_is_not_there_is_told(run: Path, step: str, code: int, message: str
 
 def test_a_resumed_run_drops_what_the_lost_steps_left(run: Path) -> None:
     folder = run / "ppo" / "rollouts"
-    kept = read_step(folder, 4)
-    recorder = RolloutRecorder(folder, CONFIG, decode=str, pad_id=0)
-    credited = kept.experience
-    zeros = torch.zeros_like(credited.values_BT)
-    credited = replace(credited, rewards_BT=zeros, advantages_BT=zeros, returns_BT=zeros)
-    recorder.write(4, 3, kept.rollouts, kept.scores, kept.experience, credited, kept.credit)
+    batch, config = read_step(folder, 4)
+    RolloutRecorder(folder, config, decode=str, pad_id=0).write(batch, Ppo(config.algorithm).credit(batch.experience, **batch.credit))
     assert kept_steps(folder) == [3, 4]
+
+
+def test_a_batch_that_credit_refuses_is_there_to_be_looked_at(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run / "ppo" / "rollouts"
+    batch, config = read_step(folder, 4)
+    batch.experience.values_BT[0, 0] = torch.nan
+    RolloutRecorder(folder, config, decode=str, pad_id=0).write(batch, batch.experience)
+    assert pq.read_table(step_path(folder, 4))["advantages"].null_count == CONFIG.batch_size
+    assert main(["replay", str(run), "4"]) == 1
+    assert "values of rollouts [0] (of 6) are NaN" in capsys.readouterr().err
