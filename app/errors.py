@@ -91,6 +91,21 @@ class NonFiniteError(CorralError, RuntimeError):
     """A loss, reward or gradient is NaN or infinite; raised before the optimizer step."""
 
 
+class AlarmError(CorralError, RuntimeError):
+    """A metric went beyond its limit, and its alarm is set to stop the run."""
+
+    def __init__(self, metric: str, value: float, limit: float, remedy: str) -> None:
+        super().__init__(metric, value, limit, remedy)  # all travel when it is pickled
+        self.metric, self.value, self.limit, self.remedy = metric, value, limit, remedy
+
+    def __str__(self) -> str:
+        return f"alarm: {self.metric} = {self.value:.4g}, limit alarms.{self.metric}.limit = {self.limit:g}: {self.remedy}"
+
+
+class ReplayError(CorralError, RuntimeError):
+    """A recorded step, computed again, differs from what the run has logged."""
+
+
 class CheckpointError(CorralError, RuntimeError):
     """A checkpoint or run folder that is incomplete, or belongs to another configuration."""
 

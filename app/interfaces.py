@@ -104,3 +104,7 @@ class Tracker(Protocol):
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Record scalar metrics of one step of a stage (`sft`, `rm`, `ppo`, `evaluation`)."""
         ...
+
+    def event(self, stage: str, step: int, text: str) -> None:
+        """Record in words what happened at a step."""
+        ...

@@ -17,7 +17,7 @@ from app.display import duration
 from app.durable import MANIFEST, read_json
 from app.headline import cards, comparison, facts, number, stage_seconds, stage_title
 from app.run_folder import leaves
-from app.tracking import METRICS_FILE
+from app.tracking import EVENTS_FILE, METRICS_FILE
 
 TEMPLATE = "report.html.jinja"
 METRICS = {
@@ -29,7 +29,10 @@ METRICS = {
     "eval_score_std": "Spread of held-out scores",
     "score_mean": "Reward-model score",
     "score_std": "Spread of the scores",
+    "holdout_score": "Held-out reward",
+    "reward_disagreement": "Disagreement of the reward models",
     "response_length": "Answer length, tokens",
+    "repetition_share": "Share of repeated 4-grams",
     "finished_share": "Share of finished answers",
     "tokens_per_second": "Tokens per second",
     "entropy": "Entropy, nats per token",
@@ -65,7 +68,8 @@ def write_report(run_path: Path) -> Path:
         rows=comparison(summary),
         facts=facts(summary),
         seconds=stage_seconds(summary),
-        examples=read_examples(run_path / "examples.jsonl"),
+        events=[(stage_title(event["stage"]), event["step"], event["text"]) for event in read_lines(run_path / EVENTS_FILE)],
+        examples=read_lines(run_path / "examples.jsonl"),
         stages=[(stage_title(stage), *plots(metrics)) for stage, metrics in curves.items()],
         chain=chain(manifest),
         config_text="\n".join(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in leaves(manifest.get("config", {}))),
@@ -92,11 +96,12 @@ def _date(timestamp: float | None) -> str:
     return "" if timestamp is None else datetime.fromtimestamp(timestamp, UTC).strftime("%-d %B %Y, %H:%M UTC")
 
 
-def read_examples(path: Path) -> list[dict[str, Any]]:
-    """The lines of examples.jsonl: prompt, before, after, and their reward and gold scores (null where unknown)."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file. examples.jsonl: prompt, before, after, and their reward and gold scores (null where unknown)."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may still be written
 
 
 def plots(metrics: Mapping[str, Curve]) -> tuple[list[Plot], list[Plot], list[tuple[str, str]]]:

@@ -1,4 +1,4 @@
-"""Where metrics go: `metrics.jsonl`, TensorBoard events, the display and tracking services, from any thread of the driver."""
+"""Where metrics go: `metrics.jsonl` and, in words, `events.jsonl`; TensorBoard, display, tracking services; from any driver thread."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from app.trackers.delivery import Delivery
 from app.trackers.service import Point, TrackingService
 
 METRICS_FILE = "metrics.jsonl"
+EVENTS_FILE = "events.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 HEADLINES = ("score_mean", "reward", "loss", "eval_loss")
 """The metric that stands for a stage on the display: the first of these that the stage has logged."""
@@ -71,7 +72,9 @@ class RunTracker:
         self._lock = threading.RLock()
         self._stages: dict[str, _Stage] = {}
         self._announced: set[tuple[str, str]] = set()
-        drop_partial_line(run_path / METRICS_FILE)
+        self._events_path = run_path / EVENTS_FILE
+        for file in (METRICS_FILE, EVENTS_FILE):
+            drop_partial_line(run_path / file)
         self._file = (run_path / METRICS_FILE).open("a", encoding="utf-8")
         self._events = EventFileWriter(str(run_path / TENSORBOARD_FOLDER))
         self._display = display or open_display()
@@ -94,6 +97,13 @@ class RunTracker:
             if running is not None:
                 running.advance(step, values)
                 self._display.update(running.progress(stage))
+
+    def event(self, stage: str, step: int, text: str) -> None:
+        """Append `{"time", "stage", "step", "text"}` to events.jsonl, and show the text."""
+        line = json.dumps({"time": round(time.time(), 3), "stage": stage, "step": step, "text": text}, ensure_ascii=False)
+        with self._lock, self._events_path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        self.note(f"{stage}: step {step}: {text}")
 
     def note(self, text: str) -> None:
         """Show one line."""

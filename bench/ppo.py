@@ -41,6 +41,9 @@ class Recorder:
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         self.steps.append(metrics)
 
+    def event(self, stage: str, step: int, text: str) -> None:
+        sys.stderr.write(f"{stage}: step {step}: {text}\n")
+
     def save(self, step: int, state: Mapping[str, int], write: Callable[[Path], None]) -> None:
         """A benchmark leaves no checkpoint."""
 

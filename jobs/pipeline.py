@@ -28,6 +28,6 @@ COMMAND = Command(
         "The same command goes on where an interrupted one stopped."
     ),
     example="corral pipeline jobs/recipes/tiny/pipeline.toml --run.dir=runs/demo",
-    sections=("run", "tracking", "data", "model", "sft", "rm", "reward", "ppo", "rollout", "scoring", "evaluation"),
+    sections=("run", "tracking", "data", "model", "sft", "rm", "reward", "ppo", "rollout", "scoring", "alarms", "evaluation"),
     run=run,
 )

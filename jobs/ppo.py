@@ -27,6 +27,6 @@ COMMAND = Command(
         "SFT and reward-model training first. Leaves run.dir/ppo/model, summary.json and report.html."
     ),
     example="corral ppo jobs/recipes/tiny/ppo.toml --ppo.kl.coef=0.1",
-    sections=("run", "tracking", "data", "model", "reward", "ppo", "rollout", "scoring", "evaluation"),
+    sections=("run", "tracking", "data", "model", "reward", "ppo", "rollout", "scoring", "alarms", "evaluation"),
     run=run,
 )

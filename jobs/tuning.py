@@ -58,6 +58,6 @@ COMMAND = Command(
         "service. Prints a table of the trials and the best configuration, and writes both to run.dir/summary.json."
     ),
     example="corral tune jobs/recipes/tiny/tune.toml --tune.trials=8",
-    sections=("run", "tracking", "data", "model", "reward", "tune", "ppo", "rollout", "scoring", "evaluation"),
+    sections=("run", "tracking", "data", "model", "reward", "tune", "ppo", "rollout", "scoring", "alarms", "evaluation"),
     run=run,
 )

@@ -55,7 +55,9 @@ def with_values(recipe: Recipe, values: Mapping[str, Any], source: str = "values
             raise ConfigError(f"{source}: {name} cannot be varied: vary the keys that the presets set, such as zero_stage")
     settings = {key: Setting(value, source) for key, value in resolved(recipe).items()}
     for name, value in values.items():
-        settings[_known(name, source).name] = Setting(value, source)
+        key = _known(name, source)
+        inside = name.removeprefix(f"{key.name}.")
+        settings[key.name] = Setting(value if name == key.name else _inside_table(key, inside, value, settings), source)
     return _build(settings, source)
 
 

@@ -61,6 +61,8 @@ class PpoConfig(Config):
     """Share of a batch whose scores may fail after all retries (they are masked out, never 0) before the run stops."""
     save_every: int = Field(50, ge=1)
     """Steps between checkpoints."""
+    keep_rollouts: int = Field(20, ge=0)
+    """Latest steps whose rollouts stay in `DIR/ppo/rollouts` (parquet), where `corral replay` reads them; 0 keeps none."""
 
     @model_validator(mode="after")
     def _batch_divides(self) -> PpoConfig:

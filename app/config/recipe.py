@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from app.config.alarms import AlarmsConfig
 from app.config.data import DataConfig
 from app.config.ppo import EvaluationConfig, PpoConfig, RolloutConfig, ScoringConfig
 from app.config.reward import RewardConfig
@@ -29,5 +30,6 @@ class Recipe(Config):
     rollout: RolloutConfig = RolloutConfig()
     scoring: ScoringConfig = ScoringConfig()
     serving: ServingConfig = ServingConfig()
+    alarms: AlarmsConfig = AlarmsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tune: TuneConfig = TuneConfig()

@@ -68,7 +68,7 @@ class RewardConfig(Config):
         """The parts, with the short form written out."""
         return self.parts or {SINGLE: RewardModelPart(type="reward_model")}
 
-    def further_paths(self) -> list[str]:
-        """Folders of reward models beside `path`, each once."""
+    def model_paths(self) -> list[str]:
+        """Folders of the reward models that the parts name, each once."""
         models = [part for part in self.parts.values() if isinstance(part, RewardModelPart)]
-        return [path for path in dict.fromkeys(path for part in models for path in part.paths) if path != self.path]
+        return list(dict.fromkeys(path for part in models for path in part.paths))

@@ -85,7 +85,7 @@ def combined(scores_KB: DoubleArray, weights: Sequence[float], how: Combine) -> 
 
     >>> scores = np.array([[1.0, 2.0], [3.0, np.nan]])
     >>> combined(scores, [1.0, 0.5], "sum"), combined(scores, [1.0, 0.5], "mean"), combined(scores, [1.0, 0.5], "min")
-    (array([2.5, nan]), array([1.66666667, nan]), array([ 1., nan]))
+    (array([2.5, nan]), array([1.66666667,        nan]), array([ 1., nan]))
     """
     weighted_KB = scores_KB * np.asarray(weights)[:, None]
     if how == "min":

@@ -9,23 +9,25 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from app.alarms import AlarmWatch, require_finite
 from app.algorithms import ALGORITHMS
-from app.algorithms.credit import credit_metrics
+from app.algorithms.ppo import Ppo
 from app.config.ppo import PpoConfig
 from app.data.prompt_stream import PromptStream
-from app.errors import Interrupted, RolloutError, ScoringError, StaleRolloutError
+from app.errors import Interrupted, NonFiniteError, RolloutError, ScoringError, StaleRolloutError
 from app.experience import Experience, FinishReason, Rollout, Scores, TokenBatch, pad_rows
 from app.interfaces import Learner, Publisher, Reward, RolloutPool, Scorer, Tracker
+from app.kept_rollouts import Batch, RolloutRecorder
 from app.numerics import shape_scores
-from app.rewards.mix import score_metrics
 from app.stages.rollout_stream import RolloutStream, ScoredRollouts
+from app.stages.step_metrics import batch_metrics, speed_metrics
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Parts:
     checkpoints: Checkpoints
     prompts: PromptStream
     pad_id: int
+    watch: AlarmWatch = field(default_factory=AlarmWatch)
+    recorder: RolloutRecorder | None = None
 
 
 class PhaseClock:
@@ -77,7 +81,7 @@ def actor_learner_loop(
     """Run the loop from `state` to `config.steps` and return where it ended.
 
     Raises StaleRolloutError, RolloutError (engine and learner disagree), WeightPushError, ScoringError, NonFiniteError,
-    DeadlineError, and Interrupted after saving a checkpoint when `stop_requested()` turns true.
+    AlarmError (after the step is recorded), DeadlineError, and Interrupted after saving a checkpoint when `stop_requested()` turns true.
     """
     algorithm = ALGORITHMS["ppo"](config.algorithm)
     parts.publisher.publish(state.version)
@@ -104,7 +108,10 @@ def actor_learner_loop(
         require_agreement(experience, config)
         require_scores(scored.scores, config)
         # 3. credit: KL-shaped rewards, advantages, returns
-        experience = algorithm.credit(experience, kl_coef=config.kl.coef)
+        batch = Batch(state.step + 1, state.version, rollouts, scored.scores, experience, {"kl_coef": config.kl.coef})
+        experience = credit_and_record(parts, algorithm, batch)
+        measured = batch_metrics(algorithm, rollouts, scored.scores, experience, version=state.version, max_lag=config.max_lag)
+        require_finite_batch(parts, batch.step, measured)
         # 4. learn: epochs x minibatches x micro-batches happen inside the workers
         with clock("update"):
             update = parts.learner.update(experience, seed=seed + state.step)
@@ -113,15 +120,10 @@ def actor_learner_loop(
         with clock("push"):
             push = parts.publisher.publish(state.version)
             stream.fill(state.step)
-        seconds = time.perf_counter() - began
-        metrics = (
-            step_metrics(rollouts, scores_B, seconds)
-            | score_metrics(scored.scores)
-            | credit_metrics(experience)
-            | dict(update)
-            | dict(push)
-        )
-        parts.tracker.log("ppo", state.step, metrics | {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()})
+        metrics = measured | dict(update) | dict(push) | speed_metrics(rollouts, time.perf_counter() - began)
+        metrics |= {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()} | parts.watch.drift(metrics)
+        parts.tracker.log("ppo", state.step, metrics)
+        sound_alarms(parts, state.step, metrics)
         stopping = stop_requested()
         if stopping or state.step % config.save_every == 0 or state.step == config.steps:
             parts.checkpoints.save(state.step, asdict(state), lambda folder: parts.learner.save(str(folder)))
@@ -187,14 +189,33 @@ def require_scores(scores: Scores, config: PpoConfig) -> None:
         )
 
 
-def step_metrics(rollouts: Sequence[Rollout], scores_B: torch.Tensor, seconds: float) -> dict[str, float]:
-    """What one batch says about the policy, and how fast it came."""
-    response_tokens = sum(len(rollout.ids) for rollout in rollouts)
-    scored_B = scores_B[~scores_B.isnan()]
-    return {
-        "score_mean": float(scored_B.mean()),
-        "score_std": float(scored_B.std(unbiased=False)),
-        "finished_share": sum(rollout.finish is FinishReason.STOP for rollout in rollouts) / len(rollouts),
-        "tokens_per_second": response_tokens / seconds,
-        "seconds": seconds,
-    }
+def credit_and_record(parts: Parts, algorithm: Ppo, batch: Batch) -> Experience:
+    """The credited experience; the batch is recorded, also one that credit refuses. Raises NonFiniteError."""
+    credited = batch.experience
+    try:
+        credited = algorithm.credit(batch.experience, **batch.credit)
+    finally:
+        if parts.recorder is not None:
+            parts.recorder.write(batch, credited)
+    return credited
+
+
+def require_finite_batch(parts: Parts, step: int, metrics: Mapping[str, float]) -> None:
+    """Raises NonFiniteError before the update, with the metrics logged."""
+    try:
+        require_finite(metrics)
+    except NonFiniteError:
+        parts.tracker.log("ppo", step, metrics)
+        raise
+
+
+def sound_alarms(parts: Parts, step: int, metrics: Mapping[str, float]) -> None:
+    """Tell the alarms that begin with this step. Raises NonFiniteError, and AlarmError for the first alarm that is set to stop the run."""
+    # An infinite gradient norm is how mixed precision tells that it skipped the step.
+    require_finite({name: value for name, value in metrics.items() if not name.endswith("grad_norm")})
+    begun = parts.watch.look(metrics)
+    for alarm in begun:
+        parts.tracker.event("ppo", step, alarm.text)
+    for alarm in begun:
+        if alarm.action == "stop":
+            raise alarm.error()

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from app.alarms import AlarmWatch
 from app.checkpoint import CheckpointStore
 from app.config.recipe import Recipe
 from app.curves import read_curves
@@ -18,9 +20,10 @@ from app.data.templates import Template
 from app.errors import ConfigError
 from app.experience import IntArray, Prompt
 from app.formats.records import Message
-from app.interfaces import Reward, Scorer, Tracker
+from app.interfaces import Reward, Scorer
+from app.kept_rollouts import RolloutRecorder
 from app.run_folder import RunFolder
-from app.stages.actor_learner import Checkpoints, LoopState, Parts, actor_learner_loop
+from app.stages.actor_learner import LoopState, Parts, actor_learner_loop
 from app.stages.evaluate import Answers, Gold, answer, compare, write_examples
 from app.stages.interruption import stop_requests
 from app.stages.preparation import Prepared
@@ -116,14 +119,14 @@ def train_ppo(
     with (
         start_learner(recipe, policy_path, reward_path) as learner,
         start_scoring(reward_path, policy_path) as scorer,
-        reward_scorers(recipe.reward, scorer, policy_path, start_scoring) as scorers,
+        reward_scorers(recipe.reward, scorer, reward_path, policy_path, start_scoring) as scorers,
         open_reward(recipe.reward, scorers, template.decode, deadline_seconds=recipe.run.deadline_seconds) as reward,
     ):
         pool.ready()
         learner.ready()
         before = answer(pool, scorer, prompts.held_out, template, recipe.evaluation, gold)
         canaries = canaries_of(before.rollouts)
-        state = _resume_and_run(recipe, run, tracker, learner, pool, reward, scorer, prompts.train, template.pad_id, canaries)
+        state = _resume_and_run(recipe, run, tracker, learner, pool, reward, scorer, prompts.train, template, canaries)
         learner.export(str(folder / "model"))
         after = answer(pool, scorer, prompts.held_out, template, recipe.evaluation, gold)
     results = compare(before, after, recipe.evaluation) | loop_results(run, state) | {"truncated": prompts.truncated}
@@ -141,7 +144,7 @@ def _resume_and_run(
     reward: Reward,
     scorer: Scorer,
     prompts: PromptStream,
-    pad_id: int,
+    template: Template,
     canaries: Sequence[IntArray],
 ) -> LoopState:
     """The loop from the newest checkpoint, or from the start, to its last step."""
@@ -153,29 +156,30 @@ def _resume_and_run(
         state = LoopState(**saved.state)
         tracker.note(f"ppo: going on from step {state.step}")
     tracker.begin("ppo", recipe.ppo.steps, done=state.step)
-    parts = loop_parts(recipe, learner, pool, reward, scorer, tracker, store, prompts, pad_id, canaries)
+    watch = AlarmWatch(recipe.alarms, steps_before(run.path / METRICS_FILE, state.step))
+    recorder = RolloutRecorder(run.stage("ppo") / "rollouts", recipe.ppo, template.decode, template.pad_id)
+    publisher = weight_publisher(recipe, learner, pool, canaries)
+    parts = Parts(learner, pool, publisher, reward, scorer, tracker, store, prompts, template.pad_id, watch, recorder)
     with stop_requests() as stop_requested:
         state = actor_learner_loop(parts, recipe.ppo, state, seed=recipe.run.seed, stop_requested=stop_requested)
     tracker.end("ppo")
     return state
 
 
-def loop_parts(
-    recipe: Recipe,
-    learner: RayLearner,
-    pool: VllmRolloutPool,
-    reward: Reward,
-    scorer: Scorer,
-    tracker: Tracker,
-    checkpoints: Checkpoints,
-    prompts: PromptStream,
-    pad_id: int,
-    canaries: Sequence[IntArray],
-) -> Parts:
-    """What the loop drives. Weights go over NCCL where the engines own their GPUs, else through the object store."""
+def weight_publisher(recipe: Recipe, learner: RayLearner, pool: VllmRolloutPool, canaries: Sequence[IntArray]) -> WeightPublisher:
+    """Weights go over NCCL where the engines own their GPUs, else through the object store."""
     tensor_parallel = max(1, int(recipe.rollout.engines.gpus)) if uses_nccl(recipe.rollout) else None
-    publisher = WeightPublisher(learner, pool, canaries, limit=recipe.ppo.max_logprob_mismatch, nccl_tensor_parallel=tensor_parallel)
-    return Parts(learner, pool, publisher, reward, scorer, tracker, checkpoints, prompts, pad_id)
+    return WeightPublisher(learner, pool, canaries, limit=recipe.ppo.max_logprob_mismatch, nccl_tensor_parallel=tensor_parallel)
+
+
+def steps_before(path: Path, last: int) -> list[dict[str, float]]:
+    """Metrics of the loop's steps up to `last`, oldest first, as earlier sessions logged them."""
+    steps: dict[int, dict[str, float]] = {}
+    for curve in read_curves(path).get("ppo", {}).values():
+        for step, value in curve.points.items():
+            if step <= last and value is not None:
+                steps.setdefault(step, {})[curve.name] = value
+    return [steps[step] for step in sorted(steps)]
 
 
 def loop_results(run: RunFolder, state: LoopState) -> dict[str, Any]:

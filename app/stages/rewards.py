@@ -18,17 +18,20 @@ StartScoring = Callable[[str, str], AbstractContextManager[Scorer]]
 """(reward model folder, reference policy folder) -> the scoring service for the length of a `with` block."""
 
 MAIN = ""
-"""Key of the scorer of `reward.path`."""
+"""Key of the scorer of the main reward model: that of `reward.path`, or the one that was trained in this run."""
 
 
 @contextmanager
-def reward_scorers(config: RewardConfig, main: Scorer, reference_path: str, start_scoring: StartScoring) -> Iterator[dict[str, Scorer]]:
-    """A scorer for every reward model of the mix, by its folder as the recipe writes it: `main` is that of `reward.path`, the others
-    are started for the length of a `with` block."""
+def reward_scorers(
+    config: RewardConfig, main: Scorer, reward_path: str, reference_path: str, start_scoring: StartScoring
+) -> Iterator[dict[str, Scorer]]:
+    """A scorer for every reward model of the mix, by its folder as the recipe writes it. `main` is that of `reward_path`; the others are
+    started for the length of a `with` block."""
     with ExitStack() as open_services:
-        scorers = {MAIN: main} | ({config.path: main} if config.path else {})
-        for path in config.further_paths():
-            scorers[path] = open_services.enter_context(start_scoring(seen_from_anywhere(path), reference_path))
+        scorers = {MAIN: main}
+        for path in config.model_paths():
+            folder = seen_from_anywhere(path)
+            scorers[path] = main if folder == reward_path else open_services.enter_context(start_scoring(folder, reference_path))
         yield scorers
 
 

@@ -3,6 +3,7 @@ share one scoring service."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from app.alarms import AlarmWatch
 from app.config.loading import with_values
 from app.config.recipe import Recipe
 from app.config.tune import Choice, TuneConfig
@@ -24,12 +26,14 @@ from app.data.templates import Template
 from app.errors import ConfigError, CorralError
 from app.interfaces import Scorer
 from app.run_folder import RunFolder
-from app.stages.actor_learner import LoopState, actor_learner_loop
+from app.stages.actor_learner import LoopState, Parts, actor_learner_loop
 from app.stages.pipeline import Pipeline
-from app.stages.ppo import loop_parts, open_pool, start_learner
+from app.stages.ppo import open_pool, start_learner, weight_publisher
 from app.stages.rewards import MAIN, StartScoring, open_reward, reward_scorers
 from app.tracking import RunTracker
 from app.workers.weight_transfer import CANARIES
+
+logger = logging.getLogger(__name__)
 
 DRIVER_CPUS = 0.01  # a trial's own process only waits for its actors
 
@@ -60,6 +64,10 @@ class TrialTracker:
         self.objectives.append(metrics["score_mean"] - self.config.kl_price * metrics["kl"])
         shown = {name: metrics[name] for name in ("score_mean", "kl", "entropy", "response_length")}
         tune.report({"objective": sum(self.objectives) / len(self.objectives), "step": step, **shown})
+
+    def event(self, stage: str, step: int, text: str) -> None:
+        """Goes to the trial's own log."""
+        logger.warning("%s: step %d: %s", stage, step, text)
 
 
 class TrialNotes(tune.Callback):
@@ -112,9 +120,17 @@ def run_trial(config: dict[str, Any], *, inputs: TrialInputs) -> None:
         pool.ready()
         learner.ready()
         canaries = [prompt.ids for prompt in inputs.prompts.prompts[:CANARIES]]
-        scorer, tracker = inputs.scorers[MAIN], TrialTracker(recipe.tune)
-        parts = loop_parts(
-            recipe, learner, pool, reward, scorer, tracker, NoCheckpoints(), inputs.prompts, inputs.template.pad_id, canaries
+        parts = Parts(
+            learner,
+            pool,
+            weight_publisher(recipe, learner, pool, canaries),
+            reward,
+            inputs.scorers[MAIN],
+            TrialTracker(recipe.tune),
+            NoCheckpoints(),
+            inputs.prompts,
+            inputs.template.pad_id,
+            AlarmWatch(recipe.alarms),
         )
         actor_learner_loop(parts, recipe.ppo, LoopState(), seed=recipe.run.seed)
 
@@ -154,7 +170,7 @@ def run_tune(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker
         pipeline.close_engines()  # trials bring their own, in their own placement groups
         with (
             start_scoring(reward_path, sft_path) as scorer,
-            reward_scorers(recipe.reward, scorer, sft_path, start_scoring) as scorers,
+            reward_scorers(recipe.reward, scorer, reward_path, sft_path, start_scoring) as scorers,
         ):
             inputs = TrialInputs(recipe, sft_path, reward_path, scorers, pipeline.prompts.train, pipeline.prepared.template)
             tracker.note(f"tune: {recipe.tune.trials} trials of up to {recipe.ppo.steps} PPO steps, {recipe.tune.concurrent} at a time")

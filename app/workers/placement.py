@@ -83,7 +83,7 @@ def _trainers(name: str, key: str, workers: WorkersConfig, deepspeed: DeepSpeedC
 def _scoring(recipe: Recipe) -> tuple[Role, ...]:
     reward = parameter_count(recipe.reward.path or recipe.model.path) or 0
     reference = parameter_count(recipe.model.path) or 0
-    further = [("reward " + path, parameter_count(path) or reward) for path in recipe.reward.further_paths()]
+    further = [("reward " + path, parameter_count(path) or reward) for path in recipe.reward.model_paths() if path != recipe.reward.path]
     roles = []
     for name, parameters in [("reward", reward), *further]:  # each with a service of its own
         behind = name.removeprefix("reward")

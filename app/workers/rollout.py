@@ -127,7 +127,12 @@ class Sampling:
 
     def __init__(self, pool: VllmRolloutPool, prompts: Sequence[Prompt], *, seed: int, deadline_seconds: float) -> None:
         self._pool, self._prompts, self._deadline_seconds = pool, prompts, deadline_seconds
-        self._waiting = {"phase": "rollout", "deadline_seconds": deadline_seconds, "failure": RolloutError, "died": EngineDiedError}
+        self._waiting: dict[str, Any] = {
+            "phase": "rollout",
+            "deadline_seconds": deadline_seconds,
+            "failure": RolloutError,
+            "died": EngineDiedError,
+        }
         self._samples = _sample_numbers(prompts)
         self._seeds = [request_seed(seed, prompt.id, sample) for prompt, sample in zip(prompts, self._samples, strict=True)]
         self._rollouts: dict[int, Rollout] = {}

@@ -20,6 +20,7 @@ from app.data.embedded import gold_score
 from app.data.encoding import Cuts, encode_groups
 from app.data.templates import build_template
 from app.formats.records import Message
+from app.kept_rollouts import kept_steps
 from app.models.forward import pad_sequences
 from app.models.heads import load_reward_model, sequence_scores
 from app.models.load import load_tokenizer
@@ -121,6 +122,14 @@ def test_report_and_metrics(finished: Path) -> None:
     steps = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert sorted({row["step"] for row in steps if row["stage"] == "ppo"}) == list(range(1, 11))
     assert list((finished / "tensorboard").iterdir())
+
+
+def test_kept_rollouts_replay_to_what_was_logged(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also the steps on both sides of the interruption."""
+    assert kept_steps(finished / "ppo" / "rollouts") == list(range(1, 11))
+    for step in (1, 2, 10):
+        assert main(["replay", str(finished), str(step)]) == 0
+    assert "start/value_loss" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_left_alone(finished: Path, tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     with RunTracker(path, display=PlainDisplay(io.StringIO())) as tracker:
         for step in range(1, 51):
             tracker.log("ppo", step, {"score_mean": step / 50, "grad_norm": float("nan") if step == 9 else 1.0})
+        tracker.event("ppo", 9, f"alarm: entropy = 0.001 {HOSTILE}")
         tracker.log("sft", 10, {"loss": 2.0})
         tracker.log("sft", 20, {"loss": 1.0, "seconds/step": 0.5})
     sft = run.finish("sft", {}, {"data": "ab" * 32})

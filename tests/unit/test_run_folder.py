@@ -49,7 +49,8 @@ def test_keys_that_do_not_change_the_result_may_differ(tmp_path: Path) -> None:
     run.finish("sft", {"steps": 3}, {})
     del run  # and with it the lock
     (tmp_path / "a").rename(tmp_path / "b")
-    changed = {"run": {"deadline_seconds": 5}, "tracking": {"name": "b"}, "sft": {"keep_checkpoints": 1}}
+    changed: dict[str, dict[str, object]] = {"run": {"deadline_seconds": 5}, "tracking": {"name": "b"}, "sft": {"keep_checkpoints": 1}}
+    changed |= {"alarms": {"kl": {"limit": 1}}, "ppo": {"keep_rollouts": 3}}
     moved = RunFolder.open(recipe(tmp_path / "b", **changed), "sft")
     assert moved.finished("sft") == {"steps": 3}
 

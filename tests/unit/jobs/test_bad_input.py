@@ -178,7 +178,7 @@ def test_a_reward_that_cannot_work(refused: Refused, tmp_path: Path) -> None:
         '{type="function", function="json:sing"}': "json has no sing",
         f'{{type="reward_model", paths=["{tmp_path}/nowhere"]}}': "no such folder",
     }.items():
-        error = refused("pipeline", TINY, f"--reward.parts.mine={part}", run)
+        error = refused("pipeline", TINY, f"--reward.parts.mine={part}", "--scoring.reference.cpus=0.05", run)
         assert "reward.parts.mine: " in error and reason in error
     assert not (tmp_path / "run").exists()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.config.loading import load_recipe, to_toml
+from app.config.loading import load_recipe, to_toml, with_values
 from app.errors import ConfigError
 from app.experience import FinishReason, Prompt, Rollout
 from app.interfaces import Pending
@@ -99,10 +99,18 @@ def test_a_mix_in_a_recipe_reads_back(tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(recipe)) == recipe
 
 
+def test_a_search_may_vary_a_part() -> None:
+    weight = '--tune.space={"reward.parts.short.weight" = {type = "uniform", low = 0.1, high = 1.0}}'
+    recipe = load_recipe(None, ['--reward.parts.short={type="length", maximum=20}', weight])
+    assert with_values(recipe, {"reward.parts.short.weight": 0.25}).reward.parts["short"].weight == 0.25
+    with pytest.raises(ConfigError, match="unknown key wait"):
+        with_values(recipe, {"reward.parts.short.wait": 0.25})
+
+
 def test_the_short_form_is_one_reward_model() -> None:
     assert list(load_recipe(None).reward.mix()) == ["reward_model"]
     models = load_recipe(None, ["--reward.path=a", '--reward.parts.all={type="reward_model", paths=["a", "b", "b", "c"]}']).reward
-    assert models.further_paths() == ["b", "c"]
+    assert models.model_paths() == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(

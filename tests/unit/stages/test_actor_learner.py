@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,34 +11,19 @@ import numpy as np
 import pytest
 import torch
 
+from app.alarms import AlarmWatch
+from app.config.alarms import AlarmsConfig
 from app.config.ppo import PpoConfig
 from app.data.prompt_stream import PromptStream
-from app.errors import Interrupted, RolloutError, ScoringError, StaleRolloutError
+from app.errors import AlarmError, Interrupted, NonFiniteError, RolloutError, ScoringError, StaleRolloutError
 from app.experience import Experience, FinishReason, Prompt, Rollout, TokenBatch
-from app.rewards.mix import one_reward_model
+from app.rewards.mix import Part, RewardMix, one_reward_model
+from app.rewards.reward_model import RewardModelReward
 from app.stages.actor_learner import LoopState, Parts, actor_learner_loop, check_lag
+from tests.unit.stages.pending import Done, Sampled
 
 RESPONSE = 3
 LOGPROB = -0.5
-
-
-class Done:
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def result(self) -> Any:
-        return self.value
-
-
-class Sampled(Done):
-    """Responses that end one by one, the last one first."""
-
-    def finished(self) -> Iterator[list[int]]:
-        yield from ([place] for place in reversed(range(len(self.value))))
-
-    def __getitem__(self, place: int) -> Rollout:
-        rollout: Rollout = self.value[place]
-        return rollout
 
 
 class World:
@@ -52,6 +38,7 @@ class World:
         self.trained: list[list[str]] = []
         self.logged: list[Mapping[str, float]] = []
         self.saved: list[Mapping[str, int]] = []
+        self.events: list[str] = []
 
     # pool
     def submit(self, prompts: Sequence[Prompt], *, seed: int) -> Sampled:
@@ -97,6 +84,9 @@ class Store:
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         self.world.logged.append(metrics)
 
+    def event(self, stage: str, step: int, text: str) -> None:
+        self.world.events.append(f"{step}: {text}")
+
 
 def parts(world: Any, folder: Path) -> Parts:
     store = Store(world, folder)
@@ -136,6 +126,8 @@ def test_rewards_reach_the_log(tmp_path: Path) -> None:
     actor_learner_loop(parts(world, tmp_path), config(steps=1), LoopState(), seed=0)
     assert world.logged[0]["score_mean"] == 6.0  # three prompt tokens and three of response
     assert world.logged[0]["kl"] == 0.0
+    always = {"staleness", "repetition_share", "finished_share", "masked_rows", "logprob_mismatch_k3", "reward/reward_model"}
+    assert always <= set(world.logged[0])
     assert {"seconds/rollout", "seconds/score", "seconds/update", "seconds/push", "policy_loss"} <= set(world.logged[0])
 
 
@@ -177,6 +169,70 @@ def test_failed_scores_are_masked_out_up_to_a_share_and_then_stop_the_run(tmp_pa
         actor_learner_loop(
             parts(World(failed_scores=1), tmp_path), config(steps=1, score_pieces=1, max_failed_scores=0.2), LoopState(), seed=0
         )
+
+
+class Hackable(World):
+    """A policy that finds ever more of what the trained reward model mistakes for quality; the held-out one sees through it."""
+
+    def scores(self, sequences: Sequence[Any]) -> Done:
+        return Done([self.engine_version + 0.1 * i for i, _ in enumerate(sequences)])
+
+
+class Judge:
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def scores(self, sequences: Sequence[Any]) -> Done:
+        return Done([-0.5 * self.world.engine_version for _ in sequences])
+
+    logprobs = World.logprobs
+
+
+def hacked(world: Hackable, folder: Path, action: str) -> Parts:
+    plain = parts(world, folder)
+    judge = Part("judge", (RewardModelReward(Judge(world)),), hold_out=True)  # type: ignore[arg-type]
+    config = AlarmsConfig.model_validate({"reward_hacking": {"limit": 3, "window": 6, "action": action}})
+    return replace(plain, reward=RewardMix((*plain.reward.parts, judge)), watch=AlarmWatch(config))  # type: ignore[attr-defined]
+
+
+def test_reward_hacking_is_told_once_and_goes_on(tmp_path: Path) -> None:
+    world = Hackable()
+    actor_learner_loop(hacked(world, tmp_path, "warn"), config(steps=9), LoopState(), seed=0)
+    (event,) = [event for event in world.events if "reward_hacking" in event]
+    assert event.startswith("6: alarm: reward_hacking = ") and "held-out one falls" in event
+    assert [metrics["holdout_score"] for metrics in world.logged] == [-0.5 * step for step in range(9)]
+    assert "reward_hacking" not in world.logged[4] and world.logged[5]["reward_hacking"] > 3
+
+
+def test_an_alarm_that_stops_does_so_after_the_step_is_recorded_and_without_a_checkpoint(tmp_path: Path) -> None:
+    world = Hackable()
+    with pytest.raises(AlarmError, match=r"alarms\.reward_hacking\.limit = 3: .*ppo\.kl\.coef") as caught:
+        actor_learner_loop(hacked(world, tmp_path, "stop"), config(steps=9, save_every=6), LoopState(), seed=0)
+    assert caught.value.metric == "reward_hacking" and caught.value.value == world.logged[-1]["reward_hacking"]
+    assert (len(world.logged), world.saved) == (6, [])
+
+
+def test_a_metric_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
+    class Endless(World):
+        def logprobs(self, sequences: Sequence[Any]) -> Done:
+            return Done([np.full(len(s) - 1, -1e38, np.float32) for s in sequences])  # finite, their sums are not
+
+    world = Endless()
+    with pytest.raises(NonFiniteError, match=r"metric (reward|kl|advantage)"):
+        actor_learner_loop(parts(world, tmp_path), config(), LoopState(), seed=0)
+    assert "update" not in world.journal
+    assert len(world.logged) == 1
+
+
+def test_a_metric_of_the_update_that_is_not_finite_stops_after_it_is_recorded(tmp_path: Path) -> None:
+    class Broken(World):
+        def update(self, experience: Experience, *, seed: int) -> Mapping[str, float]:
+            return {"policy_grad_norm": float("inf"), "value_loss": float("nan")}
+
+    world = Broken()
+    with pytest.raises(NonFiniteError, match="value_loss is nan"):
+        actor_learner_loop(parts(world, tmp_path), config(), LoopState(), seed=0)
+    assert (len(world.logged), world.saved) == (1, [])
 
 
 def test_lag_is_bounded() -> None:
