@@ -43,7 +43,7 @@ def truncated_importance(proximal_BT: torch.Tensor, behaviour_BT: torch.Tensor, 
     return ratios(proximal_BT, behaviour_BT, mask_BT).clamp(max=maximum).detach()
 
 
-def sequence_weights(mask_BT: torch.Tensor, *, total_tokens: int, total_sequences: int) -> torch.Tensor:
+def sequence_weights(mask_BT: torch.Tensor, *, total_tokens: int, total_sequences: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """total_tokens / (total_sequences * tokens of the row), [B, T]; 0 where masked.
 
     A sum of losses over tokens that is divided by total_tokens becomes, with these weights, the mean over sequences of each
@@ -53,7 +53,7 @@ def sequence_weights(mask_BT: torch.Tensor, *, total_tokens: int, total_sequence
     tensor([[0.7500, 0.7500],
             [1.5000, 0.0000]])
     """
-    lengths_B1 = mask_BT.sum(1, keepdim=True).clamp(min=1)
+    lengths_B1 = mask_BT.sum(1, keepdim=True, dtype=dtype).clamp(min=1)
     return mask_BT * (total_tokens / (max(1, total_sequences) * lengths_B1))
 
 

@@ -9,35 +9,50 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from app.algorithms import ALGORITHMS
 from app.algorithms.credit import credit_metrics
+from app.algorithms.shaping import scale_of
 from app.config.ppo import PpoConfig
 from app.data.prompt_stream import PromptStream
-from app.errors import Interrupted, RolloutError, ScoringError, StaleRolloutError
+from app.errors import CheckpointError, Interrupted, RolloutError, ScoringError, StaleRolloutError
 from app.experience import Experience, FinishReason, FloatArray, Rollout, TokenBatch, pad_rows
 from app.interfaces import Learner, Pending, Publisher, Reward, RolloutPool, Scorer, Tracker
-from app.numerics import shape_scores
+from app.numerics import Moments
+from app.stages.reference_scores import reference_scores, shape_rollout_scores
 
 
 @dataclass(frozen=True)
 class LoopState:
-    """Where the loop stands: finished steps, version of the policy weights, prompts already trained on."""
+    """Where the loop stands: finished steps, version of the policy weights, prompts already trained on, weight of the KL penalty
+    (None: ppo.kl.coef, nothing has changed it yet), moments of the scores that ppo.reward.scale divides by."""
 
     step: int = 0
     version: int = 0
     prompt_cursor: int = 0
+    kl_coef: float | None = None
+    scores: Moments = Moments()
+
+    @classmethod
+    def restore(cls, saved: Mapping[str, Any]) -> LoopState:
+        """The state whose `asdict` a checkpoint holds. Raises CheckpointError unless it has exactly these parts."""
+        names = {field.name for field in fields(cls)}
+        if saved.keys() != names:
+            raise CheckpointError(
+                f"the checkpoint's loop state holds {sorted(saved)}, this version reads {sorted(names)}: "
+                "go on with the version that wrote it, or start in another run.dir"
+            )
+        return cls(**{**saved, "scores": Moments(**saved["scores"])})
 
 
 class Checkpoints(Protocol):
     """Where loop states are kept."""
 
-    def save(self, step: int, state: Mapping[str, int], write: Callable[[Path], None]) -> object: ...
+    def save(self, step: int, state: Mapping[str, Any], write: Callable[[Path], None]) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,7 @@ class Parts:
     checkpoints: Checkpoints
     prompts: PromptStream
     pad_id: int
+    max_new_tokens: int
 
 
 class PhaseClock:
@@ -74,9 +90,9 @@ def actor_learner_loop(
     """Run the loop from `state` to `config.steps` and return where it ended.
 
     Raises StaleRolloutError, RolloutError (engine and learner disagree), WeightPushError, ScoringError, NonFiniteError,
-    DeadlineError, and Interrupted after saving a checkpoint when `stop_requested()` turns true.
+    LearnerError, DeadlineError, and Interrupted after saving a checkpoint when `stop_requested()` turns true.
     """
-    algorithm = ALGORITHMS["ppo"](config.algorithm)
+    algorithm = config.make_algorithm()
     parts.publisher.publish(state.version)
     stream = RolloutStream(parts, config, state, seed=seed)
     while state.step < config.steps:
@@ -90,23 +106,34 @@ def actor_learner_loop(
         with clock("score"):
             sequences = [rollout.sequence for rollout in rollouts]
             scores, reference = parts.reward.score(rollouts), parts.scorer.logprobs(sequences)
+            baselines = reference_scores(parts.reward, rollouts) if config.reward.delta else None
             tokens = TokenBatch.from_rollouts(rollouts, parts.pad_id)
             proximal_BT, values_BT = parts.learner.inspect(tokens)
             scores_B = torch.tensor(scores.result(), dtype=torch.float32)
-            experience = collect_experience(rollouts, tokens, scores_B, reference.result(), proximal_BT, values_BT, config)
+            shaped_B, moments = shape_rollout_scores(scores_B, baselines, rollouts, state.scores, config.reward, parts.max_new_tokens)
+            experience = collect_experience(rollouts, tokens, shaped_B, reference.result(), proximal_BT, values_BT)
         require_agreement(experience, config)
-        require_scores(scores_B, config)
+        require_scores(shaped_B, config)
         # 3. credit: KL-shaped rewards, advantages, returns
-        experience = algorithm.credit(experience, kl_coef=config.kl.coef)
+        kl_coef = config.kl.coef if state.kl_coef is None else state.kl_coef
+        experience = algorithm.credit(experience, kl_coef=kl_coef)
+        credited = credit_metrics(experience)
         # 4. learn: epochs x minibatches x micro-batches happen inside the workers
         with clock("update"):
             update = parts.learner.update(experience, seed=seed + state.step)
         # 5. publish and record
-        state = LoopState(state.step + 1, state.version + 1, state.prompt_cursor + len(rollouts))
+        state = LoopState(
+            step=state.step + 1,
+            version=state.version + 1,
+            prompt_cursor=state.prompt_cursor + stream.prompts_per_step,
+            kl_coef=config.kl.after(kl_coef, kl=credited["kl"], sequences=int(experience.mask_BT.any(1).sum())),
+            scores=moments,
+        )
         with clock("push"):
             push = parts.publisher.publish(state.version)
         seconds = time.perf_counter() - began
-        metrics = step_metrics(rollouts, scores_B, seconds) | credit_metrics(experience) | dict(update) | dict(push)
+        metrics = step_metrics(rollouts, scores_B, seconds) | credited | dict(update) | dict(push)
+        metrics["score_scale"] = scale_of(config.reward, moments)
         parts.tracker.log("ppo", state.step, metrics | {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()})
         stopping = stop_requested()
         if stopping or state.step % config.save_every == 0 or state.step == config.steps:
@@ -123,6 +150,7 @@ class RolloutStream:
 
     def __init__(self, parts: Parts, config: PpoConfig, state: LoopState, *, seed: int) -> None:
         self._parts, self._config, self._seed = parts, config, seed
+        self.prompts_per_step = config.batch_size // config.samples_per_prompt
         self._cursor = state.prompt_cursor
         self._remaining = config.steps - state.step
         self._in_flight: deque[Pending[list[Rollout]]] = deque()
@@ -136,9 +164,10 @@ class RolloutStream:
 
     def _fill(self, count: int) -> None:
         while len(self._in_flight) < count and self._remaining:
-            batch = self._parts.prompts.take(self._cursor, self._config.batch_size, seed=self._seed)
+            prompts = self._parts.prompts.take(self._cursor, self.prompts_per_step, seed=self._seed)
+            batch = [prompt for prompt in prompts for _ in range(self._config.samples_per_prompt)]
             self._in_flight.append(self._parts.pool.submit(batch, seed=self._seed + self._cursor))
-            self._cursor += self._config.batch_size
+            self._cursor += self.prompts_per_step
             self._remaining -= 1
 
 
@@ -157,20 +186,20 @@ def collect_experience(
     scores_B: torch.Tensor,
     reference_logprobs: Sequence[FloatArray],
     proximal_BT: torch.Tensor,
-    values_BT: torch.Tensor,
-    config: PpoConfig,
+    values_BT: torch.Tensor | None,
 ) -> Experience:
-    """Align everything on response tokens; scores are shaped (clip, missing end token) here."""
+    """Align everything on response tokens. scores_B are the shaped ones; rollouts of one prompt are one group."""
     length = tokens.mask_BT.shape[1]
-    finished_B = torch.tensor([rollout.finish is FinishReason.STOP for rollout in rollouts])
     reference = [rollout.of_response(row) for rollout, row in zip(rollouts, reference_logprobs, strict=True)]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(rollout.prompt.id for rollout in rollouts))}
     return Experience(
         tokens=tokens,
-        scores_B=shape_scores(scores_B, finished_B, clip=config.reward.clip, missing_eos_score=config.reward.missing_eos_score),
+        scores_B=scores_B,
         behaviour_BT=pad_rows([rollout.logprobs for rollout in rollouts], length),
         proximal_BT=proximal_BT,
         reference_BT=pad_rows(reference, length),
         values_BT=values_BT,
+        groups_B=torch.tensor([numbers[rollout.prompt.id] for rollout in rollouts]),
     )
 
 

@@ -81,7 +81,7 @@ def open_pool(
 
 
 def start_learner(recipe: Recipe, policy_path: str, reward_path: str, placement: Sequence[Any] = ()) -> AbstractContextManager[RayLearner]:
-    """Policy from the SFT model, critic from the reward model."""
+    """Policy from the SFT model, critic (where the algorithm has one) from the reward model."""
     spec = LearnerSpec(
         policy_path=policy_path,
         critic_path=reward_path,
@@ -149,7 +149,7 @@ def _resume_and_run(
     state = LoopState()
     if saved is not None:
         learner.load(str(saved.path))
-        state = LoopState(**saved.state)
+        state = LoopState.restore(saved.state)
         tracker.note(f"ppo: going on from step {state.step}")
     tracker.begin("ppo", recipe.ppo.steps, done=state.step)
     parts = loop_parts(recipe, learner, pool, scorer, tracker, store, prompts, pad_id, canaries)
@@ -173,7 +173,8 @@ def loop_parts(
     """What the loop drives. Weights go over NCCL where the engines own their GPUs, else through the object store."""
     tensor_parallel = max(1, int(recipe.rollout.engines.gpus)) if uses_nccl(recipe.rollout) else None
     publisher = WeightPublisher(learner, pool, canaries, limit=recipe.ppo.max_logprob_mismatch, nccl_tensor_parallel=tensor_parallel)
-    return Parts(learner, pool, publisher, REWARDS["reward_model"](scorer), scorer, tracker, checkpoints, prompts, pad_id)
+    reward = REWARDS["reward_model"](scorer)
+    return Parts(learner, pool, publisher, reward, scorer, tracker, checkpoints, prompts, pad_id, recipe.rollout.max_new_tokens)
 
 
 def loop_results(run: RunFolder, state: LoopState) -> dict[str, Any]:

@@ -88,7 +88,7 @@ class TrialNotes(tune.Callback):
 class NoCheckpoints:
     """A trial that is stopped or lost is not resumed."""
 
-    def save(self, step: int, state: Mapping[str, int], write: Callable[[Path], None]) -> None:
+    def save(self, step: int, state: Mapping[str, Any], write: Callable[[Path], None]) -> None:
         """Keep nothing."""
 
 
