@@ -75,7 +75,7 @@ def credit_metrics(experience: Experience) -> dict[str, float]:
     # The advantages that `experience` holds may be whitened; these are not.
     advantages_BT = experience.returns_BT if experience.values_BT is None else experience.returns_BT - experience.values_BT
     advantage_variance = masked_variance(advantages_BT, mask_BT)
-    metrics = {
+    metrics: dict[str, torch.Tensor | float] = {
         "score": masked_mean(experience.scores_B, used_B),
         "reward": masked_sum(experience.rewards_BT, mask_BT) / num_sequences,
         "kl": masked_sum(kl_BT, mask_BT) / num_sequences,

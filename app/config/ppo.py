@@ -130,12 +130,18 @@ class PpoConfig(Config):
         algorithm = ALGORITHMS[self.algorithm.name]
         place = self.kl.place or algorithm.usual_kl_place
         surrogate = Surrogate(
-            config=self.algorithm,
+            config=SurrogateConfig(**self.algorithm.model_dump(include=set(SurrogateConfig.model_fields))),
             max_lag=self.max_lag,
             kl_in_reward=place in ("reward", "both"),
             kl_in_loss=self.kl.loss_form if place in ("loss", "both") else None,
         )
         return algorithm(getattr(self.algorithm, self.algorithm.name), surrogate)
+
+    def unread(self) -> dict[str, str]:
+        """Sections that mean nothing to the chosen algorithm, each with the reason."""
+        chosen = self.algorithm.name
+        sections = {f"ppo.algorithm.{name}": f"it belongs to {name}" for name in ALGORITHMS if name != chosen}
+        return sections if ALGORITHMS[chosen].has_critic else {**sections, "ppo.critic": f"{chosen} trains no critic"}
 
     @property
     def rows_per_step(self) -> int:
