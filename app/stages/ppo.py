@@ -48,11 +48,16 @@ class PromptSets:
 
 
 def prompt_sets(recipe: Recipe, prepared: Prepared) -> PromptSets:
-    """Both sides of the corpus as token ids; at most `evaluation.prompts` held-out ones."""
-    corpus, cuts = prepared.corpus, Cuts()
+    """Both sides of the corpus as token ids; at most `evaluation.prompts` held-out ones. Raises ConfigError when ppo.reward.delta asks
+    for reference answers that the data does not have."""
+    corpus, cuts, delta = prepared.corpus, Cuts(), recipe.ppo.reward.delta
     items = list(corpus.train.prompts)  # decoded once
     sides = (items, corpus.validation.prompts[: recipe.evaluation.prompts])
-    train, held_out = (list(encode_prompts(side, prepared.template, recipe.data, cuts)) for side in sides)
+    train, held_out = (list(encode_prompts(side, prepared.template, recipe.data, cuts, references=delta)) for side in sides)
+    if delta and all(prompt.reference is None for prompt in train):
+        raise ConfigError(
+            f"ppo.reward.delta: no prompt of {corpus.path} has a reference answer to compare with: set ppo.reward.delta = false"
+        )
     mixture = Mixture.of((item.dataset for item in items), corpus.settings)
     return PromptSets(PromptStream(train, mixture), held_out, cuts.truncated)
 
