@@ -48,6 +48,10 @@ class StaleRolloutError(RolloutError):
     """A rollout was sampled by a policy older than `ppo.max_lag` allows."""
 
 
+class LearnerError(CorralError, RuntimeError):
+    """The learner does not compute twice the same from the same weights and tokens."""
+
+
 class WeightPushError(RolloutError):
     """After a weight push the rollout engine does not compute what the learner computes."""
 

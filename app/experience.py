@@ -24,13 +24,15 @@ class Prompt:
     """A conversation that ends in an open assistant turn.
 
     id: stable across runs; text: the last user turn, for people; ids: int32 [P], what the engine continues;
-    messages: the conversation as {"role", "content"} mappings.
+    messages: the conversation as {"role", "content"} mappings; reference: int32 [T], a good answer with its end token, where the
+    data has one and the run compares with it.
     """
 
     id: str
     text: str
     ids: IntArray
     messages: tuple[Mapping[str, str], ...] = ()
+    reference: IntArray | None = None
 
 
 class FinishReason(StrEnum):
@@ -129,6 +131,12 @@ class TokenBatch:
         return len(self.ids_BS)
 
 
+def prompt_groups(rollouts: Sequence[Rollout]) -> torch.Tensor:
+    """int64 [B]: rollouts of the same prompt have the same number, in order of appearance."""
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(rollout.prompt.id for rollout in rollouts))}
+    return torch.tensor([numbers[rollout.prompt.id] for rollout in rollouts])
+
+
 def pad_rows(rows: Sequence[FloatArray], length: int) -> torch.Tensor:
     """Stack float arrays [t_b] as float32 [len(rows), length], zeros behind each row's end."""
     out = torch.zeros(len(rows), length)
@@ -143,8 +151,10 @@ class Experience:
 
     Three log-probs per response token: `behaviour` (the engine's, at sampling), `proximal` (the learner's, before the
     update) and, computed during the update, current. `reference` belongs to the frozen SFT policy. `values` are the
-    critic's, at the state before each token. `scores_B` are reward-model scores after shaping, NaN where scoring failed
-    (those rows are masked out). The last three fields are filled by an algorithm's `credit`.
+    critic's, at the state before each token; None without a critic. `scores_B` are reward-model scores after shaping, NaN
+    where scoring failed (those rows are masked out). groups_B: int64, the same number on all rollouts of one prompt; None
+    where each has a prompt of its own. The last four fields are filled by an algorithm's `credit`; kl_coef is the weight of
+    the KL penalty that it was given.
     """
 
     tokens: TokenBatch
@@ -152,10 +162,12 @@ class Experience:
     behaviour_BT: torch.Tensor
     proximal_BT: torch.Tensor
     reference_BT: torch.Tensor
-    values_BT: torch.Tensor
+    values_BT: torch.Tensor | None
+    groups_B: torch.Tensor | None = None
     rewards_BT: torch.Tensor | None = None
     advantages_BT: torch.Tensor | None = None
     returns_BT: torch.Tensor | None = None
+    kl_coef: float = 0.0
 
     @property
     def mask_BT(self) -> torch.Tensor:
@@ -164,15 +176,17 @@ class Experience:
 
 @dataclass(frozen=True)
 class Minibatch:
-    """The rows of an `Experience` that one micro-batch trains on; [b, t] tensors, cut to the longest response."""
+    """The rows of an `Experience` that one micro-batch trains on; [b, t] tensors, cut to the longest response.
+    old_values_BT is None without a critic."""
 
     tokens: TokenBatch
     behaviour_BT: torch.Tensor
     proximal_BT: torch.Tensor
     reference_BT: torch.Tensor
-    old_values_BT: torch.Tensor
+    old_values_BT: torch.Tensor | None
     advantages_BT: torch.Tensor
     returns_BT: torch.Tensor
+    kl_coef: float = 0.0
 
     @classmethod
     def from_rows(cls, experience: Experience, index: torch.Tensor) -> Minibatch:
@@ -189,9 +203,10 @@ class Minibatch:
             behaviour_BT=cut(experience.behaviour_BT),
             proximal_BT=cut(experience.proximal_BT),
             reference_BT=cut(experience.reference_BT),
-            old_values_BT=cut(experience.values_BT),
+            old_values_BT=None if experience.values_BT is None else cut(experience.values_BT),
             advantages_BT=cut(experience.advantages_BT),
             returns_BT=cut(experience.returns_BT),
+            kl_coef=experience.kl_coef,
         )
 
     @property
@@ -209,7 +224,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class PolicyOutputs:
-    """What the policy and the critic compute for a minibatch: current log-probs, values and entropy, each [b, t]."""
+    """What policy and critic compute for a minibatch: current log-probs, values (None without a critic) and entropy, each [b, t]."""
 
     logprobs_BT: torch.Tensor
     values_BT: torch.Tensor | None

@@ -47,14 +47,16 @@ class RolloutPool(Protocol):
 
 
 class Learner(Protocol):
-    """The policy and the critic under training."""
+    """The policy and, where the algorithm has one, the critic under training."""
 
-    def inspect(self, tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs of the response tokens and values before them, both float32 [B, T], without gradient."""
+    def inspect(self, tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probs of the response tokens and values before them (None without a critic), both float32 [B, T], without gradient."""
         ...
 
     def update(self, experience: Experience, *, seed: int) -> Mapping[str, float]:
-        """Epochs x minibatches of optimizer steps over a credited experience; returns metrics. Raises NonFiniteError."""
+        """Epochs x minibatches of optimizer steps over a credited experience; returns metrics.
+
+        Raises NonFiniteError, and LearnerError when the first step does not start from the proximal log-probs."""
         ...
 
     def save(self, folder: str) -> None:

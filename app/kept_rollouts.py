@@ -20,14 +20,15 @@ import torch
 
 from app.config.ppo import PpoConfig
 from app.errors import CheckpointError, ConfigError
-from app.experience import DoubleArray, Experience, FinishReason, IntArray, Prompt, Rollout, Scores, TokenBatch, pad_rows
+from app.experience import DoubleArray, Experience, FinishReason, IntArray, Prompt, Rollout, Scores, TokenBatch, pad_rows, prompt_groups
 
 FACTS = b"corral"
 """Key of the file's metadata that holds what is the same for all rows, as JSON."""
 
 INPUTS = ("behaviour", "proximal", "reference", "values")
 RESULTS = ("rewards", "advantages", "returns")
-"""Columns with one float32 per response token. The inputs are as the models gave them; the results are empty in masked rows."""
+"""Columns with one float32 per response token. The inputs are as the models gave them (values: null without a critic); the results
+are empty in masked rows."""
 
 PART, STEP = "score/", re.compile(r"step-(\d+)\.parquet")
 
@@ -177,9 +178,16 @@ def _scores(columns: Mapping[str, Sequence[Any]], facts: Mapping[str, Any]) -> S
 def _experience(columns: Mapping[str, Sequence[Any]], rollouts: Sequence[Rollout], pad_id: int) -> Experience:
     tokens = TokenBatch.from_rollouts(rollouts, pad_id)
     length = tokens.mask_BT.shape[1]
-    inputs = {f"{name}_BT": pad_rows([np.array(row, np.float32) for row in columns[name]], length) for name in INPUTS}
+
+    def per_token(name: str) -> torch.Tensor:
+        return pad_rows([np.array(row, np.float32) for row in columns[name]], length)
+
     return Experience(
         tokens=replace(tokens, mask_BT=tokens.mask_BT & torch.tensor(columns["trained"])[:, None]),
         scores_B=torch.tensor(columns["shaped_score"], dtype=torch.float32),
-        **inputs,
+        behaviour_BT=per_token("behaviour"),
+        proximal_BT=per_token("proximal"),
+        reference_BT=per_token("reference"),
+        values_BT=None if columns["values"][0] is None else per_token("values"),
+        groups_B=prompt_groups(rollouts),
     )

@@ -115,7 +115,16 @@ def run(arguments: argparse.Namespace) -> list[Mapping[str, float]]:
             canaries = [rng.integers(vocabulary, size=PROMPT_TOKENS + 8, dtype=np.int32)]
             publisher = WeightPublisher(learner, pool, canaries, limit=ppo.max_logprob_mismatch, nccl_tensor_parallel=None)
             parts = Parts(
-                learner, pool, publisher, one_reward_model(scorer), scorer, recorder, recorder, PromptStream.over(prompts), pad_id=0
+                learner,
+                pool,
+                publisher,
+                one_reward_model(scorer),
+                scorer,
+                recorder,
+                recorder,
+                PromptStream.over(prompts),
+                pad_id=0,
+                max_new_tokens=rollout.max_new_tokens,
             )
             actor_learner_loop(parts, ppo, LoopState(), seed=0)
     return recorder.steps

@@ -46,7 +46,7 @@ def check_inputs(recipe: Recipe, command: str) -> None:
         _check_run_has_ppo_model(Path(recipe.run.dir))
     if recipe.reward.path is not None:
         _check_model(recipe.reward.path, trained=False, writes=False)
-        if command in CRITIC_COMMANDS:
+        if command in CRITIC_COMMANDS and recipe.ppo.make_algorithm().has_critic:
             _check_critic(recipe.reward.path)
     elif command in REWARD_COMMANDS and not _finds_own_reward_model(recipe, command):
         raise ConfigError(
@@ -123,8 +123,8 @@ def _check_critic(path: str) -> None:
 
     if Path(path).expanduser().is_dir() and is_encoder(Path(path).expanduser()):
         raise ModelError(
-            f"reward.path = {path}: it is an encoder, and PPO's critic starts from the reward model's decoder; "
-            "train a reward model from a causal language model with `corral rm`"
+            f"reward.path = {path}: it is an encoder, and PPO's critic starts from the reward model's decoder; train a reward model from a "
+            "causal language model with `corral rm`, or choose an algorithm without a critic, such as ppo.algorithm.name = rloo"
         )
 
 

@@ -25,7 +25,7 @@ def mask_failed_rows(experience: Experience) -> Experience:
         behaviour_BT=zero_masked(experience.behaviour_BT, mask_BT),
         proximal_BT=zero_masked(experience.proximal_BT, mask_BT),
         reference_BT=zero_masked(experience.reference_BT, mask_BT),
-        values_BT=zero_masked(experience.values_BT, mask_BT),
+        values_BT=None if experience.values_BT is None else zero_masked(experience.values_BT, mask_BT),
     )
 
 
@@ -41,8 +41,9 @@ def check_finite(experience: Experience) -> None:
         "behaviour log-probs": experience.behaviour_BT,
         "proximal log-probs": experience.proximal_BT,
         "reference log-probs": experience.reference_BT,
-        "values": experience.values_BT,
     }
+    if experience.values_BT is not None:
+        tensors["values"] = experience.values_BT
     for name, x in tensors.items():
         bad_B = ~x.isfinite().all(dim=1)
         if bad_B.any():
@@ -56,12 +57,13 @@ def check_finite(experience: Experience) -> None:
 def credit_metrics(experience: Experience) -> dict[str, float]:
     """What a credited batch looks like. Rows whose score failed count only in `failed_scores`.
 
-    score: mean of the shaped scores. reward: mean over sequences of the summed rewards (score - kl_coef * KL).
-    kl: mean over sequences of the summed k1 against the reference, nats; kl_per_token: the same per response token.
-    advantage_mean, advantage_std: before whitening, per token. value_mean, return_mean: per token.
-    explained_variance: 1 - Var(return - old value) / Var(return) over tokens; 0 where returns do not vary.
+    score: mean of the shaped scores. reward: mean over sequences of the summed rewards (score - kl_coef * KL where the penalty
+    is part of the reward). kl: mean over sequences of the summed k1 against the reference, nats; kl_per_token: the same per
+    response token. kl_coef: the penalty's weight. advantage_mean, advantage_std: before whitening, per token.
     response_length: mean tokens. max_logprob_mismatch, logprob_mismatch: largest and mean |proximal - behaviour|.
-    failed_scores: share of the batch's rows. Raises ValueError for an experience that was not credited.
+    failed_scores: share of the batch's rows.
+    With a critic also value_mean, return_mean: per token; explained_variance: 1 - Var(return - old value) / Var(return) over
+    tokens, 0 where returns do not vary. Raises ValueError for an experience that was not credited.
     """
     if experience.rewards_BT is None or experience.returns_BT is None:
         raise ValueError("experience has no rewards: call the algorithm's credit() first")
@@ -71,23 +73,26 @@ def credit_metrics(experience: Experience) -> dict[str, float]:
     kl_BT = k1(experience.proximal_BT, experience.reference_BT)
     mismatch_BT = experience.proximal_BT - experience.behaviour_BT
     # The advantages that `experience` holds may be whitened; these are not.
-    advantages_BT = experience.returns_BT - experience.values_BT
+    advantages_BT = experience.returns_BT if experience.values_BT is None else experience.returns_BT - experience.values_BT
     advantage_variance = masked_variance(advantages_BT, mask_BT)
-    return_variance = masked_variance(experience.returns_BT, mask_BT)
-    explained = torch.where(return_variance > 0, 1 - advantage_variance / return_variance, 0.0)
-    metrics = {
+    metrics: dict[str, torch.Tensor | float] = {
         "score": masked_mean(experience.scores_B, used_B),
         "reward": masked_sum(experience.rewards_BT, mask_BT) / num_sequences,
         "kl": masked_sum(kl_BT, mask_BT) / num_sequences,
         "kl_per_token": masked_mean(kl_BT, mask_BT),
+        "kl_coef": experience.kl_coef,
         "advantage_mean": masked_mean(advantages_BT, mask_BT),
         "advantage_std": advantage_variance.sqrt(),
-        "value_mean": masked_mean(experience.values_BT, mask_BT),
-        "return_mean": masked_mean(experience.returns_BT, mask_BT),
-        "explained_variance": explained,
         "response_length": mask_BT.sum() / num_sequences,
         "max_logprob_mismatch": masked_max_abs(mismatch_BT, mask_BT),
         "logprob_mismatch": masked_mean(mismatch_BT.abs(), mask_BT),
         "failed_scores": experience.scores_B.isnan().float().mean(),
     }
+    if experience.values_BT is not None:
+        return_variance = masked_variance(experience.returns_BT, mask_BT)
+        metrics |= {
+            "value_mean": masked_mean(experience.values_BT, mask_BT),
+            "return_mean": masked_mean(experience.returns_BT, mask_BT),
+            "explained_variance": torch.where(return_variance > 0, 1 - advantage_variance / return_variance, 0.0),
+        }
     return {name: float(x) for name, x in metrics.items()}

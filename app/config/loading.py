@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from app.config.keys import RecipeKey, find_key, is_section, nearest_key, recipe_keys
 from app.config.recipe import Recipe
+from app.config.unread import check_unread, reason_unread
 from app.errors import ConfigError
 
 _NULL = "null"  # TOML has no null; this string stands for it where a key admits none
@@ -42,6 +43,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     settings = {} if path is None else _read(Path(path), ())
     settings.update(parse_overrides(overrides, settings))
     recipe = _build(settings, str(path))
+    check_unread(recipe, {key: setting.source for key, setting in settings.items()})
     _check_space(recipe, settings)
     return recipe
 
@@ -74,8 +76,13 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
 
 
 def to_toml(recipe: Recipe) -> str:
-    """The resolved recipe as TOML with dotted keys, one a line; `load_recipe` reads it back."""
-    return "".join(f"{name} = {_toml_value(value)}\n" for name, value in resolved(recipe).items())
+    """The resolved recipe as TOML with dotted keys, one a line, those that nothing reads as comments; `load_recipe` reads it back."""
+
+    def line(name: str, value: Any) -> str:
+        reason = reason_unread(recipe, name)
+        return f"# {name} = {_toml_value(value)}  (not read: {reason})\n" if reason else f"{name} = {_toml_value(value)}\n"
+
+    return "".join(line(name, value) for name, value in resolved(recipe).items())
 
 
 def _toml_value(value: Any) -> str:

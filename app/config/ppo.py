@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, field_validator, model_validator
 
-from app.algorithms.ppo import PpoConfig as PpoAlgorithmConfig
+from app.algorithms import ALGORITHMS
+from app.algorithms.algorithm import Algorithm
+from app.algorithms.kl_penalty import KlConfig
+from app.algorithms.shaping import RewardShapingConfig
+from app.algorithms.surrogate import Surrogate, SurrogateConfig
 from app.config.shared import DeepSpeedConfig, OptimizerConfig, WorkersConfig
 from app.schema import Config
 
 
-class KlConfig(Config):
-    """KL penalty against the reference policy, as a part of the reward."""
+class ChosenAlgorithm(SurrogateConfig):
+    """Which algorithm, and the policy loss that all share. Its own options stand in the section of its name."""
 
-    coef: float = Field(0.05, ge=0)
-    """Weight of the per-token k1 estimate in the reward."""
+    name: str = Field("ppo", description=f"Algorithm: {', '.join(ALGORITHMS)}.")
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in ALGORITHMS:
+            raise ValueError(f"no such algorithm: choose one of {', '.join(ALGORITHMS)}")
+        return name
 
 
-class RewardShapingConfig(Config):
-    """From reward-model score to the reward at the last token, in this order."""
-
-    clip: float | None = Field(None, gt=0)
-    """Clip scores to [-clip, clip]."""
-    missing_eos_score: float | None = -1.0
-    """Score of a response that ran into the token limit (never above its own score); null leaves it alone."""
+if TYPE_CHECKING:
+    AlgorithmConfig = ChosenAlgorithm
+else:  # a section for every entry of ALGORITHMS, so that a new one needs no line here
+    AlgorithmConfig = create_model(
+        "AlgorithmConfig",
+        __base__=ChosenAlgorithm,
+        __module__=__name__,
+        __doc__=ChosenAlgorithm.__doc__,
+        **{name: (algorithm.options, algorithm.options()) for name, algorithm in ALGORITHMS.items()},
+    )
 
 
 class PpoConfig(Config):
@@ -33,7 +46,9 @@ class PpoConfig(Config):
     steps: int = Field(100, ge=1)
     """Loop iterations: one batch of rollouts, one update, one weight push each."""
     batch_size: int = Field(64, ge=1)
-    """Rollouts per step."""
+    """Rollouts per step, over all prompts."""
+    samples_per_prompt: int = Field(1, ge=1)
+    """Rollouts of each prompt; batch_size / samples_per_prompt prompts make a step. grpo and rloo compare them and need 2 or more."""
     epochs: int = Field(4, ge=1)
     """Passes over each batch of rollouts."""
     minibatches: int = Field(1, ge=1)
@@ -48,7 +63,7 @@ class PpoConfig(Config):
     score_pieces: int = Field(4, ge=1)
     """A batch goes to reward model and reference in up to this many pieces, each as soon as its responses have ended; 1 waits for
     the whole batch."""
-    algorithm: PpoAlgorithmConfig = PpoAlgorithmConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
     kl: KlConfig = KlConfig()
     reward: RewardShapingConfig = RewardShapingConfig()
     policy: OptimizerConfig = OptimizerConfig(lr=3e-6, eps=1e-5)
@@ -56,7 +71,8 @@ class PpoConfig(Config):
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     workers: WorkersConfig = WorkersConfig()
     max_logprob_mismatch: float = Field(1e-3, gt=0)
-    """Largest |log p(engine) - log p(learner)| allowed on canaries after a push and, at lag 0, on rollouts."""
+    """Largest |log p(engine) - log p(learner)| allowed on canaries after a push and, at lag 0, on rollouts; and the largest
+    |current - proximal| at the first optimizer step of a batch, where both come from the same weights."""
     max_failed_scores: float = Field(0.1, ge=0, lt=1)
     """Share of a batch whose scores may fail after all retries (they are masked out, never 0) before the run stops."""
     save_every: int = Field(50, ge=1)
@@ -81,6 +97,26 @@ class PpoConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _algorithm_gets_what_it_reads(self) -> PpoConfig:
+        name, samples = self.algorithm.name, self.samples_per_prompt
+        if self.batch_size % samples:
+            raise ValueError(
+                f"ppo.batch_size = {self.batch_size} is no multiple of ppo.samples_per_prompt = {samples}: "
+                f"choose {max(1, self.batch_size // samples) * samples}, or another number of samples"
+            )
+        if self.make_algorithm().compares_samples and samples < 2:
+            raise ValueError(
+                f"ppo.algorithm.name = {name} compares the samples of a prompt, and ppo.samples_per_prompt = {samples} leaves nothing to "
+                "compare: set ppo.samples_per_prompt to 2 or more, such as 8"
+            )
+        if self.max_lag and self.algorithm.max_importance is None:
+            raise ValueError(
+                f"ppo.max_lag = {self.max_lag} trains on samples of older policies, and ppo.algorithm.max_importance = null does not "
+                "correct for that: set ppo.algorithm.max_importance = 2.0, or ppo.max_lag = 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _reused_forward_is_current(self) -> PpoConfig:
         if self.reuse_forward and self.epochs * self.minibatches > 1:
             raise ValueError(
@@ -93,6 +129,24 @@ class PpoConfig(Config):
                 "set ppo.reuse_forward = false or ppo.deepspeed.zero_stage = 2"
             )
         return self
+
+    def make_algorithm(self) -> Algorithm[Any]:
+        """The chosen algorithm, with its options and the loss that this section asks for."""
+        algorithm = ALGORITHMS[self.algorithm.name]
+        place = self.kl.place or algorithm.usual_kl_place
+        surrogate = Surrogate(
+            config=SurrogateConfig(**self.algorithm.model_dump(include=set(SurrogateConfig.model_fields))),
+            max_lag=self.max_lag,
+            kl_in_reward=place in ("reward", "both"),
+            kl_in_loss=self.kl.loss_form if place in ("loss", "both") else None,
+        )
+        return algorithm(getattr(self.algorithm, self.algorithm.name), surrogate)
+
+    def unread(self) -> dict[str, str]:
+        """Sections that mean nothing to the chosen algorithm, each with the reason."""
+        chosen = self.algorithm.name
+        sections = {f"ppo.algorithm.{name}": f"it belongs to {name}" for name in ALGORITHMS if name != chosen}
+        return sections if ALGORITHMS[chosen].has_critic else {**sections, "ppo.critic": f"{chosen} trains no critic"}
 
     @property
     def rows_per_step(self) -> int:

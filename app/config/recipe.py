@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import model_validator
+
 from app.config.alarms import AlarmsConfig
 from app.config.data import DataConfig
 from app.config.ppo import EvaluationConfig, PpoConfig, RolloutConfig, ScoringConfig
@@ -33,3 +35,13 @@ class Recipe(Config):
     alarms: AlarmsConfig = AlarmsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tune: TuneConfig = TuneConfig()
+
+    @model_validator(mode="after")
+    def _overlong_buffer_fits(self) -> Recipe:
+        buffer, limit = self.ppo.reward.overlong_buffer, self.rollout.max_new_tokens
+        if buffer is not None and buffer > limit:
+            raise ValueError(
+                f"ppo.reward.overlong_buffer = {buffer} is longer than rollout.max_new_tokens = {limit}: "
+                f"choose a part of it, such as {max(1, limit // 4)}"
+            )
+        return self

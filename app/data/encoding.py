@@ -95,15 +95,23 @@ def encode_groups(items: Iterable[RankedGroup], template: Template, config: Data
         yield GroupRow(group.id, tuple(sequences), group.dataset)
 
 
-def encode_prompts(items: Iterable[PromptItem], template: Template, config: DataConfig, cuts: Cuts) -> Iterator[Prompt]:
+def encode_prompts(
+    items: Iterable[PromptItem], template: Template, config: DataConfig, cuts: Cuts, *, references: bool = False
+) -> Iterator[Prompt]:
     """Conversations that end in an open assistant turn, of at most `data.max_prompt_length` tokens; over-long ones lose their oldest.
-    They have no system tags: nothing is known of an answer that is to come."""
+    They have no system tags: nothing is known of an answer that is to come.
+
+    references: with the reference answers of those that have one, cut so that prompt and answer have at most `data.max_length`."""
     prefix, room = _prefix_and_room(template, config, config.max_prompt_length)
     for item in items:
         ids, _ = template.encode(item.messages, open_assistant=True)
         cuts.truncated += len(ids) > room
         messages = tuple(message.as_dict() for message in item.messages)
-        yield Prompt(item.id, item.messages[-1].content, np.array([*prefix, *ids[-room:]], np.int32), messages)
+        prompt = np.array([*prefix, *ids[-room:]], np.int32)
+        answer = None
+        if references and item.reference is not None:
+            answer = join_reply([], template.encode_text(item.reference), template.eos_id, max(1, config.max_length - len(prompt)))
+        yield Prompt(item.id, item.messages[-1].content, prompt, messages, answer)
 
 
 def join_reply(prompt: Sequence[int], reply: Sequence[int], eos_id: int, max_length: int) -> IntArray:

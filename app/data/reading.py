@@ -50,7 +50,8 @@ class RecordFiles:
         for group in found.groups if "rm" in stages else ():
             self.groups.add(key, replace(group, dataset=name), number, pairs=group.pairs)
         for prompt in found.prompts if "ppo" in stages else ():
-            self.prompts.add(key, replace(prompt, dataset=name), number)
+            item = replace(prompt, dataset=name)
+            self.prompts.add(key, item, number, same_as=replace(item, reference=None))  # one question is asked once
         return key
 
     def tables(self) -> tuple[RecordTable[Thread], RecordTable[RankedGroup], RecordTable[PromptItem]]:

@@ -44,10 +44,11 @@ class RecordWriter(Generic[T]):
         else:
             self._temporary.unlink()
 
-    def add(self, tree: int, record: T, dataset: int, *, pairs: int = 0) -> None:
-        """tree: the tree's key, an unsigned 64-bit number."""
+    def add(self, tree: int, record: T, dataset: int, *, pairs: int = 0, same_as: T | None = None) -> None:
+        """tree: the tree's key, an unsigned 64-bit number; same_as: in its place when equal records are told (default: itself)."""
         data = self._adapter.dump_json(record)
-        self._rows.append((tree, dataset, pairs, key_of(data), data))
+        content = key_of(data if same_as is None else self._adapter.dump_json(same_as))
+        self._rows.append((tree, dataset, pairs, content, data))
         if len(self._rows) == ROWS_PER_BATCH:
             self._flush()
 

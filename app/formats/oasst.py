@@ -195,6 +195,14 @@ def _group(tree: Tree, path: Sequence[Node]) -> RankedGroup | None:
     return RankedGroup(path[-1].id, tree.id, _messages(path), texts, reply_labels=labels)
 
 
+def _best_reply(question: Node) -> str | None:
+    """The reply of the lowest rank; an unranked one only where it is the only reply."""
+    ranked = [reply for reply in question.replies if reply.rank is not None]
+    if not ranked:
+        return question.replies[0].text if len(question.replies) == 1 else None
+    return min(ranked, key=lambda reply: reply.rank or 0).text
+
+
 def extract(tree: Tree, filters: Filters) -> TreeRecords:
     """SFT threads, ranked groups and PPO prompts of one tree; empty where the tree is filtered out."""
     records = TreeRecords(tree.id, count_messages(tree.root), lang=tree.lang)
@@ -210,7 +218,7 @@ def extract(tree: Tree, filters: Filters) -> TreeRecords:
         records,
         threads=tuple(_threads(tree, root, filters)),
         groups=tuple(group for path in questions if (group := _group(tree, path))),
-        prompts=tuple(PromptItem(path[-1].id, tree.id, _messages(path)) for path in questions),
+        prompts=tuple(PromptItem(path[-1].id, tree.id, _messages(path), reference=_best_reply(path[-1])) for path in questions),
     )
 
 

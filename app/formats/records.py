@@ -71,12 +71,16 @@ class RankedGroup:
 
 @dataclass(frozen=True)
 class PromptItem:
-    """A conversation that ends in a user turn: what PPO answers."""
+    """A conversation that ends in a user turn: what PPO answers.
+
+    reference: a good answer, where the data has one: the best of ranked replies, or the turn that followed.
+    """
 
     id: str
     tree_id: str
     messages: tuple[Message, ...]
     dataset: str = ""
+    reference: str | None = None
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,8 @@ def _screened(row: Row, records: TreeRecords, filters: Filters) -> TreeRecords |
 
 
 def conversation(messages: Sequence[Message], *, group: Sequence[str] = (), augmented: Sequence[str] = ()) -> TreeRecords:
-    """Records of one conversation: an SFT thread up to its last assistant turn, a prompt per user turn and, with `group`
+    """Records of one conversation: an SFT thread up to its last assistant turn, a prompt per user turn (with the answer to it, the
+    best one of a group, as its reference) and, with `group`
     (replies, best first), the ranked group that answers the last user turn, with its generated worst replies (`augmented`).
 
     Raises DataError unless user and assistant turns alternate, after at most one leading system message.
@@ -87,14 +88,16 @@ def conversation(messages: Sequence[Message], *, group: Sequence[str] = (), augm
         raise DataError("all replies are the same: there is nothing to rank")
     prefix = turns if turns[-1].role == "user" else turns[:-1]
     last = len(turns) - next(k for k, message in enumerate(reversed(turns)) if message.role == "user")
-    prompts = {turns[:end] for end in range(1, last + 1) if turns[end - 1].role == "user"}
+    answers = {turns[:end]: turns[end].content if end < len(turns) else None for end in range(1, last + 1) if turns[end - 1].role == "user"}
+    if replies:
+        answers[prefix] = replies[0]
     thread = turns if turns[-1].role == "assistant" else turns[:-1]
     return TreeRecords(
         tree_id,
         messages=len(turns) + max(0, len(replies) - 1),
         threads=(Thread(_name(thread), tree_id, thread),) if any(message.role == "assistant" for message in thread) else (),
         groups=(RankedGroup(_name(prefix), tree_id, prefix, replies, augmented=tuple(augmented)),) if replies else (),
-        prompts=tuple(PromptItem(_name(prompt), tree_id, prompt) for prompt in sorted(prompts, key=len)),
+        prompts=tuple(PromptItem(_name(prompt), tree_id, prompt, reference=answers[prompt]) for prompt in sorted(answers, key=len)),
     )
 
 

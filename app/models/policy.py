@@ -28,14 +28,22 @@ class PolicyModel(nn.Module):
         self.language_model = language_model
 
     def forward(
-        self, ids_BS: torch.Tensor, attention_BS: torch.Tensor, prompt_lengths_B: torch.Tensor, mask_BT: torch.Tensor, temperature: float
+        self,
+        ids_BS: torch.Tensor,
+        attention_BS: torch.Tensor,
+        prompt_lengths_B: torch.Tensor,
+        mask_BT: torch.Tensor,
+        temperature: float,
+        entropy_gradient: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs of the response tokens, and the entropy of the distributions they were drawn from (a metric, without
-        gradient); float32 [B, T], 0 where masked. Logits are divided by `temperature`, as the rollout engine does."""
+        """Log-probs of the response tokens, and the entropy of the distributions they were drawn from; float32 [B, T], 0 where
+        masked. Logits are divided by `temperature`, as the rollout engine does.
+
+        entropy_gradient: whether the entropy is more than a metric; without, the logits go as soon as the log-probs have theirs."""
         hidden_BSH = hidden_states(self.language_model.base_model, ids_BS, attention_BS)
         before_BT = states_before(prompt_lengths_B, mask_BT)
         rows_B1 = torch.arange(len(ids_BS), device=ids_BS.device)[:, None]
         logits_BTV = self.language_model.get_output_embeddings()(hidden_BSH[rows_B1, before_BT])
         logprobs_BT = label_logprobs(logits_BTV, ids_BS.gather(1, before_BT + 1), temperature)
-        entropy_BT = entropy(logits_BTV.detach(), temperature)
+        entropy_BT = entropy(logits_BTV if entropy_gradient else logits_BTV.detach(), temperature)
         return logprobs_BT.masked_fill(~mask_BT, 0.0), entropy_BT.masked_fill(~mask_BT, 0.0)

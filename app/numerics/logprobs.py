@@ -45,13 +45,13 @@ def label_logprobs(logits_BSV: torch.Tensor, labels_BS: torch.Tensor, temperatur
 
 
 def entropy(logits_BSV: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """[B, S]: -sum_v p_v log p_v with p = softmax(logits / temperature), in nats. A metric: it carries no gradient.
+    """[B, S]: -sum_v p_v log p_v with p = softmax(logits / temperature), in nats. Differentiable with respect to the logits.
 
     >>> entropy(torch.zeros(1, 1, 4))
     tensor([[1.3863]])
     """
-    with torch.no_grad():
-        return torch.cat([_entropy(_scaled(logits_BSV[:, part], temperature)) for part in _chunks(logits_BSV)], dim=1)
+    result: torch.Tensor = _Entropy.apply(logits_BSV, temperature)  # type: ignore[no-untyped-call]
+    return result
 
 
 def gather_response(x_BS: torch.Tensor, prompt_lengths_B: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
@@ -74,11 +74,9 @@ def _scaled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     return wide if temperature == 1.0 else wide / temperature
 
 
-def _entropy(scaled: torch.Tensor) -> torch.Tensor:
+def _log_softmax(scaled: torch.Tensor) -> torch.Tensor:
     # The floor keeps a token of probability 0 (logit -inf) from making 0 * -inf = NaN; exp of it is 0 all the same.
-    logprobs = scaled.log_softmax(-1).clamp_(min=-1e4)
-    result: torch.Tensor = torch.linalg.vecdot(logprobs.exp(), logprobs)
-    return -result
+    return scaled.log_softmax(-1).clamp_(min=-1e4)
 
 
 def _chunks(logits_BSV: torch.Tensor) -> Iterator[slice]:
@@ -112,3 +110,29 @@ class _LabelLogprobs(torch.autograd.Function):
             grad.scatter_add_(-1, labels_BS[:, part, None], outer)
             grad_logits_BSV[:, part] = grad
         return grad_logits_BSV, None, None
+
+
+class _Entropy(torch.autograd.Function):
+    """d H / d logits = -p * (log p + H) / temperature, recomputed chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_BSV: torch.Tensor, temperature: float) -> torch.Tensor:
+        parts = []
+        for part in _chunks(logits_BSV):
+            logprobs = _log_softmax(_scaled(logits_BSV[:, part], temperature))
+            parts.append(-torch.linalg.vecdot(logprobs.exp(), logprobs))
+        entropy_BS = torch.cat(parts, dim=1)
+        ctx.save_for_backward(logits_BSV, entropy_BS)
+        ctx.temperature = temperature
+        return entropy_BS
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_BS: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits_BSV, entropy_BS = ctx.saved_tensors
+        grad_logits_BSV = torch.empty_like(logits_BSV)
+        for part in _chunks(logits_BSV):
+            logprobs = _log_softmax(_scaled(logits_BSV[:, part], ctx.temperature))
+            outer = grad_BS[:, part, None] / ctx.temperature
+            grad_logits_BSV[:, part] = -outer * logprobs.exp() * (logprobs + entropy_BS[:, part, None])
+        return grad_logits_BSV, None

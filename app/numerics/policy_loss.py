@@ -15,7 +15,7 @@ from app.numerics.masked import masked_sum, zero_masked
 
 
 class ClippedLoss(NamedTuple):
-    """A scalar loss with gradient, and the share of tokens on which the clipped branch is the larger (no gradient)."""
+    """A scalar loss with gradient, and the share of tokens on which a clip decides (no gradient)."""
 
     loss: torch.Tensor
     clip_fraction: torch.Tensor
@@ -43,6 +43,20 @@ def truncated_importance(proximal_BT: torch.Tensor, behaviour_BT: torch.Tensor, 
     return ratios(proximal_BT, behaviour_BT, mask_BT).clamp(max=maximum).detach()
 
 
+def sequence_weights(mask_BT: torch.Tensor, *, total_tokens: int, total_sequences: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """total_tokens / (total_sequences * tokens of the row), [B, T]; 0 where masked.
+
+    A sum of losses over tokens that is divided by total_tokens becomes, with these weights, the mean over sequences of each
+    sequence's mean over its tokens.
+
+    >>> sequence_weights(torch.tensor([[True, True], [True, False]]), total_tokens=3, total_sequences=2)
+    tensor([[0.7500, 0.7500],
+            [1.5000, 0.0000]])
+    """
+    lengths_B1 = mask_BT.sum(1, keepdim=True, dtype=dtype).clamp(min=1)
+    return mask_BT * (total_tokens / (max(1, total_sequences) * lengths_B1))
+
+
 def clipped_policy_loss(
     logprobs_BT: torch.Tensor,
     proximal_BT: torch.Tensor,
@@ -51,12 +65,17 @@ def clipped_policy_loss(
     *,
     clip: float,
     total_tokens: int,
+    clip_high: float | None = None,
+    dual_clip: float | None = None,
     weights_BT: torch.Tensor | None = None,
 ) -> ClippedLoss:
-    """sum_t w_t * max(-A_t * rho_t, -A_t * clip(rho_t, 1 - clip, 1 + clip)) / total_tokens, rho = current / proximal.
+    """sum_t w_t * max(-A_t * rho_t, -A_t * clip(rho_t, 1 - clip, 1 + clip_high)) / total_tokens, rho = current / proximal.
 
+    clip_high: None is the same as clip; a larger one lets unlikely tokens of positive advantage grow faster.
+    dual_clip: where A_t < 0 a token's loss stays at -A_t * dual_clip however large rho gets; None leaves it unbounded.
     weights_BT multiplies each token's loss (see `truncated_importance`); None is 1 everywhere.
-    Source: Schulman et al. 2017, https://arxiv.org/abs/1707.06347, equation 7, with the sign of a loss.
+    Source: Schulman et al. 2017, https://arxiv.org/abs/1707.06347, equation 7, with the sign of a loss; two bounds: Yu et al. 2025,
+    https://arxiv.org/abs/2503.14476; dual clip: Ye et al. 2020, https://arxiv.org/abs/1912.09729, equation 3.
 
     >>> current, proximal = torch.tensor([[1.5]]).log(), torch.tensor([[1.0]]).log()
     >>> mask = torch.tensor([[True]])
@@ -65,11 +84,16 @@ def clipped_policy_loss(
     """
     ratio_BT = ratios(logprobs_BT, proximal_BT, mask_BT)
     plain_BT = -advantages_BT * ratio_BT
-    clipped_BT = -advantages_BT * ratio_BT.clamp(1 - clip, 1 + clip)
-    loss_BT = torch.maximum(plain_BT, clipped_BT)
+    near_BT = -advantages_BT * ratio_BT.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
+    loss_BT = torch.maximum(plain_BT, near_BT)
+    clipped_BT = near_BT > plain_BT
+    if dual_clip is not None:
+        bound_BT = torch.where(advantages_BT < 0, -advantages_BT * dual_clip, torch.inf)
+        clipped_BT = clipped_BT | (loss_BT > bound_BT)
+        loss_BT = torch.minimum(loss_BT, bound_BT)
     if weights_BT is not None:
         loss_BT = weights_BT * loss_BT
-    return _sums(loss_BT, clipped_BT > plain_BT, mask_BT, total_tokens)
+    return _sums(loss_BT, clipped_BT, mask_BT, total_tokens)
 
 
 def clipped_value_loss(

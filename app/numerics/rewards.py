@@ -1,6 +1,9 @@
-"""From reward-model scores to a reward per token.
+"""From reward-model scores to a reward per token, in this order:
 
-Shape legend: B rows, T response tokens. mask_BT is bool, True on response tokens.
+    score (the reward model's logit - its offset) -> minus the score of the reference answer -> divided by a scale -> clipped
+    -> missing-EOS term -> length terms -> added at the last response token; -kl_coef * k1 on every response token.
+
+Shape legend: B rows, T response tokens. mask_BT is bool, True on response tokens. A failed score is NaN and stays NaN throughout.
 """
 
 from __future__ import annotations
@@ -10,21 +13,58 @@ import torch
 from app.numerics.kl import k1
 
 
-def shape_scores(scores_B: torch.Tensor, finished_B: torch.Tensor, *, clip: float | None, missing_eos_score: float | None) -> torch.Tensor:
-    """Scores [B] after clipping to [-clip, clip] and then, where finished_B is False, replacing by missing_eos_score.
+def above_baseline(scores_B: torch.Tensor, baselines_B: torch.Tensor, has_baseline_B: torch.Tensor) -> torch.Tensor:
+    """scores_B minus baselines_B where has_baseline_B (bool) is True, scores_B elsewhere; [B].
 
-    A replaced score is never above the row's own clipped score, so that running into the token limit cannot pay.
-    None turns a step off; NaN (a failed score) stays NaN. finished_B: bool, True where the end token was sampled.
+    >>> above_baseline(torch.tensor([2.0, 2.0]), torch.tensor([0.5, 9.0]), torch.tensor([True, False]))
+    tensor([1.5000, 2.0000])
+    """
+    return torch.where(has_baseline_B, scores_B - baselines_B, scores_B)
+
+
+def clip_scores(scores_B: torch.Tensor, clip: float | None) -> torch.Tensor:
+    """Scores [B] cut to [-clip, clip]; None leaves them.
+
+    >>> clip_scores(torch.tensor([9.0, -0.5]), 4.0)
+    tensor([ 4.0000, -0.5000])
+    """
+    return scores_B if clip is None else scores_B.clamp(-clip, clip)
+
+
+def penalise_missing_eos(
+    scores_B: torch.Tensor, finished_B: torch.Tensor, *, replacement: float | None, penalty: float = 0.0
+) -> torch.Tensor:
+    """Scores [B], where finished_B is False replaced by `replacement` (None: kept) and lowered by `penalty`.
+
+    A replaced score is never above the row's own score, so that running into the token limit cannot pay.
+    finished_B: bool, True where the end token was sampled.
     Source: missing-EOS rule of Huang et al. 2024, https://arxiv.org/abs/2403.17031, with the bound added.
 
-    >>> scores, finished = torch.tensor([9.0, 9.0, -3.0]), torch.tensor([True, False, False])
-    >>> shape_scores(scores, finished, clip=4.0, missing_eos_score=-1.0)
+    >>> penalise_missing_eos(torch.tensor([4.0, 4.0, -3.0]), torch.tensor([True, False, False]), replacement=-1.0)
     tensor([ 4., -1., -3.])
     """
-    shaped_B = scores_B if clip is None else scores_B.clamp(-clip, clip)
-    if missing_eos_score is None:
-        return shaped_B
-    return torch.where(finished_B, shaped_B, shaped_B.clamp(max=missing_eos_score))
+    bounded_B = scores_B if replacement is None else scores_B.clamp(max=replacement)
+    return torch.where(finished_B, scores_B, bounded_B - penalty)
+
+
+def length_penalties(
+    lengths_B: torch.Tensor, *, per_token: float, overlong_buffer: int | None, overlong_penalty: float, max_length: int
+) -> torch.Tensor:
+    """What responses of lengths_B tokens lose, float32 [B], never negative: per_token * length, plus the overlong term
+
+        overlong_penalty * clip((length - (max_length - overlong_buffer)) / overlong_buffer, 0, 1)
+
+    which rises over the last `overlong_buffer` tokens (None: no such term) before the token limit `max_length`.
+    Source: soft overlong punishment of Yu et al. 2025, https://arxiv.org/abs/2503.14476, equation 13.
+
+    >>> length_penalties(torch.tensor([4, 9, 10]), per_token=0.0, overlong_buffer=4, overlong_penalty=1.0, max_length=10)
+    tensor([0.0000, 0.7500, 1.0000])
+    """
+    penalties_B = per_token * lengths_B.float()
+    if overlong_buffer is not None:
+        over_B = (lengths_B - (max_length - overlong_buffer)) / overlong_buffer
+        penalties_B = penalties_B + overlong_penalty * over_B.clamp(0, 1)
+    return penalties_B
 
 
 def token_rewards(

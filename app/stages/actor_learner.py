@@ -9,40 +9,54 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from app.alarms import AlarmWatch, require_finite
-from app.algorithms import ALGORITHMS
-from app.algorithms.ppo import Ppo
+from app.algorithms.algorithm import Algorithm
+from app.algorithms.shaping import scale_of
 from app.config.ppo import PpoConfig
 from app.data.prompt_stream import PromptStream
-from app.errors import Interrupted, NonFiniteError, RolloutError, ScoringError, StaleRolloutError
-from app.experience import Experience, FinishReason, Rollout, Scores, TokenBatch, pad_rows
+from app.errors import CheckpointError, Interrupted, NonFiniteError, RolloutError, ScoringError, StaleRolloutError
+from app.experience import Experience, Rollout, Scores, TokenBatch, pad_rows, prompt_groups
 from app.interfaces import Learner, Publisher, Reward, RolloutPool, Scorer, Tracker
 from app.kept_rollouts import Batch, RolloutRecorder
-from app.numerics import shape_scores
+from app.numerics import Moments
+from app.stages.reference_scores import reference_scores, shape_rollout_scores
 from app.stages.rollout_stream import RolloutStream, ScoredRollouts
 from app.stages.step_metrics import batch_metrics, speed_metrics
 
 
 @dataclass(frozen=True)
 class LoopState:
-    """Where the loop stands: finished steps, version of the policy weights, prompts already trained on."""
+    """Where the loop stands: finished steps, version of the policy weights, prompts already trained on, weight of the KL penalty
+    (None: ppo.kl.coef, nothing has changed it yet), moments of the scores that ppo.reward.scale divides by."""
 
     step: int = 0
     version: int = 0
     prompt_cursor: int = 0
+    kl_coef: float | None = None
+    scores: Moments = Moments()
+
+    @classmethod
+    def restore(cls, saved: Mapping[str, Any]) -> LoopState:
+        """The state whose `asdict` a checkpoint holds. Raises CheckpointError unless it has exactly these parts."""
+        names = {field.name for field in fields(cls)}
+        if saved.keys() != names:
+            raise CheckpointError(
+                f"the checkpoint's loop state holds {sorted(saved)}, this version reads {sorted(names)}: "
+                "go on with the version that wrote it, or start in another run.dir"
+            )
+        return cls(**{**saved, "scores": Moments(**saved["scores"])})
 
 
 class Checkpoints(Protocol):
     """Where loop states are kept."""
 
-    def save(self, step: int, state: Mapping[str, int], write: Callable[[Path], None]) -> object: ...
+    def save(self, step: int, state: Mapping[str, Any], write: Callable[[Path], None]) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,7 @@ class Parts:
     checkpoints: Checkpoints
     prompts: PromptStream
     pad_id: int
+    max_new_tokens: int
     watch: AlarmWatch = field(default_factory=AlarmWatch)
     recorder: RolloutRecorder | None = None
 
@@ -81,13 +96,14 @@ def actor_learner_loop(
     """Run the loop from `state` to `config.steps` and return where it ended.
 
     Raises StaleRolloutError, RolloutError (engine and learner disagree), WeightPushError, ScoringError, NonFiniteError,
-    AlarmError (after the step is recorded), DeadlineError, and Interrupted after saving a checkpoint when `stop_requested()` turns true.
+    AlarmError (after the step is recorded), LearnerError, DeadlineError, and Interrupted after saving a checkpoint when
+    `stop_requested()` turns true.
     """
-    algorithm = ALGORITHMS["ppo"](config.algorithm)
+    algorithm = config.make_algorithm()
     parts.publisher.publish(state.version)
     stream = RolloutStream(
-        parts.pool, parts.reward, parts.scorer, parts.prompts, batch_size=config.batch_size, pieces=config.score_pieces,
-        max_lag=config.max_lag, seed=seed, step=state.step, steps=config.steps, cursor=state.prompt_cursor,
+        parts.pool, parts.reward, parts.scorer, parts.prompts, batch_size=config.batch_size, samples=config.samples_per_prompt,
+        pieces=config.score_pieces, max_lag=config.max_lag, seed=seed, step=state.step, steps=config.steps, cursor=state.prompt_cursor,
     )  # fmt: skip
     stream.fill(state.step)
     while state.step < config.steps:
@@ -100,27 +116,37 @@ def actor_learner_loop(
         check_lag(rollouts, state.version, config.max_lag)
         # 2. what the models think of it: reward model, reference, policy and critic work at the same time
         with clock("score"):
+            baselines = reference_scores(parts.reward, rollouts) if config.reward.delta else None
             tokens = TokenBatch.from_rollouts(rollouts, parts.pad_id)
             proximal_BT, values_BT = parts.learner.inspect(tokens)
             scored = pending.result()
             scores_B = torch.from_numpy(scored.scores.total_B).float()
-            experience = collect_experience(scored, tokens, scores_B, proximal_BT, values_BT, config)
+            shaped_B, moments = shape_rollout_scores(scores_B, baselines, rollouts, state.scores, config.reward, parts.max_new_tokens)
+            experience = collect_experience(scored, tokens, shaped_B, proximal_BT, values_BT)
         require_agreement(experience, config)
-        require_scores(scored.scores, config)
+        require_scores(scored.scores, shaped_B, config)
         # 3. credit: KL-shaped rewards, advantages, returns
-        batch = Batch(state.step + 1, state.version, rollouts, scored.scores, experience, {"kl_coef": config.kl.coef})
+        kl_coef = config.kl.coef if state.kl_coef is None else state.kl_coef
+        batch = Batch(state.step + 1, state.version, rollouts, scored.scores, experience, {"kl_coef": kl_coef})
         experience = credit_and_record(parts, algorithm, batch)
-        measured = batch_metrics(algorithm, rollouts, scored.scores, experience, version=state.version, max_lag=config.max_lag)
+        measured = batch_metrics(algorithm, rollouts, scored.scores, experience, version=state.version)
         require_finite_batch(parts, batch.step, measured)
         # 4. learn: epochs x minibatches x micro-batches happen inside the workers
         with clock("update"):
             update = parts.learner.update(experience, seed=seed + state.step)
         # 5. publish and record
-        state = LoopState(state.step + 1, state.version + 1, state.prompt_cursor + len(rollouts))
+        state = LoopState(
+            step=state.step + 1,
+            version=state.version + 1,
+            prompt_cursor=state.prompt_cursor + stream.prompts_per_step,
+            kl_coef=config.kl.after(kl_coef, kl=measured["kl"], sequences=int(experience.mask_BT.any(1).sum())),
+            scores=moments,
+        )
         with clock("push"):
             push = parts.publisher.publish(state.version)
             stream.fill(state.step)
         metrics = measured | dict(update) | dict(push) | speed_metrics(rollouts, time.perf_counter() - began)
+        metrics["score_scale"] = scale_of(config.reward, moments)
         metrics |= {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()} | parts.watch.drift(metrics)
         parts.tracker.log("ppo", state.step, metrics)
         sound_alarms(parts, state.step, metrics)
@@ -148,21 +174,20 @@ def collect_experience(
     tokens: TokenBatch,
     scores_B: torch.Tensor,
     proximal_BT: torch.Tensor,
-    values_BT: torch.Tensor,
-    config: PpoConfig,
+    values_BT: torch.Tensor | None,
 ) -> Experience:
-    """Align everything on response tokens; scores are shaped (clip, missing end token) here."""
+    """Align everything on response tokens. scores_B are the shaped ones; rollouts of one prompt are one group."""
     length = tokens.mask_BT.shape[1]
     rollouts = scored.rollouts
-    finished_B = torch.tensor([rollout.finish is FinishReason.STOP for rollout in rollouts])
     reference = [rollout.of_response(row) for rollout, row in zip(rollouts, scored.reference, strict=True)]
     return Experience(
         tokens=tokens,
-        scores_B=shape_scores(scores_B, finished_B, clip=config.reward.clip, missing_eos_score=config.reward.missing_eos_score),
+        scores_B=scores_B,
         behaviour_BT=pad_rows([rollout.logprobs for rollout in rollouts], length),
         proximal_BT=proximal_BT,
         reference_BT=pad_rows(reference, length),
         values_BT=values_BT,
+        groups_B=prompt_groups(rollouts),
     )
 
 
@@ -178,9 +203,10 @@ def require_agreement(experience: Experience, config: PpoConfig) -> None:
         )
 
 
-def require_scores(scores: Scores, config: PpoConfig) -> None:
-    """A failed score (NaN) is masked out of the update; more than a few of them are no accident. Raises ScoringError."""
-    failed, count = int(np.isnan(scores.total_B).sum()), len(scores.total_B)
+def require_scores(scores: Scores, shaped_B: torch.Tensor, config: PpoConfig) -> None:
+    """A failed score (NaN, its own or that of the reference answer) is masked out of the update; more than a few of them are no
+    accident. Raises ScoringError."""
+    failed, count = int(shaped_B.isnan().sum()), len(shaped_B)
     if failed > config.max_failed_scores * count:
         reasons = "; ".join(f"{part}: {reason}" for part, reason in scores.failures.items() if part not in scores.held_out)
         raise ScoringError(
@@ -189,7 +215,7 @@ def require_scores(scores: Scores, config: PpoConfig) -> None:
         )
 
 
-def credit_and_record(parts: Parts, algorithm: Ppo, batch: Batch) -> Experience:
+def credit_and_record(parts: Parts, algorithm: Algorithm[Any], batch: Batch) -> Experience:
     """The credited experience; the batch is recorded, also one that credit refuses. Raises NonFiniteError."""
     credited = batch.experience
     try:

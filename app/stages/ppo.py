@@ -49,11 +49,16 @@ class PromptSets:
 
 
 def prompt_sets(recipe: Recipe, prepared: Prepared) -> PromptSets:
-    """Both sides of the corpus as token ids; at most `evaluation.prompts` held-out ones."""
-    corpus, cuts = prepared.corpus, Cuts()
+    """Both sides of the corpus as token ids; at most `evaluation.prompts` held-out ones. Raises ConfigError when ppo.reward.delta asks
+    for reference answers that the data does not have."""
+    corpus, cuts, delta = prepared.corpus, Cuts(), recipe.ppo.reward.delta
     items = list(corpus.train.prompts)  # decoded once
     sides = (items, corpus.validation.prompts[: recipe.evaluation.prompts])
-    train, held_out = (list(encode_prompts(side, prepared.template, recipe.data, cuts)) for side in sides)
+    train, held_out = (list(encode_prompts(side, prepared.template, recipe.data, cuts, references=delta)) for side in sides)
+    if delta and all(prompt.reference is None for prompt in train):
+        raise ConfigError(
+            f"ppo.reward.delta: no prompt of {corpus.path} has a reference answer to compare with: set ppo.reward.delta = false"
+        )
     mixture = Mixture.of((item.dataset for item in items), corpus.settings)
     return PromptSets(PromptStream(train, mixture), held_out, cuts.truncated)
 
@@ -82,7 +87,7 @@ def open_pool(
 
 
 def start_learner(recipe: Recipe, policy_path: str, reward_path: str, placement: Sequence[Any] = ()) -> AbstractContextManager[RayLearner]:
-    """Policy from the SFT model, critic from the reward model."""
+    """Policy from the SFT model, critic (where the algorithm has one) from the reward model."""
     spec = LearnerSpec(
         policy_path=policy_path,
         critic_path=reward_path,
@@ -153,13 +158,15 @@ def _resume_and_run(
     state = LoopState()
     if saved is not None:
         learner.load(str(saved.path))
-        state = LoopState(**saved.state)
+        state = LoopState.restore(saved.state)
         tracker.note(f"ppo: going on from step {state.step}")
     tracker.begin("ppo", recipe.ppo.steps, done=state.step)
     watch = AlarmWatch(recipe.alarms, steps_before(run.path / METRICS_FILE, state.step))
     recorder = RolloutRecorder(run.stage("ppo") / "rollouts", recipe.ppo, template.decode, template.pad_id)
     publisher = weight_publisher(recipe, learner, pool, canaries)
-    parts = Parts(learner, pool, publisher, reward, scorer, tracker, store, prompts, template.pad_id, watch, recorder)
+    parts = Parts(
+        learner, pool, publisher, reward, scorer, tracker, store, prompts, template.pad_id, recipe.rollout.max_new_tokens, watch, recorder
+    )
     with stop_requests() as stop_requested:
         state = actor_learner_loop(parts, recipe.ppo, state, seed=recipe.run.seed, stop_requested=stop_requested)
     tracker.end("ppo")

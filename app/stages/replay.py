@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.algorithms import ALGORITHMS
 from app.config.ppo import PpoConfig
 from app.curves import read_curves
 from app.errors import ConfigError, ReplayError
@@ -49,9 +48,9 @@ def replay(run_path: Path, step: int) -> list[Comparison]:
 
 def recomputed(batch: Batch, config: PpoConfig) -> dict[str, float]:
     """The metrics of a recorded step, from its rollouts alone."""
-    algorithm = ALGORITHMS["ppo"](config.algorithm)
+    algorithm = config.make_algorithm()
     credited = algorithm.credit(batch.experience, **batch.credit)
-    metrics = batch_metrics(algorithm, batch.rollouts, batch.scores, credited, version=batch.version, max_lag=config.max_lag)
+    metrics = batch_metrics(algorithm, batch.rollouts, batch.scores, credited, version=batch.version)
     if config.epochs * config.minibatches == 1:
         metrics |= {name: metrics[f"start/{name}"] for name in ("policy_loss", "value_loss") if f"start/{name}" in metrics}
     return metrics

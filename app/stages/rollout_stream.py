@@ -33,6 +33,7 @@ class RolloutStream:
         prompts: PromptStream,
         *,
         batch_size: int,
+        samples: int,
         pieces: int,
         max_lag: int,
         seed: int,
@@ -40,18 +41,21 @@ class RolloutStream:
         steps: int,
         cursor: int,
     ) -> None:
-        """pieces: a batch goes to scoring in at most so many. step, cursor: batches and prompts that earlier starts have used."""
+        """samples: responses to each prompt, which stand together in the batch; pieces: a batch goes to scoring in at most so many;
+        step, cursor: batches and prompts that earlier starts have used."""
         self._pool, self._reward, self._scorer, self._prompts = pool, reward, scorer, prompts
+        self.prompts_per_step, self._samples = batch_size // samples, samples
         self._batch_size, self._pieces, self._max_lag, self._seed = batch_size, pieces, max_lag, seed
-        self._first, self._submitted, self._steps, self._cursor = step, step, steps, cursor
+        self._submitted, self._steps, self._cursor = step, steps, cursor
         self._in_flight: deque[Sampling] = deque()
 
     def fill(self, done: int) -> None:
         """Give the engines what may be sampled once `done` steps are trained and their weights published."""
         while self._submitted < min(done + self._max_lag + 1, self._steps):
-            batch = self._prompts.take(self._cursor, self._batch_size, seed=self._seed)
+            prompts = self._prompts.take(self._cursor, self.prompts_per_step, seed=self._seed)
+            batch = [prompt for prompt in prompts for _ in range(self._samples)]
             self._in_flight.append(self._pool.submit(batch, seed=self._seed + self._cursor))
-            self._cursor += self._batch_size
+            self._cursor += self.prompts_per_step
             self._submitted += 1
 
     def take(self) -> PendingScores:

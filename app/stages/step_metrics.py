@@ -6,12 +6,13 @@ Shape legend: B rollouts, T response tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
+from app.algorithms.algorithm import Algorithm
 from app.algorithms.credit import credit_metrics
-from app.algorithms.ppo import Ppo
 from app.experience import Experience, FinishReason, Minibatch, PolicyOutputs, Rollout, Scores, Totals
 from app.numerics.kl import k3
 from app.numerics.masked import masked_mean
@@ -22,13 +23,13 @@ REPETITION_NGRAM = 4
 
 
 def batch_metrics(
-    algorithm: Ppo, rollouts: Sequence[Rollout], scores: Scores, credited: Experience, *, version: int, max_lag: int
+    algorithm: Algorithm[Any], rollouts: Sequence[Rollout], scores: Scores, credited: Experience, *, version: int
 ) -> dict[str, float]:
     """Everything that is known of a batch before the update, from what `app.kept_rollouts` records."""
     return {
         **step_metrics(rollouts, scores, credited, version),
         **credit_metrics(credited),
-        **starting_losses(algorithm, credited, max_lag=max_lag),
+        **starting_losses(algorithm, credited),
     }
 
 
@@ -54,14 +55,14 @@ def step_metrics(rollouts: Sequence[Rollout], scores: Scores, experience: Experi
     }
 
 
-def starting_losses(algorithm: Ppo, experience: Experience, *, max_lag: int) -> dict[str, float]:
+def starting_losses(algorithm: Algorithm[Any], experience: Experience) -> dict[str, float]:
     """`start/policy_loss` and `start/value_loss`: the losses of a credited batch before the first optimizer step, where the current
     policy and critic are those that gave the proximal log-probs and the values."""
     mask_BT = experience.mask_BT
     minibatch = Minibatch.from_rows(experience, torch.arange(len(mask_BT)))
     totals = Totals(tokens=int(mask_BT.sum()), sequences=int(mask_BT.any(dim=1).sum()))
     outputs = PolicyOutputs(minibatch.proximal_BT, minibatch.old_values_BT, torch.zeros_like(minibatch.proximal_BT))
-    metrics = algorithm.loss(outputs, minibatch, totals, max_lag=max_lag).metrics
+    metrics = algorithm.loss(outputs, minibatch, totals).metrics
     return {f"start/{name}": metrics[name] for name in ("policy_loss", "value_loss") if name in metrics}
 
 

@@ -97,7 +97,7 @@ class TrialNotes(tune.Callback):
 class NoCheckpoints:
     """A trial that is stopped or lost is not resumed."""
 
-    def save(self, step: int, state: Mapping[str, int], write: Callable[[Path], None]) -> None:
+    def save(self, step: int, state: Mapping[str, Any], write: Callable[[Path], None]) -> None:
         """Keep nothing."""
 
 
@@ -130,6 +130,7 @@ def run_trial(config: dict[str, Any], *, inputs: TrialInputs) -> None:
             NoCheckpoints(),
             inputs.prompts,
             inputs.template.pad_id,
+            recipe.rollout.max_new_tokens,
             AlarmWatch(recipe.alarms),
         )
         actor_learner_loop(parts, recipe.ppo, LoopState(), seed=recipe.run.seed)

@@ -1,4 +1,4 @@
-"""The learner: policy and critic under DeepSpeed, in one Ray actor per rank.
+"""The learner: policy and, where the algorithm has one, critic under DeepSpeed, in one Ray actor per rank.
 
 Shape legend: B rollouts, T response tokens, S sequence (see app.experience).
 """
@@ -18,10 +18,9 @@ import numpy as np
 import ray
 import torch
 
-from app.algorithms import ALGORITHMS
 from app.config.ppo import PpoConfig
 from app.config.shared import OptimizerConfig
-from app.errors import CheckpointError, CorralError, NonFiniteError, WeightPushError
+from app.errors import CheckpointError, CorralError, LearnerError, NonFiniteError, WeightPushError
 from app.experience import Experience, FloatArray, IntArray, Minibatch, PolicyOutputs, TokenBatch, Totals
 from app.numerics import gather_response
 from app.workers.pending import collect
@@ -35,7 +34,7 @@ class LearnerSpec:
     """What every rank builds its models from."""
 
     policy_path: str
-    critic_path: str  # reward-model folder
+    critic_path: str  # reward-model folder; not read without a critic
     precision: str
     temperature: float
     config: PpoConfig
@@ -77,7 +76,7 @@ class LearnerWorker:
             return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
 
     def start(self, spec: LearnerSpec, rank: int, world: int, address: tuple[str, int]) -> None:
-        """Join the process group and build both engines."""
+        """Join the process group and build the engines."""
         from app.models.heads import ValueModel
         from app.models.load import load_causal_lm
         from app.models.policy import PolicyModel
@@ -91,7 +90,7 @@ class LearnerWorker:
         deepspeed.init_distributed(dist_backend="nccl" if self._device.type == "cuda" else "gloo", verbose=False)
         torch.manual_seed(spec.seed + rank)
         self._spec, self._rank, self._world = spec, rank, world
-        self._algorithm = ALGORITHMS["ppo"](config.algorithm)
+        self._algorithm = config.make_algorithm()
         self._held: OpenPasses | None = None
 
         def engine(model: torch.nn.Module, optimizer: OptimizerConfig) -> Any:
@@ -107,11 +106,13 @@ class LearnerWorker:
 
         language_model = load_causal_lm(spec.policy_path, "fp32", spec.trust_remote_code)  # DeepSpeed casts and keeps float32 masters
         self._policy = engine(PolicyModel(language_model), config.policy)
-        critic = ValueModel.from_reward_model(spec.critic_path, trust_remote_code=spec.trust_remote_code)
-        self._critic = engine(critic, config.critic)
+        self._critic: Any = None
+        if self._algorithm.has_critic:
+            critic = ValueModel.from_reward_model(spec.critic_path, trust_remote_code=spec.trust_remote_code)
+            self._critic = engine(critic, config.critic)
 
-    def inspect(self, tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(rows, log-probs, values) of this rank's share of the batch; the last two float32 [b, T]."""
+    def inspect(self, tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(rows, log-probs, values) of this rank's share of the batch; the last two float32 [b, T], no values without a critic."""
         length = tokens.mask_BT.shape[1]
         reuse = self._spec.config.reuse_forward
         self._held = OpenPasses(tokens)
@@ -122,11 +123,11 @@ class LearnerWorker:
                 outputs = self._forward(tokens.rows(rows))
             if reuse:
                 self._held.passes.append((rows, outputs))
-            assert outputs.values_BT is not None
             pad = (0, length - outputs.logprobs_BT.shape[1])
             logprobs.append(torch.nn.functional.pad(outputs.logprobs_BT.detach().cpu(), pad))
-            values.append(torch.nn.functional.pad(outputs.values_BT.detach().cpu(), pad))
-        return torch.cat(batches), torch.cat(logprobs), torch.cat(values)
+            if outputs.values_BT is not None:
+                values.append(torch.nn.functional.pad(outputs.values_BT.detach().cpu(), pad))
+        return torch.cat(batches), torch.cat(logprobs), torch.cat(values) if values else None
 
     def update(self, experience: Experience, seed: int) -> dict[str, float]:
         """Epochs x minibatches x micro-batches; metrics are means over the optimizer steps, the same on every rank."""
@@ -145,26 +146,39 @@ class LearnerWorker:
         from app.workers.deepspeed_engine import backward_scaled, optimizer_step
 
         sums: dict[str, float] = defaultdict(float)
-        first_step_ratio = 0.0
+        first_step_mismatch = 0.0
         norms: dict[str, float] = {}
         for minibatch, outputs in self._forward_passes(experience, rows):
-            loss = self._algorithm.loss(on_cpu(outputs), minibatch, totals, max_lag=self._spec.config.max_lag)
-            assert loss.value is not None
-            self._require_finite(policy_loss=loss.policy, value_loss=loss.value)
+            if first:
+                first_step_mismatch = max(first_step_mismatch, self._mismatch(outputs, minibatch))
+            loss = self._algorithm.loss(on_cpu(outputs), minibatch, totals)
             for name, engine, part in (("policy", self._policy, loss.policy), ("critic", self._critic, loss.value)):
+                if part is None:
+                    continue
+                self._require_finite(name, part)
                 backward_scaled(engine, part)
                 norm = optimizer_step(engine)
                 if norm is not None:
                     norms[f"{name}_grad_norm"] = norm
-            if first:
-                difference = (outputs.logprobs_BT.detach().cpu() - minibatch.proximal_BT).masked_fill(~minibatch.mask_BT, 0.0)
-                first_step_ratio = max(first_step_ratio, float(difference.abs().max()))
             for name, value in loss.metrics.items():
                 sums[name] += value
         metrics = self._sum_over_ranks(sums)
         if first:
-            metrics["first_step_mismatch"] = self._max_over_ranks(first_step_ratio)
+            metrics["first_step_mismatch"] = self._max_over_ranks(first_step_mismatch)
         return metrics | norms
+
+    def _mismatch(self, outputs: PolicyOutputs, minibatch: Minibatch) -> float:
+        """Largest |current - proximal| before any step on a batch, where both are of the same weights. Raises LearnerError beyond the
+        limit: dropout, another mask or padding, or arithmetic that depends on the batch make every importance ratio wrong."""
+        difference_BT = (outputs.logprobs_BT.detach().cpu() - minibatch.proximal_BT).masked_fill(~minibatch.mask_BT, 0.0)
+        mismatch, limit = float(difference_BT.abs().max()), self._spec.config.max_logprob_mismatch
+        if not mismatch <= limit:
+            raise LearnerError(
+                f"rank {self._rank}: at the first optimizer step log-probs differ by {mismatch:.2e} nats from those before the update, "
+                f"with the same weights (limit ppo.max_logprob_mismatch = {limit:.0e}): turn dropout off in the model's config, "
+                "or raise the limit where the precision explains it"
+            )
+        return mismatch
 
     def _micro_batches(self, rows: torch.Tensor, tokens: TokenBatch) -> list[torch.Tensor]:
         lengths = tokens.prompt_lengths_B + tokens.response_lengths_B
@@ -186,14 +200,17 @@ class LearnerWorker:
     def _forward(self, tokens: TokenBatch) -> PolicyOutputs:
         moved = [x.to(self._device) for x in (tokens.ids_BS, tokens.attention_BS, tokens.prompt_lengths_B, tokens.mask_BT)]
         ids_BS, attention_BS, prompt_lengths_B, mask_BT = moved
-        logprobs_BT, entropy_BT = self._policy(ids_BS, attention_BS, prompt_lengths_B, mask_BT, self._spec.temperature)
-        values_BS = self._critic(ids_BS, attention_BS)
-        return PolicyOutputs(logprobs_BT, gather_response(values_BS[:, :-1], prompt_lengths_B, mask_BT), entropy_BT)
+        config = self._spec.config
+        temperature, entropy_gradient = self._spec.temperature, config.algorithm.entropy_coef > 0
+        logprobs_BT, entropy_BT = self._policy(ids_BS, attention_BS, prompt_lengths_B, mask_BT, temperature, entropy_gradient)
+        values_BT = None
+        if self._critic is not None:
+            values_BT = gather_response(self._critic(ids_BS, attention_BS)[:, :-1], prompt_lengths_B, mask_BT)
+        return PolicyOutputs(logprobs_BT, values_BT, entropy_BT)
 
-    def _require_finite(self, **losses: torch.Tensor) -> None:
-        for name, loss in losses.items():
-            if not torch.isfinite(loss):
-                raise NonFiniteError(f"{name} is {loss.item()} on rank {self._rank}, before the optimizer step: lower the learning rate")
+    def _require_finite(self, name: str, loss: torch.Tensor) -> None:
+        if not torch.isfinite(loss):
+            raise NonFiniteError(f"{name} loss is {loss.item()} on rank {self._rank}, before the optimizer step: lower the learning rate")
 
     def _sum_over_ranks(self, sums: Mapping[str, float]) -> dict[str, float]:
         names = sorted(sums)
@@ -253,19 +270,22 @@ class LearnerWorker:
         self._nccl.send_weights()
 
     def save(self, folder: str) -> None:
-        """Both engines and every rank's random state. Collective."""
+        """Every engine and every rank's random state. Collective."""
         from app.workers.deepspeed_engine import save_engine
 
-        save_engine(self._policy, Path(folder) / "policy", {})
-        save_engine(self._critic, Path(folder) / "critic", {})
+        for name, engine in self._engines():
+            save_engine(engine, Path(folder) / name, {})
 
     def load(self, folder: str) -> None:
         """Restore `save`. Raises CheckpointError if a part is missing."""
         from app.workers.deepspeed_engine import load_engine
 
         self._held = None
-        load_engine(self._policy, Path(folder) / "policy")
-        load_engine(self._critic, Path(folder) / "critic")
+        for name, engine in self._engines():
+            load_engine(engine, Path(folder) / name)
+
+    def _engines(self) -> list[tuple[str, Any]]:
+        return [(name, engine) for name, engine in (("policy", self._policy), ("critic", self._critic)) if engine is not None]
 
     def export(self, folder: str) -> None:
         """Rank 0 writes the policy as a Hugging Face folder. Collective."""
@@ -298,12 +318,12 @@ class RayLearner:
         """Wait until every rank has built its engines; raises what a rank raised meanwhile."""
         collect(self._starting, phase="learner start", deadline_seconds=self._deadline_seconds, failure=CorralError)
 
-    def inspect(self, tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        logprobs_BT = torch.zeros(tokens.mask_BT.shape)
-        values_BT = torch.zeros(tokens.mask_BT.shape)
-        for rows, logprobs, values in self._each("inspect", ray.put(tokens)):
-            logprobs_BT[rows], values_BT[rows] = logprobs, values
-        return logprobs_BT, values_BT
+    def inspect(self, tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        answers = self._each("inspect", ray.put(tokens))
+        in_order = torch.cat([rows for rows, _, _ in answers]).argsort()
+        logprobs_BT = torch.cat([logprobs for _, logprobs, _ in answers])[in_order]
+        values = [values for _, _, values in answers if values is not None]
+        return logprobs_BT, torch.cat(values)[in_order] if values else None
 
     def update(self, experience: Experience, *, seed: int) -> dict[str, float]:
         return self._each("update", ray.put(experience), seed)[0]

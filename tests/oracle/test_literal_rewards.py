@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from app.numerics import shape_scores, token_rewards
+from app.numerics import clip_scores, length_penalties, penalise_missing_eos, token_rewards
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
@@ -21,6 +21,17 @@ def literal_shaped_score(score: float, finished: bool, clip: float | None, missi
     if not finished and missing_eos_score is not None and score > missing_eos_score:
         score = missing_eos_score
     return score
+
+
+def shaped(scores: list[float], finished: list[bool], clip: float | None, missing_eos_score: float | None) -> torch.Tensor:
+    return penalise_missing_eos(clip_scores(torch.tensor(scores), clip), torch.tensor(finished), replacement=missing_eos_score)
+
+
+def literal_length_penalty(length: int, per_token: float, buffer: int | None, most: float, limit: int) -> float:
+    penalty = per_token * length
+    if buffer is None or length <= limit - buffer:
+        return penalty
+    return penalty + most * min(1.0, (length - (limit - buffer)) / buffer)
 
 
 def literal_rewards(score: float, policy: list[float], reference: list[float], kl_coef: float) -> list[float]:
@@ -48,7 +59,7 @@ def literal_rewards(score: float, policy: list[float], reference: list[float], k
     ],
 )
 def test_shaped_score_table(score: float, finished: bool, clip: float | None, missing: float | None, expected: float) -> None:
-    actual = shape_scores(torch.tensor([score]), torch.tensor([finished]), clip=clip, missing_eos_score=missing)
+    actual = shaped([score], [finished], clip, missing)
     torch.testing.assert_close(actual, torch.tensor([expected]), **CLOSE)
     assert literal_shaped_score(score, finished, clip, missing) == expected
 
@@ -57,16 +68,33 @@ def test_shaped_score_table(score: float, finished: bool, clip: float | None, mi
 @pytest.mark.parametrize("missing", [None, -1.0])
 @pytest.mark.parametrize("finished", [True, False])
 def test_failed_score_stays_nan(clip: float | None, missing: float | None, finished: bool) -> None:
-    shaped = shape_scores(torch.tensor([math.nan]), torch.tensor([finished]), clip=clip, missing_eos_score=missing)
-    assert shaped.isnan().all()
+    assert shaped([math.nan], [finished], clip, missing).isnan().all()
 
 
 def test_shaped_scores_literal() -> None:
     draw = random.Random(3)
     scores = [draw.gauss(0, 3) for _ in range(200)]
     finished = [draw.random() < 0.5 for _ in scores]
-    actual = shape_scores(torch.tensor(scores), torch.tensor(finished), clip=2.5, missing_eos_score=-1.0)
+    actual = shaped(scores, finished, 2.5, -1.0)
     expected = [literal_shaped_score(s, f, 2.5, -1.0) for s, f in zip(scores, finished, strict=True)]
+    torch.testing.assert_close(actual, torch.tensor(expected), **CLOSE)
+
+
+def test_missing_eos_penalty_table() -> None:
+    # 2 and 2 - 0.5; with a replacement too: min(2, -1) - 0.5, and min(-3, -1) - 0.5
+    scores_B, finished_B = torch.tensor([2.0, 2.0, -3.0]), torch.tensor([True, False, False])
+    subtracted = penalise_missing_eos(scores_B, finished_B, replacement=None, penalty=0.5)
+    torch.testing.assert_close(subtracted, torch.tensor([2.0, 1.5, -3.5]), **CLOSE)
+    both = penalise_missing_eos(scores_B, finished_B, replacement=-1.0, penalty=0.5)
+    torch.testing.assert_close(both, torch.tensor([2.0, -1.5, -3.5]), **CLOSE)
+
+
+@pytest.mark.parametrize("buffer", [None, 1, 4, 10])
+@pytest.mark.parametrize("per_token", [0.0, 0.01])
+def test_length_penalties_literal(buffer: int | None, per_token: float) -> None:
+    lengths = list(range(1, 13))  # beyond the limit of 10 nothing is added
+    actual = length_penalties(torch.tensor(lengths), per_token=per_token, overlong_buffer=buffer, overlong_penalty=0.7, max_length=10)
+    expected = [literal_length_penalty(length, per_token, buffer, 0.7, 10) for length in lengths]
     torch.testing.assert_close(actual, torch.tensor(expected), **CLOSE)
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
 from app.algorithms.credit import credit_metrics
 from app.algorithms.ppo import Ppo, PpoConfig
+from app.algorithms.rloo import Rloo, RlooConfig
 from app.experience import Experience, TokenBatch
-
-Make = Callable[..., Any]
+from tests.bigram_models import sample_experience
 
 
 def batch() -> Experience:
@@ -42,6 +40,7 @@ def test_table() -> None:
         "reward": 0.5,
         "kl": 0.0,
         "kl_per_token": 0.0,
+        "kl_coef": 1.0,
         "advantage_mean": 1.25,
         "advantage_std": math.sqrt(1.5),
         "value_mean": 0.0,
@@ -69,19 +68,28 @@ def test_advantages_are_described_before_whitening(whiten: bool) -> None:
 
 
 @pytest.mark.parametrize("lam", [0.9, 0.95, 1.0])
-def test_padding_does_not_matter(experience_of: Make, lam: float) -> None:
+def test_padding_does_not_matter(lam: float) -> None:
     ppo = Ppo(PpoConfig(lam=lam))
-    tight, wide = (credit_metrics(ppo.credit(experience_of(8, padding=n), kl_coef=0.1)) for n in (0, 4))
+    tight, wide = (credit_metrics(ppo.credit(sample_experience(8, padding=n), kl_coef=0.1)) for n in (0, 4))
     assert wide == pytest.approx(tight, rel=1e-9)
 
 
 def test_all_failed_is_finite() -> None:
     experience = replace(batch(), scores_B=torch.full((3,), math.nan))
     metrics = credit_metrics(Ppo(PpoConfig()).credit(experience, kl_coef=0.1))
-    assert metrics.pop("failed_scores") == 1.0
+    assert (metrics.pop("failed_scores"), metrics.pop("kl_coef")) == (1.0, pytest.approx(0.1))
     assert set(metrics.values()) == {0.0}
 
 
 def test_needs_a_credited_batch() -> None:
     with pytest.raises(ValueError, match="call the algorithm's credit"):
         credit_metrics(batch())
+
+
+def test_without_a_critic_nothing_is_said_of_one() -> None:
+    # Rewards 2 and -1 of a group of two (the third failed): advantages 3 on two tokens and -3 on one, mean 1.
+    experience = replace(batch(), values_BT=None, groups_B=torch.zeros(3).long())
+    metrics = credit_metrics(Rloo(RlooConfig()).credit(experience, kl_coef=0.0))
+    assert metrics["advantage_mean"] == pytest.approx(1.0)
+    assert metrics["advantage_std"] == pytest.approx(math.sqrt(8))
+    assert not {"value_mean", "return_mean", "explained_variance"} & metrics.keys()

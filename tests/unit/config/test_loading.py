@@ -55,7 +55,7 @@ def test_key_value_equals_key_space_value(recipe: Path) -> None:
         ("--run.dir=5", "run.dir", "5"),
         ("--run.dir=true", "run.dir", "true"),
         ('--data.lang=["en", "de"]', "data.lang", ["en", "de"]),
-        ("--ppo.algorithm.value_clip=null", "ppo.algorithm.value_clip", None),
+        ("--ppo.algorithm.ppo.value_clip=null", "ppo.algorithm.ppo.value_clip", None),
         ("--ppo.reward.missing_eos_score", "ppo.reward.missing_eos_score", -2.5),
         ("--data.path=https://host/x.jsonl?a=b", "data.path", "https://host/x.jsonl?a=b"),
         ("--sft.optimizer.lr=1e-3", "sft.optimizer.lr", 1e-3),
@@ -99,6 +99,13 @@ def test_with_values_checks_the_whole_recipe() -> None:
         ("--ppo.minibatches=7", ["choose a multiple"]),
         ("--ppo.reuse_forward=true", ["ppo.reuse_forward needs epochs = minibatches = 1", "set ppo.reuse_forward = false"]),
         ("--rollout.top_p=0.7", ["set rollout.top_p = 1.0"]),
+        ("--ppo.algorithm.name=gpro", ["ppo.algorithm.name", "choose one of ppo, grpo, rloo, reinforce_pp"]),
+        ("--ppo.algorithm.name=grpo", ["ppo.samples_per_prompt = 1", "set ppo.samples_per_prompt to 2 or more"]),
+        ("--ppo.algorithm.grpo.mean_over=tokens", ["ppo.algorithm.grpo.mean_over is not read", "belongs to grpo"]),
+        ("--ppo.samples_per_prompt=5", ["ppo.batch_size = 64 is no multiple", "choose 60"]),
+        ("--ppo.kl.controller=adaptive", ["has no target", "nats per sequence"]),
+        ("--ppo.kl.place=both_sides", ["ppo.kl.place"]),
+        ("--ppo.reward.overlong_buffer=65", ["longer than rollout.max_new_tokens = 64"]),
         ("--tune.space.ppo.kl.cof={type='choice', values=[1]}", ["tune.space", "did you mean ppo.kl.coef?"]),
         ("--tune.space.ppo.kl.coef={type='choice', values=[0.1, -1]}", ["tune.space", "ppo.kl.coef = -1"]),
     ],
@@ -106,6 +113,68 @@ def test_with_values_checks_the_whole_recipe() -> None:
 def test_a_wrong_override_is_refused_with_its_remedy(recipe: Path, override: str, parts: list[str]) -> None:
     message = refusal(recipe, override)
     assert all(part in message for part in parts), message
+
+
+NO_CRITIC = ["--ppo.algorithm.name=rloo", "--ppo.samples_per_prompt=4"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ([*NO_CRITIC, "--ppo.algorithm.ppo.value_clip=0.3"], ["ppo.algorithm.ppo.value_clip is not read", "belongs to ppo"]),
+        ([*NO_CRITIC, "--ppo.critic.lr=1e-5"], ["ppo.critic.lr is not read", "rloo trains no critic"]),
+        ([*NO_CRITIC, '--tune.space.ppo.critic.lr={type = "uniform", low = 1e-6, high = 1e-5}'], ["tune.space", "rloo trains no critic"]),
+        (["--ppo.max_lag=1", "--ppo.algorithm.max_importance=null"], ["ppo.max_lag = 1", "set ppo.algorithm.max_importance = 2.0"]),
+        (
+            ["--ppo.algorithm.name=reinforce_pp", "--ppo.algorithm.reinforce_pp.group_baseline=true"],
+            ["compares the samples of a prompt", "set ppo.samples_per_prompt"],
+        ),
+        (["--ppo.kl.controller=adaptive", "--ppo.kl.target=6", "--ppo.kl.coef=0"], ["is 0 and stays so"]),
+        (["--ppo.reward.missing_eos_penalty=1"], ["set missing_eos_score = null"]),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(recipe: Path, overrides: list[str], parts: list[str]) -> None:
+    message = refusal(recipe, *overrides)
+    assert all(part in message for part in parts), message
+
+
+def test_changing_the_algorithm_alone_leaves_what_was_inherited(recipe: Path, tmp_path: Path) -> None:
+    """Options of PPO and of its critic in an extended file are no mistake of one who asks for another algorithm; beside it they are."""
+    write(tmp_path / "base.toml", "[ppo]\nalgorithm = { ppo = { value_coef = 1.0 } }\ncritic = { lr = 1e-4 }\n")
+    top = write(tmp_path / "top.toml", 'extends = ["base.toml"]\n')
+    loaded = load_recipe(top, NO_CRITIC)
+    assert loaded.ppo.make_algorithm().has_critic is False
+    beside = write(tmp_path / "beside.toml", "[ppo]\nsamples_per_prompt = 4\nalgorithm = { name = 'rloo', ppo = { value_coef = 1.0 } }\n")
+    assert "ppo.algorithm.ppo.value_coef is not read" in refusal(beside)
+    again = to_toml(loaded)
+    assert "# ppo.critic.lr = 0.0001  (not read: rloo trains no critic)" in again
+    assert load_recipe(write(tmp_path / "again.toml", again)).ppo.make_algorithm() == loaded.ppo.make_algorithm()
+
+
+def test_the_penalty_stands_where_the_algorithm_has_it_unless_told_otherwise(recipe: Path) -> None:
+    def where(*overrides: str) -> tuple[bool, str | None]:
+        surrogate = load_recipe(recipe, overrides).ppo.make_algorithm().surrogate
+        return surrogate.kl_in_reward, surrogate.kl_in_loss
+
+    grpo = ("--ppo.algorithm.name=grpo", "--ppo.samples_per_prompt=4")
+    assert where() == (True, None)
+    assert where("--ppo.kl.place=loss", "--ppo.kl.loss_form=k2") == (False, "k2")
+    assert where("--ppo.kl.place=both") == (True, "k3")
+    assert where(*grpo) == (False, "k3")
+    assert where(*grpo, "--ppo.kl.place=reward") == (True, None)
+
+
+def test_defaults_are_those_of_the_vetted_recipe() -> None:
+    """Huang et al. 2024: PPO on language models, with 4 epochs of one minibatch and AdamW at eps 1e-5."""
+    ppo = Recipe().ppo
+    algorithm = ppo.make_algorithm()
+    assert (algorithm.config.gamma, algorithm.config.lam, algorithm.config.whiten_advantages) == (1.0, 0.95, True)
+    assert (algorithm.config.value_clip, algorithm.config.value_coef, algorithm.surrogate.config.clip) == (0.2, 0.1, 0.2)
+    assert (ppo.epochs, ppo.minibatches, ppo.policy.lr, ppo.policy.eps, ppo.policy.weight_decay) == (4, 1, 3e-6, 1e-5, 0.0)
+    assert (ppo.critic.lr, ppo.critic.eps) == (3e-6, 1e-5)
+    assert (ppo.kl.coef, ppo.kl.controller, algorithm.surrogate.kl_in_reward, algorithm.surrogate.kl_in_loss) == (0.05, "fixed", True, None)
+    assert (ppo.reward.missing_eos_score, ppo.reward.clip, ppo.reward.scale) == (-1.0, None, None)
+    assert (algorithm.surrogate.config.max_importance, algorithm.surrogate.config.entropy_coef) == (2.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -241,3 +241,14 @@ def test_parquet_rows_are_read_like_lines(tmp_path: Path) -> None:
     (tmp_path / "pairs.parquet").write_bytes(b"PAR1 torn")
     with pytest.raises(DataError, match=r"pairs\.parquet: cannot be read"):
         load_corpus(DataConfig(path=str(tmp_path / "pairs.parquet")), seed=1, folder=tmp_path)
+
+
+def test_a_question_is_asked_once_whatever_its_answers(tmp_path: Path) -> None:
+    """Rows with the same question and different answers are several threads, one prompt, and its first answer is the reference."""
+    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in ("1a", "1b", "2c")]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = load(file, tmp_path / "out")
+    prompts = [*corpus.train.prompts, *corpus.validation.prompts]
+    assert sorted((prompt.messages[0].content, prompt.reference) for prompt in prompts) == [("1", "a"), ("2", "c")]
+    assert corpus.counts["threads"] == 3

@@ -161,3 +161,14 @@ def test_groups_that_the_cut_makes_the_same_are_left_out() -> None:
     assert cuts == Cuts(truncated=1, left_out=1)
     assert all(sequence[-1] == TEMPLATE.eos_id for row in rows for sequence in row.sequences)
     assert all(sequence.dtype == np.int32 for row in rows for sequence in row.sequences)
+
+
+def test_reference_answers_are_encoded_when_asked_for_and_fit_behind_their_prompt() -> None:
+    items = [PromptItem("a", "a", (QUESTION,), reference="Yes."), PromptItem("b", "b", (QUESTION,))]
+    assert [prompt.reference for prompt in encode_prompts(items, TEMPLATE, DataConfig(), Cuts())] == [None, None]
+    with_answer, without = encode_prompts(items, TEMPLATE, DataConfig(), Cuts(), references=True)
+    assert without.reference is None
+    assert with_answer.reference is not None and with_answer.reference.tolist() == [*TEMPLATE.encode_text("Yes."), TEMPLATE.eos_id]
+    limit = len(with_answer.ids) + 3
+    (cut, _) = encode_prompts(items, TEMPLATE, DataConfig(max_length=limit), Cuts(), references=True)
+    assert cut.reference is not None and cut.reference.tolist() == [*TEMPLATE.encode_text("Yes.")[:2], TEMPLATE.eos_id]

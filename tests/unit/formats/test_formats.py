@@ -11,7 +11,7 @@ import pytest
 
 from app.errors import DataError
 from app.formats import FORMATS, detect_format
-from app.formats.oasst import parse_tree
+from app.formats.oasst import extract, parse_tree
 from app.formats.records import STORED, BadRow, Filters, Labels, Row, TreeRecords
 
 
@@ -174,3 +174,21 @@ def test_labels_of_any_shape_break_nothing(labels: Any) -> None:
     message = {"message_id": "a", "role": "prompter", "text": "Why?", "lang": "en", "review_result": True, "labels": labels}
     rows = [Row("f", 1, "", {**message, "replies": [REPLY | {"labels": labels}]}), Row("f", 2, "", message | {"message_id": "c"})]
     assert len(list(FORMATS["oasst"].read(rows, Filters()))) == 2
+
+
+@pytest.mark.parametrize(
+    ("replies", "reference"),
+    [
+        ([("b", 1), ("a", 0)], "a"),  # best of the ranked ones, wherever it stands
+        ([("a", None), ("b", 2)], "b"),
+        ([("a", None)], "a"),
+        ([("a", None), ("b", None)], None),  # nobody said which is good
+        ([], None),
+    ],
+)
+def test_reference_answer_of_a_prompt_is_its_best_reply(replies: list[tuple[str, int | None]], reference: str | None) -> None:
+    nodes = [{"message_id": text, "role": "assistant", "text": text, "rank": rank} for text, rank in replies]
+    root = {"message_id": "q", "role": "prompter", "text": "Why?", "review_result": True, "replies": nodes}
+    tree = parse_tree({"message_tree_id": "q", "tree_state": "ready_for_export", "prompt": root})
+    (prompt,) = extract(tree, Filters()).prompts
+    assert prompt.reference == reference

@@ -62,6 +62,7 @@ def test_hh() -> None:
     assert group.replies == ("Yes.", "No.")
     assert turns(tree.threads[0].messages)[-1] == ("assistant", "Yes.")
     assert [len(prompt.messages) for prompt in tree.prompts] == [1, 3]
+    assert [prompt.reference for prompt in tree.prompts] == ["Because.", "Yes."]
 
 
 def test_hh_paragraphs_of_one_speaker_are_joined() -> None:
@@ -82,6 +83,7 @@ def test_preference_in_its_three_shapes() -> None:
 def test_ranking() -> None:
     tree = one("ranking", {"prefixes": ["Why?", "Because.", "Really?"], "responses": ["a", "b", "a"]})
     assert tree.groups[0].replies == ("a", "b")
+    assert [prompt.reference for prompt in tree.prompts] == ["Because.", "a"]
     assert turns(tree.groups[0].prefix) == [("user", "Why?"), ("assistant", "Because."), ("user", "Really?")]
     assert [turns(thread.messages) for thread in tree.threads] == [[("user", "Why?"), ("assistant", "Because.")]]
 
@@ -90,6 +92,7 @@ def test_messages_with_a_system_message_and_an_open_end() -> None:
     tree = one("messages", {"messages": [{"role": "system", "content": "Be brief."}, *CHAT, {"role": "user", "content": "Really?"}]})
     assert turns(tree.threads[0].messages) == [("system", "Be brief."), ("user", "Why?"), ("assistant", "Because.")]
     assert [turns(prompt.messages)[-1] for prompt in tree.prompts] == [("user", "Why?"), ("user", "Really?")]
+    assert [prompt.reference for prompt in tree.prompts] == ["Because.", None]
 
 
 def test_instruction_columns() -> None:

@@ -45,6 +45,12 @@ def test_entropy_in_chunks(batch: tuple[torch.Tensor, torch.Tensor], monkeypatch
     torch.testing.assert_close(entropy(batch[0], 0.7), whole)
 
 
+@pytest.mark.parametrize("chunk", [1, 2**22])
+def test_entropy_gradient(batch: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk)
+    assert torch.autograd.gradcheck(lambda x: entropy(x, 0.8), (batch[0][:, :3].clone().requires_grad_(),))
+
+
 def test_half_precision_logits_are_computed_in_float32() -> None:
     torch.manual_seed(3)
     logits, ids = torch.randn(2, 5, 300).bfloat16().requires_grad_(), torch.randint(0, 300, (2, 5))
@@ -69,7 +75,7 @@ def test_backward_holds_the_logits_and_nothing_else_of_their_size() -> None:
         token_logprobs(logits, ids, 0.7).sum()
         entropy(logits)
     large = [x for x in held if x.numel() >= 2 * 4 * 50]
-    assert [x.data_ptr() for x in large] == [logits.data_ptr()]
+    assert {x.data_ptr() for x in large} == {logits.data_ptr()}
 
 
 def test_a_token_depends_on_the_logits_before_it_only(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -83,7 +89,8 @@ def test_a_token_depends_on_the_logits_before_it_only(batch: tuple[torch.Tensor,
 def test_impossible_tokens_add_nothing_to_the_entropy() -> None:
     logits = torch.tensor([[[0.0, 0.0, -torch.inf]]])
     torch.testing.assert_close(entropy(logits), torch.tensor([[2.0]]).log())
-    assert not entropy(logits.requires_grad_()).requires_grad
+    entropy(logits.requires_grad_()).sum().backward()
+    torch.testing.assert_close(logits.grad, torch.zeros(1, 1, 3))  # two equal ones are as uncertain as can be
 
 
 def test_labels_must_fit_the_logits() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +17,13 @@ from app.alarms import AlarmWatch
 from app.config.alarms import AlarmsConfig
 from app.config.ppo import PpoConfig
 from app.data.prompt_stream import PromptStream
-from app.errors import AlarmError, Interrupted, NonFiniteError, RolloutError, ScoringError, StaleRolloutError
-from app.experience import Experience, FinishReason, Prompt, Rollout, TokenBatch
+from app.errors import AlarmError, CheckpointError, Interrupted, NonFiniteError, RolloutError, ScoringError, StaleRolloutError
+from app.experience import Experience, FinishReason, Prompt, Rollout, Scores, TokenBatch
+from app.numerics import Moments
 from app.rewards.mix import Part, RewardMix, one_reward_model
 from app.rewards.reward_model import RewardModelReward
-from app.stages.actor_learner import LoopState, Parts, actor_learner_loop, check_lag
+from app.stages.actor_learner import LoopState, Parts, actor_learner_loop, check_lag, collect_experience
+from app.stages.rollout_stream import ScoredRollouts
 from tests.unit.stages.pending import Done, Sampled
 
 RESPONSE = 3
@@ -29,15 +33,20 @@ LOGPROB = -0.5
 class World:
     """All fakes at once, with a journal of what happened in which order."""
 
-    def __init__(self, *, learner_logprob: float = LOGPROB, serve_stale: bool = False, failed_scores: int = 0) -> None:
+    def __init__(
+        self, *, learner_logprob: float = LOGPROB, serve_stale: bool = False, failed_scores: int = 0, reference_logprob: float = LOGPROB
+    ) -> None:
         self.journal: list[str] = []
         self.engine_version = -1
         self.learner_logprob = learner_logprob
         self.serve_stale = serve_stale
         self.failed_scores = failed_scores
+        self.reference_logprob = reference_logprob
+        self.with_critic = True
+        self.experiences: list[Experience] = []
         self.trained: list[list[str]] = []
         self.logged: list[Mapping[str, float]] = []
-        self.saved: list[Mapping[str, int]] = []
+        self.saved: list[Mapping[str, Any]] = []
         self.events: list[str] = []
 
     # pool
@@ -52,14 +61,16 @@ class World:
         return Done([float("nan") if i < self.failed_scores else float(len(s)) for i, s in enumerate(sequences)])
 
     def logprobs(self, sequences: Sequence[Any]) -> Done:
-        return Done([np.full(len(s) - 1, LOGPROB, np.float32) for s in sequences])
+        return Done([np.full(len(s) - 1, self.reference_logprob, np.float32) for s in sequences])
 
     # learner
-    def inspect(self, tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.where(tokens.mask_BT, self.learner_logprob, 0.0), torch.zeros(tokens.mask_BT.shape)
+    def inspect(self, tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        values_BT = torch.zeros(tokens.mask_BT.shape) if self.with_critic else None
+        return torch.where(tokens.mask_BT, self.learner_logprob, 0.0), values_BT
 
     def update(self, experience: Experience, *, seed: int) -> Mapping[str, float]:
         self.journal.append("update")
+        self.experiences.append(experience)
         self.trained.append([str(i) for i in experience.tokens.ids_BS[:, 0].tolist()])
         return {"policy_loss": 0.0}
 
@@ -77,7 +88,7 @@ class Store:
     def __init__(self, world: World, folder: Path) -> None:
         self.world, self.folder = world, folder
 
-    def save(self, step: int, state: Mapping[str, int], write: Callable[[Path], None]) -> None:
+    def save(self, step: int, state: Mapping[str, Any], write: Callable[[Path], None]) -> None:
         write(self.folder)
         self.world.saved.append(dict(state))
 
@@ -90,8 +101,14 @@ class Store:
 
 def parts(world: Any, folder: Path) -> Parts:
     store = Store(world, folder)
-    prompts = [Prompt(str(i), "", np.array([i, 1, 2], np.int32)) for i in range(8)]
-    return Parts(world, world, world, one_reward_model(world), world, store, store, PromptStream.over(prompts), pad_id=0)
+    prompts = [Prompt(str(i), "", np.array([i, 1, 2], np.int32), reference=reference_of(i)) for i in range(8)]
+    stream = PromptStream.over(prompts)
+    return Parts(world, world, world, one_reward_model(world), world, store, store, stream, pad_id=0, max_new_tokens=10)
+
+
+def reference_of(number: int) -> Any:
+    """Even prompts have a reference answer, of as many tokens as their number."""
+    return np.full(number, 5, np.int32) if number % 2 == 0 and number else None
 
 
 def config(**changes: Any) -> PpoConfig:
@@ -107,7 +124,7 @@ def test_synchronous_order(tmp_path: Path) -> None:
         *("sample@1", "update", "publish 2"),
         *("sample@2", "update", "publish 3"),
     ]
-    assert state == LoopState(step=3, version=3, prompt_cursor=12)
+    assert state == LoopState(step=3, version=3, prompt_cursor=12, kl_coef=0.05, scores=state.scores)
     assert [saved["step"] for saved in world.saved] == [2, 3]
 
 
@@ -144,7 +161,8 @@ def test_stopping_saves_a_checkpoint_first(tmp_path: Path) -> None:
     world = World()
     with pytest.raises(Interrupted, match="step 1 of 3"):
         actor_learner_loop(parts(world, tmp_path), config(), LoopState(), seed=0, stop_requested=lambda: True)
-    assert world.saved == [{"step": 1, "version": 1, "prompt_cursor": 4}]
+    assert {name: world.saved[0][name] for name in ("step", "version", "prompt_cursor")} == {"step": 1, "version": 1, "prompt_cursor": 4}
+    assert LoopState.restore(json.loads(json.dumps(world.saved[0]))).step == 1
 
 
 def test_an_engine_that_disagrees_with_the_learner_stops_the_run_before_the_update(tmp_path: Path) -> None:
@@ -241,3 +259,98 @@ def test_lag_is_bounded() -> None:
     check_lag([rollout], version=5, max_lag=2)
     with pytest.raises(StaleRolloutError):
         check_lag([rollout], version=6, max_lag=2)
+
+
+GRPO = {"algorithm": {"name": "grpo"}, "samples_per_prompt": 2}
+
+
+def test_groups_of_samples_and_no_critic(tmp_path: Path) -> None:
+    """Two samples of each of two prompts; the cursor counts prompts; nothing about values is learnt from or logged."""
+    world = World()
+    world.with_critic = False
+    state = actor_learner_loop(parts(world, tmp_path), config(steps=2, **GRPO), LoopState(), seed=0)
+    assert state.prompt_cursor == 4
+    first, second = world.trained
+    assert first[0] == first[1] and first[2] == first[3] and len({*first, *second}) == 4
+    for experience in world.experiences:
+        assert experience.groups_B is not None and experience.groups_B.tolist() == [0, 0, 1, 1]
+        assert experience.values_BT is None
+        assert experience.advantages_BT is not None and experience.advantages_BT.eq(0).all()  # all scores of a group are alike here
+    assert "explained_variance" not in world.logged[0]
+
+
+def test_rollouts_of_one_prompt_are_one_group_wherever_they_stand() -> None:
+    numbers = [3, 1, 3, 2, 1]
+    ids, logprobs = np.full(2, 7, np.int32), np.zeros(2, np.float32)
+    rollouts = [Rollout(Prompt(str(n), "", np.array([n], np.int32)), 0, ids, logprobs, FinishReason.STOP, ids) for n in numbers]
+    tokens = TokenBatch.from_rollouts(rollouts, pad_id=0)
+    zeros_BT = torch.zeros(5, 2)
+    scored = ScoredRollouts(rollouts, Scores(np.zeros(5)), [logprobs] * 5)
+    experience = collect_experience(scored, tokens, torch.zeros(5), zeros_BT, None)
+    assert experience.groups_B is not None and experience.groups_B.tolist() == [0, 1, 0, 2, 1]
+
+
+ADAPTIVE = {"kl": {"coef": 0.1, "controller": "adaptive", "target": 1.0, "horizon": 100}}
+
+
+def test_adaptive_coefficient_follows_the_kl_per_sequence(tmp_path: Path) -> None:
+    """Three tokens, each 0.5 nats from the reference: 1.5 per sequence against a target of 1 is an error cut to 0.2, times 4 / 100."""
+    world = World(reference_logprob=LOGPROB - 0.5)
+    state = actor_learner_loop(parts(world, tmp_path), config(**ADAPTIVE), LoopState(), seed=0)
+    assert [logged["kl"] for logged in world.logged] == pytest.approx([1.5] * 3)
+    assert [logged["kl_coef"] for logged in world.logged] == pytest.approx([0.1, 0.1 * 1.008, 0.1 * 1.008**2])
+    assert [experience.kl_coef for experience in world.experiences] == pytest.approx([0.1, 0.1 * 1.008, 0.1 * 1.008**2])
+    assert state.kl_coef == pytest.approx(0.1 * 1.008**3)
+
+
+def test_failed_rows_are_no_sequences_to_the_controller(tmp_path: Path) -> None:
+    world = World(reference_logprob=LOGPROB - 0.5, failed_scores=1)
+    once = config(steps=1, score_pieces=1, max_failed_scores=0.5, **ADAPTIVE)
+    state = actor_learner_loop(parts(world, tmp_path), once, LoopState(), seed=0)
+    assert state.kl_coef == pytest.approx(0.1 * (1 + 0.2 * 3 / 100))
+
+
+def test_a_resumed_loop_has_the_coefficient_and_the_scale_of_an_undisturbed_one(tmp_path: Path) -> None:
+    options = {**ADAPTIVE, "reward": {"scale": "running", "delta": True}, "steps": 4}
+    straight, halted, resumed = (World(reference_logprob=LOGPROB - 0.5) for _ in range(3))
+    expected = actor_learner_loop(parts(straight, tmp_path), config(**options), LoopState(), seed=5)
+    stops = iter([False, True])
+    with pytest.raises(Interrupted):
+        actor_learner_loop(parts(halted, tmp_path), config(**options), LoopState(), seed=5, stop_requested=lambda: next(stops))
+    state = LoopState.restore(json.loads(json.dumps(halted.saved[-1])))
+    assert state.step == 2 and state.scores.count > 0
+    assert actor_learner_loop(parts(resumed, tmp_path), config(**options), state, seed=5) == expected
+    for ours, theirs in zip(resumed.experiences, straight.experiences[2:], strict=True):
+        assert ours.scores_B.equal(theirs.scores_B)
+        assert ours.kl_coef == theirs.kl_coef
+        assert ours.rewards_BT is not None and theirs.rewards_BT is not None and ours.rewards_BT.equal(theirs.rewards_BT)
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown"])
+def test_a_loop_state_with_other_parts_is_refused(change: str) -> None:
+    saved: dict[str, Any] = dataclasses.asdict(LoopState(kl_coef=0.1, scores=Moments(2, 1.0, 0.5)))
+    assert LoopState.restore(saved) == LoopState(kl_coef=0.1, scores=Moments(2, 1.0, 0.5))
+    if change == "missing":
+        del saved["kl_coef"]
+    else:
+        saved["beta"] = 1.0
+    with pytest.raises(CheckpointError, match="loop state"):
+        LoopState.restore(saved)
+
+
+def test_delta_reward_subtracts_the_reference_answer_where_there_is_one(tmp_path: Path) -> None:
+    """The fakes score a sequence by its length: rollouts 6, reference answers 3 + prompt number."""
+    world = World()
+    actor_learner_loop(parts(world, tmp_path), config(steps=2, reward={"delta": True}), LoopState(), seed=0)
+    shaped = {}
+    for experience in world.experiences:
+        shaped |= dict(zip(experience.tokens.ids_BS[:, 0].tolist(), experience.scores_B.tolist(), strict=True))
+    assert shaped == {0: 6.0, 1: 6.0, 2: 1.0, 3: 6.0, 4: -1.0, 5: 6.0, 6: -3.0, 7: 6.0}
+    assert world.logged[0]["score_mean"] == 6.0
+
+
+def test_length_terms_read_the_token_limit(tmp_path: Path) -> None:
+    """Three tokens of at most ten: with a buffer of eight the penalty is 1 / 8."""
+    world = World()
+    actor_learner_loop(parts(world, tmp_path), config(steps=1, reward={"overlong_buffer": 8}), LoopState(), seed=0)
+    assert world.experiences[0].scores_B.tolist() == [5.875] * 4

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from app.alarms import AlarmWatch
-from app.algorithms.ppo import Ppo
 from app.config.ppo import PpoConfig
 from app.data.prompt_stream import PromptStream
 from app.display import PlainDisplay
@@ -63,7 +62,7 @@ class Varied:
         batch = Minibatch.from_rows(experience, torch.arange(len(experience.tokens)))
         outputs = PolicyOutputs(experience.proximal_BT, experience.values_BT, torch.ones_like(experience.values_BT))
         totals = Totals(int(experience.mask_BT.sum()), int(experience.mask_BT.any(1).sum()))
-        return Ppo(CONFIG.algorithm).loss(outputs, batch, totals, max_lag=CONFIG.max_lag).metrics
+        return CONFIG.make_algorithm().loss(outputs, batch, totals).metrics
 
     def publish(self, version: int) -> Mapping[str, float]:
         self.version = version
@@ -90,7 +89,7 @@ def run(tmp_path: Path) -> Path:
     prompts = PromptStream.over([Prompt(str(i), f"prompt {i}", np.array([i, 1], np.int32)) for i in range(6)])
     recorder = RolloutRecorder(tmp_path / "ppo" / "rollouts", CONFIG, decode=lambda ids: " ".join(map(str, ids)), pad_id=0)
     with RunTracker(tmp_path, display=PlainDisplay(io.StringIO())) as tracker:
-        parts = Parts(world, world, world, reward, world, tracker, world, prompts, 0, AlarmWatch(), recorder)
+        parts = Parts(world, world, world, reward, world, tracker, world, prompts, 0, 10, AlarmWatch(), recorder)
         actor_learner_loop(parts, CONFIG, LoopState(), seed=0)
     return tmp_path
 
@@ -160,7 +159,7 @@ def test_what_is_not_there_is_told(run: Path, step: str, code: int, message: str
 def test_a_resumed_run_drops_what_the_lost_steps_left(run: Path) -> None:
     folder = run / "ppo" / "rollouts"
     batch, config = read_step(folder, 4)
-    RolloutRecorder(folder, config, decode=str, pad_id=0).write(batch, Ppo(config.algorithm).credit(batch.experience, **batch.credit))
+    RolloutRecorder(folder, config, decode=str, pad_id=0).write(batch, config.make_algorithm().credit(batch.experience, **batch.credit))
     assert kept_steps(folder) == [3, 4]
 
 
