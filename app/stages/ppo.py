@@ -17,11 +17,12 @@ from app.data.encoding import Cuts, encode_prompts
 from app.data.mixture import Mixture
 from app.data.prompt_stream import PromptStream
 from app.data.templates import Template
-from app.errors import ConfigError
+from app.errors import AlarmError, ConfigError
 from app.experience import IntArray, Prompt
 from app.formats.records import Message
 from app.interfaces import Reward, Scorer
 from app.kept_rollouts import RolloutRecorder
+from app.report import write_report
 from app.run_folder import RunFolder
 from app.stages.actor_learner import LoopState, Parts, actor_learner_loop
 from app.stages.evaluate import Answers, Gold, answer, compare, write_examples
@@ -168,7 +169,11 @@ def _resume_and_run(
         learner, pool, publisher, reward, scorer, tracker, store, prompts, template.pad_id, recipe.rollout.max_new_tokens, watch, recorder
     )
     with stop_requests() as stop_requested:
-        state = actor_learner_loop(parts, recipe.ppo, state, seed=recipe.run.seed, stop_requested=stop_requested)
+        try:
+            state = actor_learner_loop(parts, recipe.ppo, state, seed=recipe.run.seed, stop_requested=stop_requested)
+        except AlarmError:
+            write_report(run.path)  # its curves and alarms tell why
+            raise
     tracker.end("ppo")
     return state
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,10 @@ from app.workers.pending import last_line
 from app.workers.processes import process_environment
 
 CHUNKS_PER_PROCESS = 8
-"""What a crash or a passed deadline can cost is one chunk and those behind it."""
+"""A batch is sent in so many pieces; a crash repeats one of them, a hang costs one and those of its batch behind it."""
+
+LAST_LOOK_SECONDS = 0.1
+"""For an answer that came in time and is fetched after its deadline."""
 
 
 class RuleProcess:
@@ -40,12 +43,27 @@ class RuleProcess:
         """The rule can be used here."""
 
 
+@dataclass
+class Call:
+    """Some samples of a batch on one process. alone: never in flight together with another call of its process, so that a death of the
+    process is its own doing; reference: None until it is sent; answer: None until it is known."""
+
+    process: int
+    samples: Sequence[Sample]
+    deadline: float
+    alone: bool = False
+    reference: ray.ObjectRef[Any] | None = None
+    answer: Sequence[float | Failed] | None = None
+    parts: Sequence[Call] = ()
+
+
 class RuleProcesses:
-    """Processes of one part of the reward. Close them with `close`."""
+    """Processes of one part of the reward; any number of batches may be in flight. Close them with `close`."""
 
     def __init__(self, name: str, rule: IsolatedPart) -> None:
         self._name, self._rule = name, rule
         self._processes = [self._start() for _ in range(rule.processes)]
+        self._queues: list[deque[Call]] = [deque() for _ in self._processes]
 
     def ready(self, deadline_seconds: float) -> None:
         """Wait until every process has the rule. Raises ConfigError where one cannot have it, DeadlineError when they take too long."""
@@ -58,29 +76,72 @@ class RuleProcesses:
 
     def submit(self, samples: Sequence[Sample]) -> PendingRule:
         """Start scoring a batch; its deadline runs from now."""
-        return PendingRule(self, samples, time.monotonic() + self._rule.deadline_seconds)
+        deadline = time.monotonic() + self._rule.deadline_seconds
+        size = max(1, -(-len(samples) // (len(self._processes) * CHUNKS_PER_PROCESS)))
+        calls = [
+            Call(number % len(self._processes), samples[start : start + size], deadline)
+            for number, start in enumerate(range(0, len(samples), size))
+        ]
+        for call in calls:
+            queue = self._queues[call.process]
+            call.alone = bool(queue) and queue[0].alone  # after a death one call follows the other until all are answered
+            queue.append(call)
+            if not call.alone:
+                self._send(call)
+        return PendingRule(self, calls)
 
-    def call(self, process: int, samples: Sequence[Sample]) -> ray.ObjectRef[Any]:
-        """Queue some samples on one process."""
-        return self._processes[process].score.remote(samples)
-
-    def replace(self, process: int) -> None:
-        """End a process, whatever it is doing, and start another in its place."""
-        ray.kill(self._processes[process])
-        self._processes[process] = self._start()
+    def finish(self, call: Call) -> Sequence[float | Failed]:
+        """Wait for the answer of a call, and for those of its process before it; until its deadline at the most."""
+        queue = self._queues[call.process]
+        while call.answer is None and not call.parts:
+            first = queue[0]
+            if first.reference is None:
+                self._send(first)
+            try:
+                first.answer = ray.get(first.reference, timeout=max(LAST_LOOK_SECONDS, first.deadline - time.monotonic()))
+                queue.popleft()
+            except GetTimeoutError:
+                self._late(queue)
+            except RayError as error:
+                self._lost(queue, error)
+        return call.answer if call.answer is not None else [answer for part in call.parts for answer in self.finish(part)]
 
     def close(self) -> None:
         """End all processes."""
         for process in self._processes:
             ray.kill(process)
 
-    @property
-    def count(self) -> int:
-        return len(self._processes)
+    def _late(self, queue: deque[Call]) -> None:
+        """The first call hangs: it failed, with all others whose deadline has passed, and its process is replaced."""
+        failed = Failed(f"no score within deadline_seconds = {self._rule.deadline_seconds:g}")
+        deadline = queue[0].deadline
+        for call in queue:
+            if call.deadline <= deadline:
+                call.answer = [failed] * len(call.samples)
+        self._start_over(queue, [call for call in queue if call.answer is None])
 
-    @property
-    def deadline_seconds(self) -> float:
-        return self._rule.deadline_seconds
+    def _lost(self, queue: deque[Call], error: RayError) -> None:
+        """The process died in the first call, or had no time left to tell its answer: it is asked again, sample by sample. A single
+        sample that was alone is what killed it."""
+        first, *others = queue
+        if first.alone and len(first.samples) == 1:
+            first.answer = [Failed(f"its process died: {last_line(error)}")]
+        else:
+            first.parts = [Call(first.process, [sample], first.deadline) for sample in first.samples]
+        self._start_over(queue, [*first.parts, *others])
+
+    def _start_over(self, queue: deque[Call], calls: Sequence[Call]) -> None:
+        """End the queue's process, whatever it is doing, and let another go on with `calls`, one at a time."""
+        number = next(number for number, other in enumerate(self._queues) if other is queue)
+        ray.kill(self._processes[number])
+        self._processes[number] = self._start()
+        queue.clear()
+        for call in calls:
+            call.alone, call.reference = True, None
+            queue.append(call)
+
+    def _send(self, call: Call) -> None:
+        call.reference = self._processes[call.process].score.remote(call.samples)
 
     def _start(self) -> Any:
         return (
@@ -94,65 +155,13 @@ class RuleProcesses:
         )
 
 
-@dataclass
-class Call:
-    """Some rows of a batch; in flight, or still to be sent. alone: never in flight together with another call of its process."""
-
-    rows: Sequence[int]
-    alone: bool = False
-    reference: ray.ObjectRef[Any] | None = None
-
-
-@dataclass
+@dataclass(frozen=True)
 class PendingRule:
-    """A batch in flight. `result` takes until the deadline at the most, and never raises what the rule did."""
+    """A batch in flight."""
 
     processes: RuleProcesses
-    samples: Sequence[Sample]
-    deadline: float
-    _queues: list[deque[Call]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        count = self.processes.count
-        size = max(1, -(-len(self.samples) // (count * CHUNKS_PER_PROCESS)))
-        chunks = [range(start, min(start + size, len(self.samples))) for start in range(0, len(self.samples), size)]
-        self._queues = [deque(self._send(process, Call(rows)) for rows in chunks[process::count]) for process in range(count)]
+    calls: Sequence[Call]
 
     def result(self) -> list[float | Failed]:
-        """One score or failure per sample, in order. A chunk in which the process died is sent again sample by sample."""
-        answers: dict[int, float | Failed] = {}
-        for process, queue in enumerate(self._queues):
-            while queue:
-                call = self._send(process, queue[0])
-                try:
-                    scores = ray.get(call.reference, timeout=max(0.0, self.deadline - time.monotonic()))
-                except GetTimeoutError:
-                    late = [row for call in queue for row in call.rows]
-                    reason = f"no score within deadline_seconds = {self.processes.deadline_seconds:g}"
-                    answers.update(dict.fromkeys(late, Failed(reason)))
-                    self.processes.replace(process)
-                    break
-                except RayError as error:
-                    answers.update(self._lost(process, error))
-                else:
-                    queue.popleft()
-                    answers.update(zip(call.rows, scores, strict=True))
-        return [answers[row] for row in range(len(self.samples))]
-
-    def _lost(self, process: int, error: RayError) -> dict[int, float | Failed]:
-        """The process died in the first call of its queue, or had no time left to tell its answer. From here on its successor gets
-        one call at a time, so that what fails next is what was sent last."""
-        queue = self._queues[process]
-        self.processes.replace(process)
-        first, *others = queue
-        guilty = first.alone and len(first.rows) == 1
-        again = [] if guilty else [Call([row], alone=True) for row in first.rows]
-        queue.clear()
-        queue.extend([*again, *(Call(call.rows, alone=True) for call in others)])
-        return {first.rows[0]: Failed(f"its process died: {last_line(error)}")} if guilty else {}
-
-    def _send(self, process: int, call: Call) -> Call:
-        """The call in flight."""
-        if call.reference is None:
-            call.reference = self.processes.call(process, [self.samples[row] for row in call.rows])
-        return call
+        """One score or failure per sample, in order; never raises what the rule did."""
+        return [answer for call in self.calls for answer in self.processes.finish(call)]

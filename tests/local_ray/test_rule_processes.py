@@ -40,19 +40,26 @@ def test_exceptions_deaths_and_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert (one, two, four) == (1.0, 0.5, 0.25)
         assert zero == Failed("ZeroDivisionError: float division by zero")
         # Twenty samples go in chunks of three: the one that kills its process costs nobody else's score.
-        scores = processes.submit(samples(["1"] * 4 + ["die"] + ["2"] * 15)).result()
+        pending = processes.submit(samples(["1"] * 4 + ["die"] + ["2"] * 15))
+        behind = processes.submit(samples(["4"] * 3))  # already in flight when the process dies
+        scores = pending.result()
         assert scores[:4] + scores[5:] == [1.0] * 4 + [0.5] * 15, scores
         assert isinstance(scores[4], Failed) and "process" in scores[4].reason
+        assert behind.result() == [0.25] * 3
     finally:
         processes.close()
     processes = RuleProcesses("mine", FunctionReward(type="function", function="killing_rewards:score", deadline_seconds=1.5, processes=2))
     try:
         processes.ready(60)
         began = time.monotonic()
-        first, hung, third, behind = processes.submit(samples(["1", "hang", "2", "4"])).result()  # two go to each process
-        assert time.monotonic() - began < 10
+        pending = processes.submit(samples(["1", "hang", "2", "4"]))  # two go to each process
+        time.sleep(1)
+        next_batch = processes.submit(samples(["5", "8"]))
+        first, hung, third, behind = pending.result()
+        assert time.monotonic() - began < 5
         assert (first, third) == (1.0, 0.5)
         assert hung == behind == Failed("no score within deadline_seconds = 1.5")
+        assert next_batch.result()[0] == 0.2
         processes.ready(60)
         assert processes.submit(samples(["1", "2"])).result() == [1.0, 0.5]
     finally:

@@ -104,6 +104,13 @@ def test_answers_are_shown_as_text(page: str) -> None:
     assert "(empty answer)" in page
 
 
+def test_alarms_are_listed_with_their_step(page: str) -> None:
+    text = Parsed(page).text
+    assert "Alarms" in text
+    assert "PPO, step 9" in text
+    assert f"alarm: entropy = 0.001 {HOSTILE}" in text
+
+
 def test_the_headline_says_it_in_words(page: str) -> None:
     text = " ".join(Parsed(page).text.split())
     for phrase in (

@@ -36,6 +36,22 @@ def test_metrics_reach_the_file_and_tensorboard(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("sft/loss")] == [(1, 2.5), (2, 2.25)]
 
 
+def test_events_are_lines_of_their_own_and_shown(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    for step in (3, 4):
+        with RunTracker(tmp_path, display=PlainDisplay(stream)) as tracker:
+            tracker.event("ppo", step, "alarm: kl = 12")
+        with (tmp_path / "events.jsonl").open("a") as file:
+            file.write('{"cut by a kill')
+    with RunTracker(tmp_path, display=PlainDisplay(stream)):
+        events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [(event["stage"], event["step"], event["text"]) for event in events] == [
+        ("ppo", 3, "alarm: kl = 12"),
+        ("ppo", 4, "alarm: kl = 12"),
+    ]
+    assert "ppo: step 3: alarm: kl = 12" in stream.getvalue()
+
+
 def test_a_second_session_appends_after_a_line_cut_by_a_kill(tmp_path: Path) -> None:
     for session in (1, 2):
         with RunTracker(tmp_path, display=PlainDisplay(io.StringIO())) as tracker:
