@@ -126,7 +126,7 @@ def ray_answers() -> Check:
 def feasibility(path: str, command: str, overrides: list[str]) -> Check:
     """Whether the recipe parses and its placement fits."""
     from app.config.loading import load_recipe
-    from app.workers.placement import check_feasible
+    from app.planning.placement import check_feasible
     from jobs import local_ray
 
     try:

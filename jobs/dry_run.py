@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from app.config.recipe import Recipe
-from app.workers.placement import describe
+from app.planning.placement import describe
 
 
 def sizes(recipe: Recipe, command: str) -> str:

@@ -116,7 +116,7 @@ def sample(
     from app.evaluation.sampling import answer
     from app.models.context import context_of, require_context
     from app.models.load import seen_from_anywhere
-    from app.workers.placement import check_feasible
+    from app.planning.placement import check_feasible
     from app.workers.rollout import rollout_pool
     from jobs import local_ray
 

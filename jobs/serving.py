@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def run(recipe: Recipe) -> None:
     """Keep the scoring application up until SIGINT or SIGTERM."""
-    from app.workers.placement import check_feasible
+    from app.planning.placement import check_feasible
     from jobs import local_ray
     from jobs.inputs import check_inputs
 

@@ -36,7 +36,7 @@ def session(recipe: Recipe, command: str) -> Iterator[Session]:
     from app.trackers.opening import open_services, require_packages
     from app.tracking import RunTracker
     from app.workers.pending import TRACE
-    from app.workers.placement import check_feasible
+    from app.planning.placement import check_feasible
     from jobs import local_ray
     from jobs.inputs import check_inputs, read_data
 

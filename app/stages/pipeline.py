@@ -22,7 +22,7 @@ from app.stages.reward_model import set_reward_offset, train_reward_model, train
 from app.stages.sft import train_sft
 from app.tracking import RunTracker
 from app.workers.memory import PeakMemory, raylet_pids
-from app.workers.placement import engines_load_early
+from app.planning.placement import engines_load_early
 from app.workers.rollout import VllmRolloutPool
 
 STAGES = ("sft", "rm", "ppo")

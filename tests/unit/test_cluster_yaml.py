@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from app.config.loading import load_recipe
-from app.workers.placement import GIB, check_feasible
+from app.planning.placement import GIB, check_feasible
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,7 +7,7 @@ import pytest
 from app.config.loading import with_values
 from app.config.recipe import Recipe
 from app.errors import PlacementError
-from app.workers.placement import GIB, check_feasible, describe, parameter_count, placement
+from app.planning.placement import GIB, check_feasible, describe, parameter_count, placement
 
 EIGHT_GPUS = with_values(
     Recipe(),

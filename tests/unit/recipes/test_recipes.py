@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from app.config.loading import load_recipe
-from app.workers.placement import GIB, check_feasible, describe, placement
+from app.planning.placement import GIB, check_feasible, describe, placement
 
 RECIPES = Path(__file__).resolve().parents[3] / "jobs" / "recipes"
 ALL = sorted(path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.toml"))
