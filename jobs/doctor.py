@@ -130,7 +130,7 @@ def feasibility(path: str, command: str, overrides: list[str]) -> Check:
     from jobs import local_ray
 
     try:
-        check_feasible(load_recipe(path, overrides), command, local_ray.cluster_resources())
+        check_feasible(load_recipe(path, overrides), command, local_ray.cluster_resources(), local_ray.cluster_nodes())
     except CorralError as error:
         return Check("recipe", str(error), "see there")
     return Check("recipe", f"corral {command} {path} fits")

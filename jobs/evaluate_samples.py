@@ -124,7 +124,7 @@ def sample(
     longest_answer = max(config.generate_args.max_new_tokens for config in configurations)
     require_context(context_of(recipe.model.path), longest_prompt + longest_answer, "longest prompt + max_new_tokens")
     recipe = with_values(recipe, {"rollout.max_new_tokens": longest_answer})
-    check_feasible(recipe, "samples", local_ray.cluster_resources())
+    check_feasible(recipe, "samples", local_ray.cluster_resources(), local_ray.cluster_nodes())
     with (
         _ray(folder),
         rollout_pool(

@@ -7,6 +7,7 @@ in USD, with the day they were read; `--price` replaces them, and a machine with
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import date
 
@@ -17,7 +18,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Accelerator:
-    """memory: bytes; half, single: FLOP/s in 16 bits and in float32; bandwidth: of its memory, bytes/s; link: to its neighbours, bytes/s."""
+    """memory: bytes; half, single: FLOP/s in 16 bits and in float32; bandwidth, link: of its memory and to its neighbours, bytes/s."""
 
     name: str
     memory: int
@@ -54,37 +55,39 @@ CPU_CORE = Accelerator("CPU core", 0, 40e9, 80e9, 8e9, 2e9)
 
 @dataclass(frozen=True)
 class Machine:
-    """A kind of node. memory: bytes; price: USD per hour, None where unknown; read: the day of the price."""
+    """A kind of node. memory: bytes; network: to other nodes, bytes/s; price: USD per hour, None where unknown; read: its day."""
 
     name: str
     cpus: int
     memory: int
     gpus: int = 0
     gpu: Accelerator | None = None
+    network: float = 12.5e9
     price: float | None = None
     read: date | None = None
 
 
 def _machine(
-    name: str, cpus: int, gib: int, gpus: int = 0, gpu: str | None = None, price: float | None = None, read: date | None = None
+    name: str, cpus: int, gib: int, gpus: tuple[int, str] | None, gbits: float, price: float | None = None, read: date | None = None
 ) -> Machine:
-    return Machine(name, cpus, gib * GIB, gpus, GPUS[gpu] if gpu else None, price, read)
+    count, kind = (gpus[0], GPUS[gpus[1]]) if gpus else (0, None)
+    return Machine(name, cpus, gib * GIB, count, kind, gbits * 1e9 / 8, price, read)
 
 
-_AUTUMN, _WINTER = date(2026, 8, 26), date(2025, 12, 21)
+_SUMMER, _WINTER = date(2026, 8, 26), date(2025, 12, 21)
 
 MACHINES = {
     machine.name: machine
     for machine in (
-        _machine("m6i.4xlarge", 16, 64, price=0.768, read=_WINTER),
-        _machine("p4d.24xlarge", 96, 1152, 8, "A100-40GB", 21.95764, _AUTUMN),
-        _machine("p4de.24xlarge", 96, 1152, 8, "A100-80GB", 27.44705, _WINTER),
-        _machine("p5.48xlarge", 192, 2048, 8, "H100-80GB", 55.04, _WINTER),
-        _machine("p5en.48xlarge", 192, 2048, 8, "H200-141GB", 63.296, _AUTUMN),
-        _machine("n2-standard-16", 16, 64),
-        _machine("a2-highgpu-8g", 96, 680, 8, "A100-40GB"),
-        _machine("a2-ultragpu-8g", 96, 1360, 8, "A100-80GB"),
-        _machine("a3-highgpu-8g", 208, 1872, 8, "H100-80GB"),
+        _machine("m6i.4xlarge", 16, 64, None, 12.5, 0.768, _WINTER),
+        _machine("p4d.24xlarge", 96, 1152, (8, "A100-40GB"), 400, 21.95764, _SUMMER),
+        _machine("p4de.24xlarge", 96, 1152, (8, "A100-80GB"), 400, 27.44705, _WINTER),
+        _machine("p5.48xlarge", 192, 2048, (8, "H100-80GB"), 3200, 55.04, _WINTER),
+        _machine("p5en.48xlarge", 192, 2048, (8, "H200-141GB"), 3200, 63.296, _SUMMER),
+        _machine("n2-standard-16", 16, 64, None, 32),
+        _machine("a2-highgpu-8g", 96, 680, (8, "A100-40GB"), 100),
+        _machine("a2-ultragpu-8g", 96, 1360, (8, "A100-80GB"), 100),
+        _machine("a3-highgpu-8g", 208, 1872, (8, "H100-80GB"), 1000),
     )
 }
 """Machines that cluster files name. Prices: AWS, Oregon (us-west-2)."""
@@ -95,22 +98,27 @@ _PER_GPU_CPUS, _PER_GPU_GIB = 12, 144  # as p4d and p4de have
 
 @dataclass(frozen=True)
 class Cluster:
-    """The machines that a command would run on, one entry for each node."""
+    """The machines that a command would run on, one entry for each node. elastic: only the head and nodes in use are paid for."""
 
     name: str
     nodes: tuple[Machine, ...]
+    elastic: bool = False
 
     @property
-    def price(self) -> float | None:
-        """USD per hour of all nodes; None when one's is unknown."""
-        prices = [node.price for node in self.nodes]
-        return None if None in prices else sum(price for price in prices if price is not None)
+    def gpu(self) -> Accelerator | None:
+        """The kind with the least memory, which has to hold the largest process."""
+        return min((node.gpu for node in self.nodes if node.gpu is not None), key=lambda gpu: gpu.memory, default=None)
+
+    def price(self, used: Collection[int]) -> float | None:
+        """USD per hour while the nodes in `used` work; None when one's price is unknown."""
+        paid = [node for index, node in enumerate(self.nodes) if not self.elastic or index == 0 or index in used]
+        prices = [node.price for node in paid if node.price is not None]
+        return sum(prices) if len(prices) == len(paid) else None
 
     @property
     def prices_read(self) -> date | None:
         """The oldest day of a price in it."""
-        days = [node.read for node in self.nodes if node.read is not None]
-        return min(days, default=None)
+        return min((node.read for node in self.nodes if node.read is not None), default=None)
 
 
 def cluster_from_spec(spec: str) -> Cluster:
@@ -136,4 +144,5 @@ def _node(gpus: int, kind: str) -> Machine:
     share = gpus / listed.gpus
     price = None if listed.price is None else listed.price * share
     name = listed.name if share == 1 else f"{gpus}/{listed.gpus} {listed.name}"
-    return Machine(name, int(listed.cpus * share), int(listed.memory * share), gpus, GPUS[kind], price, listed.read)
+    cpus, memory = int(listed.cpus * share), int(listed.memory * share)
+    return Machine(name, cpus, memory, gpus, GPUS[kind], listed.network * share, price, listed.read)

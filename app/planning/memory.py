@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from app.config.shared import DeepSpeedConfig
+from app.config.training import TrainingConfig
 from app.planning.shapes import ModelShape
 
 Parts = dict[str, int]
@@ -21,6 +22,7 @@ GIB = 2**30
 MASTER, MOMENTS = 4, 8  # bytes per trained parameter of a float32 copy, and of Adam's two moments
 REDUCE_BUCKET = 500_000_000  # numbers: DeepSpeed's default of zero_optimization.reduce_bucket_size
 LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default of stage3_max_live_parameters
+HOST_SLACK = 0.06  # of host memory, between the blocks that the allocator gave out: docs/results/plan.md
 LOGITS_PER_CHUNK = 2**25  # numbers: app.models.forward works through a reference's logits in such pieces
 ENGINE_TOKENS, ENGINE_SEQUENCES = 8192, 256  # what vLLM measures its workspace with
 
@@ -84,7 +86,8 @@ def training_memory(models: Iterable[Trained], ds: DeepSpeedConfig, *, width: in
         backward = add(backward, held, gradients, {"buffers": _backward_buffers(model, ds, width, on_gpu)}, activations(model, ds, width))
         step = add(step, held, gradients, {"buffers": _step_buffers(model, ds, ranks, on_gpu)})
         host = add(host, _offloaded(model, ds, width, ranks))
-    return TrainingMemory(resting, max(backward, step, key=total), host)
+    working = max(backward, step, key=total)
+    return TrainingMemory(resting, working if on_gpu else {**working, "allocator": int(HOST_SLACK * total(working))}, host)
 
 
 def _resting(model: Trained, ds: DeepSpeedConfig, width: int, ranks: int, on_gpu: bool) -> Parts:
@@ -112,7 +115,7 @@ def _gradients(model: Trained, ds: DeepSpeedConfig, width: int, ranks: int) -> i
 
 def _backward_buffers(model: Trained, ds: DeepSpeedConfig, width: int, on_gpu: bool) -> int:
     """Gradients waiting to be reduced, the largest one on its way there and, under ZeRO 3, parameters gathered for use."""
-    largest = width * model.shape.embedding
+    largest = width * model.shape.embedding * (2 if model.shape.tied else 1)  # tied: the head's gradient waits for the embeddings'
     if ds.zero_stage == 0:
         return largest
     settings = ds.extra.get("zero_optimization", {})
@@ -153,7 +156,7 @@ def layer_activations(shape: ModelShape, width: int) -> int:
         numbers = 8 * wide + 5 * inner
     else:
         in_float32 = 2 * wide if width == 2 else 0  # RMS norms keep their input as float32
-        numbers = 6 * wide + 2 * queries + 2 * keys + 4 * inner + in_float32
+        numbers = 6 * wide + 3 * queries + 2 * keys + 4 * inner + in_float32
     return numbers * width + 4 * shape.heads
 
 
@@ -184,3 +187,16 @@ def engine_memory(shape: ModelShape, *, width: int, tensor_parallel: int, contex
 def cpu_engine_memory(shape: ModelShape, *, width: int, kv_cache: int) -> Parts:
     """A rollout engine in host memory: its output head is held a second time, packed for the matrix units."""
     return {"weights": width * (shape.parameters + shape.embedding), "kv_cache": kv_cache}
+
+
+def trained_parameters(shape: ModelShape, config: TrainingConfig, parameters: int) -> int:
+    """Parameters with gradients, of `parameters` in all: everything, the upper layers, or adapters with or without the embeddings."""
+    if config.freeze_layers:
+        return parameters - shape.embedding - min(config.freeze_layers, shape.layers) * shape.layer
+    if config.lora is None:
+        return parameters
+    wide, inner, ends = shape.hidden, shape.intermediate, 2 * shape.queries + 2 * shape.keys
+    split = (4, 3) if shape.kind == "llama" else (2, 2)  # linear layers of attention and MLP that the hidden states enter or leave
+    adapted = shape.layers * config.lora.rank * (split[0] * wide + ends + split[1] * (wide + inner))
+    ends_trained = parameters - shape.layers * shape.layer if config.lora.embeddings else 0
+    return adapted + ends_trained

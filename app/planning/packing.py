@@ -105,7 +105,9 @@ class FreeNode:
         return chosen
 
     def left(self, resource: Resource) -> str:
-        return {"GPU": f"{len(self.whole)} whole GPUs", "CPU": f"{self.cpus:.3g} CPUs", "memory": f"{self.memory / 2**30:.3g} GiB"}[resource]
+        return {"GPU": f"{len(self.whole)} whole GPUs", "CPU": f"{self.cpus:.3g} CPUs", "memory": f"{self.memory / 2**30:.3g} GiB"}[
+            resource
+        ]
 
 
 def assign(requests: Sequence[Request], nodes: Sequence[NodeResources], stage: str = "") -> tuple[Slot, ...]:
@@ -136,7 +138,8 @@ def _assign(requests: Sequence[Request], order: Sequence[Request], nodes: Sequen
     free = [FreeNode(index, node.cpus, node.memory, [1.0] * node.gpus) for index, node in enumerate(nodes)]
     slots: dict[str, list[Slot]] = {}
     for request in order:
-        slots[request.role] = placed = []
+        placed: list[Slot] = []
+        slots[request.role] = placed
         for index in range(request.count):
             owner = slots[request.shares][index % len(slots[request.shares])] if request.shares else None
             candidates = free if owner is None else [free[owner.node]]
@@ -161,7 +164,8 @@ def _choose(request: Request, able: Sequence[FreeNode], used: Sequence[int]) -> 
 
 def _shortage(request: Request, index: int, nodes: Sequence[FreeNode], stage: str) -> str:
     """The resource that the nearest node lacks, and what is left of it everywhere."""
-    scarce = max((node.lacks(request) or "GPU" for node in nodes), key=ORDER.index, default="CPU")
+    lacking: list[Resource] = [node.lacks(request) or "GPU" for node in nodes]
+    scarce = max(lacking, key=ORDER.index, default=ORDER[1])
     needs = {
         "GPU": f"{request.gpus:g} GPUs on one node",
         "CPU": f"{request.cpus:g} CPUs on one node",

