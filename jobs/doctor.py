@@ -126,11 +126,11 @@ def ray_answers() -> Check:
 def feasibility(path: str, command: str, overrides: list[str]) -> Check:
     """Whether the recipe parses and its placement fits."""
     from app.config.loading import load_recipe
-    from app.workers.placement import check_feasible
+    from app.planning.placement import check_feasible
     from jobs import local_ray
 
     try:
-        check_feasible(load_recipe(path, overrides), command, local_ray.cluster_resources())
+        check_feasible(load_recipe(path, overrides), command, local_ray.cluster_resources(), local_ray.cluster_nodes())
     except CorralError as error:
         return Check("recipe", str(error), "see there")
     return Check("recipe", f"corral {command} {path} fits")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from app.config.recipe import Recipe
-from app.workers.placement import describe
+from app.planning.placement import describe
 
 
 def sizes(recipe: Recipe, command: str) -> str:
@@ -22,4 +22,5 @@ def sizes(recipe: Recipe, command: str) -> str:
 
 
 def _processes(take: dict[str, Any]) -> str:
-    return f"{take['count']} x {take['cpus']:g} CPU, {take['gpus']:g} GPU, {take['threads']} threads"
+    gpus = f"the GPU of a {take['shares']}" if take["shares"] else f"{take['gpus']:g} GPU"
+    return f"{take['count']} x {take['cpus']:g} CPU, {gpus}, {take['threads']} threads"

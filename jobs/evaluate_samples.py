@@ -116,7 +116,7 @@ def sample(
     from app.evaluation.sampling import answer
     from app.models.context import context_of, require_context
     from app.models.load import seen_from_anywhere
-    from app.workers.placement import check_feasible
+    from app.planning.placement import check_feasible
     from app.workers.rollout import rollout_pool
     from jobs import local_ray
 
@@ -124,7 +124,7 @@ def sample(
     longest_answer = max(config.generate_args.max_new_tokens for config in configurations)
     require_context(context_of(recipe.model.path), longest_prompt + longest_answer, "longest prompt + max_new_tokens")
     recipe = with_values(recipe, {"rollout.max_new_tokens": longest_answer})
-    check_feasible(recipe, "samples", local_ray.cluster_resources())
+    check_feasible(recipe, "samples", local_ray.cluster_resources(), local_ray.cluster_nodes())
     with (
         _ray(folder),
         rollout_pool(

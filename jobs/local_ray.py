@@ -15,6 +15,7 @@ import ray
 from ray._private.accelerators import get_accelerator_manager_for_resource
 
 from app.errors import ConfigError
+from app.planning.packing import NodeResources
 from jobs import interrupts
 
 OBJECT_STORE_BYTES = (128 * 2**20, 4 * 2**30)
@@ -36,6 +37,15 @@ def cluster_resources() -> dict[str, float]:
         join_cluster()
         return dict(ray.cluster_resources())
     return {"CPU": float(local_cpus()), "GPU": float(local_gpus()), "memory": float(psutil.virtual_memory().total)}
+
+
+def cluster_nodes() -> tuple[NodeResources, ...]:
+    """Every living node of the cluster; this machine where the command will start its own Ray."""
+    if not uses_cluster():
+        return (NodeResources(local_cpus(), local_gpus()),)
+    join_cluster()
+    offers = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return tuple(NodeResources(offer.get("CPU", 0.0), int(offer.get("GPU", 0.0))) for offer in offers)
 
 
 def uses_cluster() -> bool:

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 def run(recipe: Recipe) -> None:
     """Keep the scoring application up until SIGINT or SIGTERM."""
-    from app.workers.placement import check_feasible
+    from app.planning.placement import check_feasible
     from jobs import local_ray
     from jobs.inputs import check_inputs
 
-    check_feasible(recipe, "serve", local_ray.cluster_resources())
+    check_feasible(recipe, "serve", local_ray.cluster_resources(), local_ray.cluster_nodes())
     check_inputs(recipe, "serve")
     with local_ray.running_ray(Path(recipe.run.dir).absolute() / "logs"):
         from app.models.load import seen_from_anywhere

@@ -32,15 +32,15 @@ class Session:
 @contextmanager
 def session(recipe: Recipe, command: str) -> Iterator[Session]:
     """Everything that can be wrong with the input is found before Ray starts. Raises CorralError; Interrupted on SIGINT and SIGTERM."""
+    from app.planning.placement import check_feasible
     from app.run_folder import RunFolder
     from app.trackers.opening import open_services, require_packages
     from app.tracking import RunTracker
     from app.workers.pending import TRACE
-    from app.workers.placement import check_feasible
     from jobs import local_ray
     from jobs.inputs import check_inputs, read_data
 
-    check_feasible(recipe, command, local_ray.cluster_resources())
+    check_feasible(recipe, command, local_ray.cluster_resources(), local_ray.cluster_nodes())
     check_inputs(recipe, command)
     require_packages(recipe.tracking)
     run = RunFolder.open(recipe, command)

@@ -12,6 +12,7 @@ from app.config.loading import with_values
 from app.config.recipe import Recipe
 from app.data.corpus import Corpus
 from app.models.load import seen_from_anywhere, writes_text
+from app.planning.placement import engines_load_early
 from app.report import write_report
 from app.run_folder import MODEL, RunFolder
 from app.stages.evaluate import answer, compare, write_examples
@@ -23,7 +24,6 @@ from app.stages.rewards import StartScoring
 from app.stages.sft import train_sft
 from app.tracking import RunTracker
 from app.workers.memory import PeakMemory, raylet_pids
-from app.workers.placement import engines_load_early
 from app.workers.rollout import VllmRolloutPool
 
 STAGES = ("sft", "rm", "ppo")

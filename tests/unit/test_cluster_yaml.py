@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from app.config.loading import load_recipe
-from app.workers.placement import GIB, check_feasible
+from app.planning.memory import GIB
+from app.planning.placement import check_feasible
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -27,7 +27,7 @@ def test_imports_point_downwards() -> None:
     [
         ("app.config.loading", ("ray", "deepspeed", "vllm", "transformers")),
         ("app.numerics", ("ray", "deepspeed", "vllm", "transformers")),
-        ("app.workers.placement", ("ray", "deepspeed", "vllm", "transformers")),
+        ("app.planning.plan", ("ray", "deepspeed", "vllm", "transformers")),
         ("jobs.main", ("ray", "deepspeed", "vllm", "transformers", "torch")),
     ],
 )

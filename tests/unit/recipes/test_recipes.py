@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from app.config.loading import load_recipe
-from app.workers.placement import GIB, check_feasible, describe, placement
+from app.planning.memory import GIB
+from app.planning.placement import check_feasible, describe, placement
 
 RECIPES = Path(__file__).resolve().parents[3] / "jobs" / "recipes"
 ALL = sorted(path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.toml"))
@@ -57,8 +58,8 @@ def test_run_folders_differ(name: str) -> None:
 
 def test_ppo_12b_has_open_assistants_split_and_numbers() -> None:
     recipe = load_recipe(RECIPES / "pythia" / "ppo-12b.toml")
-    gpus = {role.name: role.count * role.gpus for role in placement(recipe, "ppo")[0].roles}
-    assert gpus == {"learner": 6, "engine (on learners' GPUs)": 0, "reward": 1, "reference": 1}
+    gpus = {role.name: role.need("GPU") for role in placement(recipe, "ppo")[0].roles}
+    assert gpus == {"learner": 6, "engine": 0, "reward": 1, "reference": 1}
     assert (recipe.ppo.batch_size, recipe.ppo.epochs, recipe.ppo.accumulation) == (96, 4, 8)
     assert (recipe.ppo.kl.coef, recipe.ppo.reward.clip, recipe.ppo.algorithm.clip, recipe.rollout.top_p) == (0.1, 4.0, 0.4, 1.0)
 

@@ -7,7 +7,8 @@ import pytest
 from app.config.loading import with_values
 from app.config.recipe import Recipe
 from app.errors import PlacementError
-from app.workers.placement import GIB, check_feasible, describe, parameter_count, placement
+from app.planning.memory import GIB
+from app.planning.placement import check_feasible, describe, placement
 
 EIGHT_GPUS = with_values(
     Recipe(),
@@ -82,18 +83,3 @@ def test_too_little_memory() -> None:
 
 def test_what_fits_exactly_is_accepted() -> None:
     check_feasible(EIGHT_GPUS, "ppo", {"CPU": 14, "GPU": 8})
-
-
-@pytest.mark.parametrize(
-    ("path", "count"),
-    [
-        ("embedded", 4_000_000),
-        ("EleutherAI/pythia-1.4b-deduped", 1_400_000_000),
-        ("HuggingFaceTB/SmolLM2-135M-Instruct", 135_000_000),
-        ("runs/pythia/sft-12b/sft/model", 12_000_000_000),
-        ("runs/demo/sft/model", None),
-        ("models/4bit", None),
-    ],
-)
-def test_sizes_in_names(path: str, count: int | None) -> None:
-    assert parameter_count(path) == count

@@ -1,0 +1,1 @@
+"""What a recipe needs and costs, computed before anything starts: no Ray, no model, no network."""

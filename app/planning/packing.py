@@ -1,0 +1,177 @@
+"""Which node and which GPUs each process gets: strict rules, computed from logical resources alone.
+
+- `pack`: the processes talk to each other all the time (ranks of one training), so they take as few nodes as they can.
+- `spread`: they work alone and load a node's memory and network (rollout engines, replicas), so the emptiest node is next.
+- A process with one or more GPUs owns them whole, all on one node. Fractions share a GPU with fractions alone.
+- A role that shares another's GPUs sits on them, process by process, and takes none of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from app.errors import PlacementError
+
+Strategy = Literal["pack", "spread"]
+Resource = Literal["GPU", "CPU", "memory"]
+ORDER: tuple[Resource, ...] = ("GPU", "CPU", "memory")
+ROUNDING = 1e-6
+SHOWN_NODES = 8
+
+
+@dataclass(frozen=True)
+class NodeResources:
+    """What one node offers. memory: bytes."""
+
+    cpus: float
+    gpus: int = 0
+    memory: float = math.inf
+
+
+@dataclass(frozen=True)
+class Request:
+    """The processes of one role, and what each of them takes. shares: the role whose GPUs it sits on."""
+
+    role: str
+    count: int
+    cpus: float
+    gpus: float = 0.0
+    memory: float = 0.0
+    strategy: Strategy = "spread"
+    shares: str | None = None
+
+    @property
+    def own_gpus(self) -> float:
+        return 0.0 if self.shares else self.gpus
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where process `index` of a role runs: its node, and the indices of its GPUs there."""
+
+    role: str
+    index: int
+    node: int
+    gpus: tuple[int, ...]
+
+
+@dataclass
+class FreeNode:
+    """What is left of a node. gpus: the free share of each; begun: those that fractions have started to use."""
+
+    index: int
+    cpus: float
+    memory: float
+    gpus: list[float]
+    begun: set[int] = field(default_factory=set)
+
+    @property
+    def whole(self) -> list[int]:
+        """GPUs that nobody has touched."""
+        return [gpu for gpu, share in enumerate(self.gpus) if share == 1.0]
+
+    def gpus_for(self, gpus: float) -> tuple[int, ...] | None:
+        """GPUs for one process, begun ones first for a fraction; None where there are too few."""
+        if gpus >= 1:
+            need = math.ceil(gpus)
+            return tuple(self.whole[:need]) if len(self.whole) >= need else None
+        fitting = [gpu for gpu in sorted(self.begun) if self.gpus[gpu] + ROUNDING >= gpus] or self.whole[:1]
+        return tuple(fitting[:1]) or None if gpus else ()
+
+    def lacks(self, request: Request) -> Resource | None:
+        """The first resource that this node has too little of for one process."""
+        if self.gpus_for(request.own_gpus) is None:
+            return "GPU"
+        if self.cpus + ROUNDING < request.cpus:
+            return "CPU"
+        return "memory" if self.memory < request.memory else None
+
+    def joins(self, request: Request) -> bool:
+        """Whether a process would share a GPU that is in use already."""
+        return bool(self.begun & set(self.gpus_for(request.own_gpus) or ()))
+
+    def take(self, request: Request) -> tuple[int, ...]:
+        """Give one process what it asks for; returns its GPUs."""
+        chosen = self.gpus_for(request.own_gpus) or ()
+        self.cpus -= request.cpus
+        self.memory -= request.memory
+        for gpu in chosen:
+            self.gpus[gpu] -= min(1.0, request.gpus)
+            if request.gpus < 1:
+                self.begun.add(gpu)
+        return chosen
+
+    def left(self, resource: Resource) -> str:
+        return {"GPU": f"{len(self.whole)} whole GPUs", "CPU": f"{self.cpus:.3g} CPUs", "memory": f"{self.memory / 2**30:.3g} GiB"}[
+            resource
+        ]
+
+
+def assign(requests: Sequence[Request], nodes: Sequence[NodeResources], stage: str = "") -> tuple[Slot, ...]:
+    """A slot for every process, in the order of `requests`.
+
+    Packed roles come first, so that they find whole nodes; where that leaves no node whole enough for a process with many GPUs, those
+    come first. Raises PlacementError that names the role, what one of its processes lacks and what every node still has.
+    """
+    try:
+        return _assign(requests, sorted(requests, key=_packed_first), nodes, stage)
+    except PlacementError as error:
+        try:
+            return _assign(requests, sorted(requests, key=_largest_first), nodes, stage)
+        except PlacementError:
+            raise error from None
+
+
+def _packed_first(request: Request) -> tuple[bool, bool, float]:
+    """Owners before those that share with them; whole GPUs before fractions; then by what has to lie together."""
+    return request.shares is not None, 0 < request.gpus < 1, -request.gpus * (request.count if request.strategy == "pack" else 1)
+
+
+def _largest_first(request: Request) -> tuple[bool, bool, float]:
+    return request.shares is not None, 0 < request.gpus < 1, -request.gpus
+
+
+def _assign(requests: Sequence[Request], order: Sequence[Request], nodes: Sequence[NodeResources], stage: str) -> tuple[Slot, ...]:
+    free = [FreeNode(index, node.cpus, node.memory, [1.0] * node.gpus) for index, node in enumerate(nodes)]
+    slots: dict[str, list[Slot]] = {}
+    for request in order:
+        placed: list[Slot] = []
+        slots[request.role] = placed
+        for index in range(request.count):
+            owner = slots[request.shares][index % len(slots[request.shares])] if request.shares else None
+            candidates = free if owner is None else [free[owner.node]]
+            able = [node for node in candidates if node.lacks(request) is None]
+            if not able:
+                raise PlacementError(_shortage(request, index, candidates, stage))
+            node = _choose(request, able, [slot.node for slot in placed])
+            gpus = node.take(request)
+            placed.append(Slot(request.role, index, node.index, gpus if owner is None else owner.gpus))
+    return tuple(slot for request in requests for slot in slots[request.role])
+
+
+def _choose(request: Request, able: Sequence[FreeNode], used: Sequence[int]) -> FreeNode:
+    """A fraction joins others; then by strategy; then the emptiest node."""
+
+    def rank(node: FreeNode) -> tuple[float, ...]:
+        by_strategy = used.count(node.index) if request.strategy == "spread" else node.index not in used
+        return not node.joins(request), by_strategy, -len(node.whole), -node.cpus, node.index
+
+    return min(able, key=rank)
+
+
+def _shortage(request: Request, index: int, nodes: Sequence[FreeNode], stage: str) -> str:
+    """The resource that the nearest node lacks, and what is left of it everywhere."""
+    lacking: list[Resource] = [node.lacks(request) or "GPU" for node in nodes]
+    scarce = max(lacking, key=ORDER.index, default=ORDER[1])
+    needs = {
+        "GPU": f"{request.gpus:g} GPUs on one node",
+        "CPU": f"{request.cpus:g} CPUs on one node",
+        "memory": f"{request.memory / 2**30:.3g} GiB of memory on one node",
+    }
+    left = "; ".join(f"node {node.index}: {node.left(scarce)}" for node in nodes[:SHOWN_NODES])
+    more = f"; and {len(nodes) - SHOWN_NODES} nodes more" if len(nodes) > SHOWN_NODES else ""
+    where = f"stage {stage}: " if stage else ""
+    return f"{where}{request.role} {index + 1} of {request.count} needs {needs[scarce]}, and there is left: {left or 'no node'}{more}"

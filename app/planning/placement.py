@@ -1,0 +1,177 @@
+"""What each command asks of a cluster, computed from the recipe alone.
+
+Stages run one after another, so a command needs the maximum over its stages; the roles of one stage are alive
+together, so their processes add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from app.config.recipe import Recipe
+from app.errors import PlacementError
+from app.planning.memory import GIB
+from app.planning.packing import NodeResources, Slot, assign
+from app.planning.roles import FLOAT32, Role, Roles
+from app.planning.shapes import shape_of
+
+_OBJECT_STORE_SHARE = 0.3  # Ray's default part of a node's memory; what does not fit there goes to the disk
+
+
+@dataclass(frozen=True)
+class StagePlacement:
+    """The roles that are alive together. overlapping: they work at the same time, not in turns; pushed: bytes of a weight push."""
+
+    name: str
+    roles: tuple[Role, ...]
+    overlapping: bool = False
+    pushed: int = 0
+
+    def need(self, resource: str) -> float:
+        return sum(role.need(resource) for role in self.roles)
+
+    def slots(self, nodes: tuple[NodeResources, ...]) -> tuple[Slot, ...]:
+        """Where every process goes. Raises PlacementError."""
+        return assign([role.request for role in self.roles], nodes, self.name)
+
+    def object_store(self, node_memory: float) -> int:
+        """Bytes of Ray's object store on a node with rollout engines."""
+        return min(self.pushed, int(_OBJECT_STORE_SHARE * node_memory))
+
+
+def engines_load_early(recipe: Recipe) -> bool:
+    """Whether the rollout engines may load while the reward model trains; engines with GPUs wait until its workers have left theirs."""
+    return recipe.rollout.engines.gpus == 0
+
+
+def placement(recipe: Recipe, command: str, gpu_memory: int | None = None) -> tuple[StagePlacement, ...]:
+    """The stages of a command, in the order they run. `command` is one of sft, rm, ppo, pipeline, tune, serve, evaluate, samples.
+
+    `rm`, `ppo` and `tune` on the embedded model include the stages that train what they start from. gpu_memory: see `Roles`.
+    """
+    roles = Roles(recipe, gpu_memory)
+    sft = StagePlacement("sft", (roles.trainers("sft", recipe.sft),))
+    before_rm = (sft,) if recipe.model.path == "embedded" else ()
+    rm = _reward_model(recipe, roles)
+    before_ppo = (*before_rm, *rm) if before_rm and recipe.reward.path is None else before_rm
+    trials = min(recipe.tune.concurrent, recipe.tune.trials)
+    stages = {
+        "sft": (sft,),
+        "rm": (*before_rm, *rm),
+        "ppo": (*before_ppo, _ppo(recipe, "ppo", roles.ppo())),
+        "pipeline": (sft, *rm, _ppo(recipe, "ppo", roles.ppo())),
+        "tune": (*before_ppo, _ppo(recipe, "tune", roles.ppo(trials))),
+        "serve": (StagePlacement("serve", roles.scorers()),),
+        "evaluate": (StagePlacement("evaluation", (roles.engines(), *roles.scorers())),),
+        "samples": (StagePlacement("samples", (roles.engines(),)),),
+    }
+    return stages[command]
+
+
+def _reward_model(recipe: Recipe, roles: Roles) -> tuple[StagePlacement, ...]:
+    """The training, and the SFT answers whose mean score becomes the offset."""
+    trainers, engine = roles.trainers("rm", recipe.rm), roles.engines()
+    if engines_load_early(recipe):
+        return (StagePlacement("rm", (trainers, engine), overlapping=True),)
+    return StagePlacement("rm", (trainers,)), StagePlacement("rm offset", (engine,))
+
+
+def _ppo(recipe: Recipe, name: str, roles: tuple[Role, ...]) -> StagePlacement:
+    """A push carries the policy as float32, unless it goes from GPU to GPU."""
+    shape, rollout = shape_of(recipe.model.path), recipe.rollout
+    nccl = rollout.transfer == "nccl" or (rollout.transfer == "auto" and rollout.engines.gpus > 0 and not rollout.colocate)
+    pushed = 0 if nccl or shape is None else FLOAT32 * shape.parameters
+    return StagePlacement(name, roles, overlapping=recipe.ppo.max_lag > 0, pushed=pushed)
+
+
+_UNITS = {"CPU": "CPUs", "GPU": "GPUs", "memory": "GiB of memory"}
+
+
+def check_feasible(recipe: Recipe, command: str, resources: Mapping[str, float], nodes: tuple[NodeResources, ...] = ()) -> None:
+    """Raise PlacementError when a stage needs more `CPU`, `GPU` or `memory` (bytes) than `resources` has in all, or finds no place.
+
+    A resource that the mapping does not name counts as absent, except memory, which is then not checked. nodes: where the
+    processes have to find room, one by one; not checked without any.
+    """
+    for stage in placement(recipe, command):
+        for resource in ("GPU", "CPU", "memory"):
+            if resource == "memory" and resource not in resources:
+                continue
+            have, need = resources.get(resource, 0.0), stage.need(resource)
+            if need > have + 1e-6:
+                raise PlacementError(_shortage(stage, resource, need, have))
+        if nodes:
+            stage.slots(nodes)
+
+
+def _shortage(stage: StagePlacement, resource: str, need: float, have: float) -> str:
+    scale = GIB if resource == "memory" else 1
+    roles = [role for role in stage.roles if role.need(resource) > 0]
+    parts = ", ".join(f"{role.name} {role.count} x {role.need(resource) / role.count / scale:.3g}" for role in roles)
+    largest = max(roles, key=lambda role: role.need(resource))
+    knob = {"GPU": f"{largest.key}.count or {largest.key}.gpus", "CPU": f"{largest.key}.count or {largest.key}.cpus"}
+    lower = knob.get(resource, f"{largest.key}.count, or take a smaller model")
+    return (
+        f"stage {stage.name} needs {need / scale:.3g} {_UNITS[resource]} ({parts}) and the cluster has {have / scale:.3g}: "
+        f"lower {lower}, or set RAY_ADDRESS to a larger cluster"
+    )
+
+
+def describe(recipe: Recipe, command: str) -> dict[str, Any]:
+    """Derived sizes for `--dry-run`: per stage its batches, steps and roles; over the stages, what a cluster must have."""
+    stages = placement(recipe, command)
+    return {
+        "stages": {
+            stage.name: {
+                **_sizes(recipe, stage.name),
+                "roles": {
+                    role.name: {
+                        "count": role.count,
+                        "cpus": role.cpus,
+                        "gpus": role.gpus,
+                        "threads": role.threads,
+                        "shares": role.shares,
+                    }
+                    for role in stage.roles
+                },
+            }
+            for stage in stages
+        },
+        "needs": {
+            "CPU": max(stage.need("CPU") for stage in stages),
+            "GPU": max(stage.need("GPU") for stage in stages),
+            "memory_gib": round(max(stage.need("memory") for stage in stages) / GIB, 1),
+        },
+    }
+
+
+def _sizes(recipe: Recipe, stage: str) -> dict[str, Any]:
+    if stage in ("sft", "rm"):
+        config = recipe.sft if stage == "sft" else recipe.rm
+        return {
+            "batch_size": config.batch_size,
+            "workers": config.workers.count,
+            **(
+                {"micro_batch_tokens": config.micro_batch_tokens, "accumulation": f"up to {config.accumulation}"}
+                if config.micro_batch_tokens
+                else {"micro_batch_size": config.micro_batch_size, "accumulation": config.accumulation}
+            ),
+            "steps": config.max_steps or f"{config.epochs:g} epochs of the data / {config.batch_size}",
+        }
+    if stage in ("ppo", "tune"):
+        ppo = recipe.ppo
+        sizes = {
+            "steps": ppo.steps,
+            "rollouts_per_step": ppo.batch_size,
+            "epochs": ppo.epochs,
+            "minibatches": ppo.minibatches,
+            "micro_batch_size": min(ppo.micro_batch_size, ppo.rows_per_step),
+            "accumulation": ppo.accumulation,
+            "optimizer_steps": ppo.steps * ppo.epochs * ppo.minibatches,
+            "rollouts": ppo.steps * ppo.batch_size,
+            "max_response_tokens": ppo.steps * ppo.batch_size * recipe.rollout.max_new_tokens,
+        }
+        return sizes | ({"trials": recipe.tune.trials, "concurrent": recipe.tune.concurrent} if stage == "tune" else {})
+    return {"prompts": recipe.evaluation.prompts} if stage == "evaluation" else {}

@@ -1,0 +1,178 @@
+"""The roles of a recipe: how many processes each has, what they take of a node and what they hold in memory, no Ray and no model.
+
+Sizes come from the `config.json` of a local model, or from a model's name.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from app.config.recipe import Recipe
+from app.config.shared import WorkersConfig
+from app.config.training import TrainingConfig
+from app.planning.memory import (
+    GIB,
+    WIDTHS,
+    Batch,
+    Parts,
+    Trained,
+    TrainingMemory,
+    cpu_engine_memory,
+    engine_memory,
+    scoring_memory,
+    total,
+    trained_parameters,
+    training_memory,
+)
+from app.planning.packing import Request, Strategy
+from app.planning.shapes import shape_of
+
+FLOAT32 = 4
+_PROCESS_BYTES = GIB // 2  # a Python process with torch and Ray loaded
+_CUDA_HOST_BYTES = GIB  # what a process with a GPU holds on the host beside that
+
+Turn = Literal["training", "rollout", "scoring"]
+
+
+@dataclass(frozen=True)
+class Role:
+    """Processes of one kind.
+
+    working: bytes of each on its device at its peak (a GPU; host memory where it has none); resting: while others work;
+    host: in host memory beside that. As far as the recipe tells: parts are empty for a model of unknown size.
+    """
+
+    name: str
+    key: str
+    count: int
+    cpus: float
+    gpus: float
+    threads: int
+    working: Parts
+    resting: Parts
+    host: Parts
+    turn: Turn
+    strategy: Strategy = "spread"
+    shares: str | None = None
+
+    @property
+    def memory(self) -> int:
+        """Host memory of each, bytes."""
+        return total(self.host) + (0 if self.gpus else total(self.working))
+
+    def need(self, resource: str) -> float:
+        """Of `CPU`, `GPU` (a process never spans two fractions of GPUs) or `memory` (bytes), over all processes."""
+        if resource == "GPU" and self.shares:
+            return 0.0
+        if resource == "GPU" and 0 < self.gpus < 1:
+            return self.count / math.floor(1 / self.gpus)
+        each: float = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory}[resource]
+        return self.count * each
+
+    @property
+    def request(self) -> Request:
+        """Its processes for `app.planning.packing`; memory is no resource that Ray reserves."""
+        return Request(self.name, self.count, self.cpus, self.gpus, strategy=self.strategy, shares=self.shares)
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Builds the roles of a recipe. gpu_memory: bytes of a GPU that the engines may fill; None takes the least that works."""
+
+    recipe: Recipe
+    gpu_memory: int | None = None
+    width: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "width", WIDTHS[self.recipe.model.precision])
+
+    def trainers(self, name: str, config: TrainingConfig) -> Role:
+        """SFT's or the reward model's workers."""
+        shape = shape_of(self.recipe.model.path)
+        reward_model = name == "rm"
+        rows = config.micro_batch_size * (self.recipe.rm.max_replies if reward_model else 1)
+        length = self.recipe.data.max_length
+        if config.micro_batch_tokens:
+            rows = max(1, config.micro_batch_tokens // length)
+        models, loaded = [], 0
+        if shape is not None:
+            parameters = shape.trunk if reward_model else shape.parameters
+            trained = trained_parameters(shape, config, parameters)
+            models = [Trained(shape, parameters, trained, Batch(rows, length, 0 if reward_model else rows * (length - 1)))]
+            loaded = (FLOAT32 if reward_model else self.width) * parameters
+        memory = training_memory(models, config.deepspeed, width=self.width, ranks=config.workers.count, on_gpu=config.workers.gpus > 0)
+        return self._training_role(name, f"{name}.workers", config.workers, memory, loaded)
+
+    def learner(self) -> Role:
+        """Policy and critic of PPO, in one process per rank."""
+        recipe, ppo = self.recipe, self.recipe.ppo
+        policy, critic = shape_of(recipe.model.path), shape_of(recipe.reward.path or recipe.model.path)
+        rows = min(ppo.micro_batch_size, ppo.rows_per_step)
+        length = recipe.data.max_prompt_length + recipe.rollout.max_new_tokens
+        passes = ppo.accumulation if ppo.reuse_forward else 1
+        models = []
+        if policy is not None:
+            batch = Batch(rows, length, rows * recipe.rollout.max_new_tokens)
+            models.append(Trained(policy, policy.parameters, policy.parameters, batch, passes))
+        if critic is not None and ppo.make_algorithm().has_critic:
+            models.append(Trained(critic, critic.trunk, critic.trunk, Batch(rows, length), passes))
+        memory = training_memory(models, ppo.deepspeed, width=self.width, ranks=ppo.workers.count, on_gpu=ppo.workers.gpus > 0)
+        loaded = FLOAT32 * max((model.parameters for model in models), default=0)
+        return self._training_role("learner", "ppo.workers", ppo.workers, memory, loaded)
+
+    def _training_role(self, name: str, key: str, workers: WorkersConfig, memory: TrainingMemory, loaded: int) -> Role:
+        # while it loads, each process holds its model in host memory, before anything is offloaded to there
+        loading = {"loading": max(0, loaded - total(memory.host))} if workers.gpus else {}
+        host = {**_process(workers), **memory.host, **loading}
+        return _role(name, key, workers, memory.working, memory.resting, host, turn="training", strategy="pack")
+
+    def engines(self, *, colocated: bool = False) -> Role:
+        """vLLM's rollout engines; colocated: on the learners' GPUs, asleep while these work."""
+        recipe, workers = self.recipe, self.recipe.rollout.engines
+        shape = shape_of(recipe.model.path)
+        sleeps = colocated and workers.gpus > 0
+        working, copy = Parts(), 0
+        if shape is not None:
+            longest = recipe.data.max_prompt_length + recipe.rollout.max_new_tokens
+            context = recipe.rollout.max_model_len or longest
+            reserved = None if self.gpu_memory is None else int(recipe.rollout.gpu_memory_utilization * self.gpu_memory)
+            parallel = max(1, int(workers.gpus))
+            on_gpu = engine_memory(shape, width=self.width, tensor_parallel=parallel, context=context, reserved=reserved)
+            on_cpu = cpu_engine_memory(shape, width=self.width, kv_cache=int(recipe.rollout.kv_cache_gib * GIB))
+            working, copy = (on_gpu if workers.gpus else on_cpu), self.width * shape.parameters
+        elif not workers.gpus:
+            working = {"kv_cache": int(recipe.rollout.kv_cache_gib * GIB)}
+        host = {**_process(workers), **({"sleep_copy": copy} if sleeps else {})}
+        shares = "learner" if sleeps else None
+        return _role("engine", "rollout.engines", workers, working, {} if sleeps else working, host, turn="rollout", shares=shares)
+
+    def scorers(self) -> tuple[Role, ...]:
+        """The scoring service's replicas."""
+        recipe, scoring = self.recipe, self.recipe.scoring
+        length = recipe.data.max_prompt_length + recipe.rollout.max_new_tokens
+        roles = []
+        further = [path for path in recipe.reward.model_paths() if path != recipe.reward.path]  # each with a service of its own
+        for suffix, reward_path in [("", recipe.reward.path or recipe.model.path), *((f" {path}", path) for path in further)]:
+            for name, workers, path in (("reward", scoring.reward, reward_path), ("reference", scoring.reference, recipe.model.path)):
+                shape, parts = shape_of(path), Parts()
+                if shape is not None:
+                    with_head = name == "reference"
+                    parts = scoring_memory(shape, width=self.width, tokens=scoring.max_batch_tokens, length=length, with_head=with_head)
+                resting = {part: size for part, size in parts.items() if part == "weights"}
+                roles.append(_role(name + suffix, f"scoring.{name}", workers, parts, resting, _process(workers), turn="scoring"))
+        return tuple(roles)
+
+    def ppo(self, copies: int = 1) -> tuple[Role, ...]:
+        """Learners and engines of `copies` PPO runs at a time, and the one scoring service of them all."""
+        actors = (self.learner(), self.engines(colocated=self.recipe.rollout.colocate))
+        return (*(replace(role, count=role.count * copies) for role in actors), *self.scorers())
+
+
+def _process(workers: WorkersConfig) -> Parts:
+    return {"process": _PROCESS_BYTES + (_CUDA_HOST_BYTES if workers.gpus else 0)}
+
+
+def _role(name: str, key: str, workers: WorkersConfig, working: Parts, resting: Parts, host: Parts, **more: Any) -> Role:
+    return Role(name, key, workers.count, workers.cpus, workers.gpus, workers.threads, working, resting, host, **more)

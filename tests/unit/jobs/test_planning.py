@@ -1,0 +1,70 @@
+"""`corral plan`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jobs.main import main
+
+ROOT = Path(__file__).resolve().parents[3]
+RECIPES = ROOT / "jobs" / "recipes"
+PPO_12B = str(RECIPES / "pythia" / "ppo-12b.toml")
+
+
+def planned(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    code = main(["plan", *words])
+    return code, capsys.readouterr().out
+
+
+def test_json_of_a_recipe_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out = planned([PPO_12B, "--cluster", "1x8xA100-80GB", "--json"], capsys)
+    document = json.loads(out)
+    assert code == 0 and document["fits"] and document["command"] == "ppo"
+    assert set(document["bytes"]) == {"learner", "engine", "reward", "reference"}
+    assert document["seconds_per_step"] > 0 and document["cost"] > document["cost_per_step"] > 0
+
+
+def test_what_does_not_fit_exits_with_1_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out = planned([PPO_12B, "--cluster=1x8xA100-40GB"], capsys)
+    assert code == 1
+    assert "DOES NOT FIT" in out and "short: stage ppo: engine needs" in out and "GPU 5 would hold" in out
+
+
+def test_text_groups_devices_and_gives_time_and_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out = planned([PPO_12B, "--cluster", "1x8xA100-80GB"], capsys)
+    assert code == 0
+    for part in ("node 0 GPU 0 (and 5 like it)", "s a step", "156 steps", "in all:", "27.45 USD an hour, list prices of 2025-12-21"):
+        assert part in out
+
+
+def test_overrides_price_rows_and_length(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(RECIPES / "pythia" / "sft-12b.toml"), "--cluster", "1x8xA100-80GB", "--json"]
+    document = json.loads(planned([*words, "--price", "10", "--rows", "6400", "--sft.epochs=1", "--mean-length", "512"], capsys)[1])
+    assert document["price_per_hour"] == 10 and document["prices_read"] is None
+    assert document["stages"][0]["steps"] == 100
+    assert document["seconds_per_step"] < json.loads(planned(words, capsys)[1])["seconds_per_step"] / 3
+
+
+def test_this_machine_and_the_command_from_the_name(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out = planned([str(RECIPES / "tiny" / "pipeline.toml")], capsys)
+    assert out.startswith("corral pipeline on local") and "stage rm" in out and "USD" not in out
+    _, out = planned([str(RECIPES / "tiny" / "pipeline.toml"), "--for", "serve"], capsys)
+    assert out.startswith("corral serve on local") and "takes no steps" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--cluster", "8xA100"], "NODES x GPUS x KIND"),
+        (["--cluster", "missing.yaml"], "missing.yaml"),
+        (["--for", "chat"], "--for chat"),
+        (["--ppo.kl.coff=1"], "ppo.kl.coff"),
+    ],
+)
+def test_bad_input_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", PPO_12B, *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -1,0 +1,223 @@
+"""Whole plans: what is known to fit and not to fit, totals, remedies, time and cost."""
+
+from __future__ import annotations
+
+import math
+from datetime import date
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app.config.loading import load_recipe, with_values
+from app.config.recipe import Recipe
+from app.errors import ConfigError
+from app.planning.cluster_file import cluster_from_file
+from app.planning.hardware import GPUS, MACHINES, Cluster, Machine, cluster_from_spec
+from app.planning.memory import total
+from app.planning.plan import Plan, make_plan
+from app.planning.timing import Workload
+
+ROOT = Path(__file__).resolve().parents[3]
+PYTHIA = ROOT / "jobs" / "recipes" / "pythia"
+PPO_12B = load_recipe(PYTHIA / "ppo-12b.toml")
+LAPTOP = Cluster("laptop", (Machine("laptop", 2, 24 * 2**30),))
+
+FOUR_CORES = Cluster("four cores", (Machine("four cores", 4, 24 * 2**30),))
+
+
+def plan(recipe: Recipe, spec: str, command: str = "ppo") -> Plan:
+    return make_plan(recipe, command, cluster_from_spec(spec))
+
+
+def test_open_assistants_set_up_needs_eight_gpus_of_80_gb() -> None:
+    assert plan(PPO_12B, "1x8xA100-80GB").fits
+    assert plan(PPO_12B, "1x8xH100-80GB").fits
+    assert not plan(PPO_12B, "1x8xA100-40GB").fits
+    assert not plan(PPO_12B, "1x4xA100-80GB").fits
+
+
+def test_no_share_of_a_40_gb_gpu_holds_learner_and_engine_in_turns() -> None:
+    shares = [with_values(PPO_12B, {"rollout.gpu_memory_utilization": share / 20}) for share in range(1, 20)]
+    assert not any(plan(recipe, "1x8xA100-40GB").fits for recipe in shares)
+
+
+def test_too_few_gpus_are_named() -> None:
+    (shortage,) = plan(PPO_12B, "1x4xA100-80GB").as_dict()["shortages"]
+    for part in ("stage ppo", "learner 5 of 6", "GPUs", "node 0: 0 whole GPUs"):
+        assert part in shortage
+
+
+def test_what_fills_a_gpu_is_named_with_what_would_help() -> None:
+    big = with_values(load_recipe(PYTHIA / "sft-6.9b.toml"), {"sft.micro_batch_size": 8})
+    (shortage,) = plan(big, "1x8xA100-80GB", "sft").as_dict()["shortages"]
+    assert "activations" in shortage and "sft.deepspeed.gradient_checkpointing = true" in shortage
+    assert plan(with_values(big, {"sft.deepspeed.gradient_checkpointing": True}), "1x8xA100-80GB", "sft").fits
+
+
+def test_an_engine_too_large_for_its_share_is_named() -> None:
+    small_share = with_values(PPO_12B, {"rollout.gpu_memory_utilization": 0.2})
+    (shortage,) = plan(small_share, "1x8xA100-80GB").as_dict()["shortages"]
+    assert "rollout.gpu_memory_utilization = 0.2" in shortage and "raise it" in shortage
+
+
+def test_a_small_host_is_named() -> None:
+    machine = MACHINES["p4de.24xlarge"]
+    small = Cluster("small", (Machine("small", machine.cpus, 128 * 2**30, 8, machine.gpu),))
+    (shortage,) = make_plan(PPO_12B, "ppo", small).as_dict()["shortages"]
+    assert "node 0 host memory" in shortage and "more memory" in shortage
+
+
+def test_overlapping_roles_do_not_take_turns() -> None:
+    recipe = with_values(PPO_12B, {"rollout.gpu_memory_utilization": 0.6})
+    assert plan(recipe, "1x8xA100-80GB").fits
+    (stage,) = plan(recipe, "1x8xA100-80GB").stages
+    ahead = with_values(recipe, {"ppo.max_lag": 1})
+    (overlapping,) = plan(ahead, "1x8xA100-80GB").stages
+    assert overlapping.devices[0].used > stage.devices[0].used
+    assert "activations" in overlapping.devices[0].parts["learner"] and "activations" not in stage.devices[0].parts["learner"]
+
+
+RUNS = {"ppo-12b": "ppo", "sft-12b": "sft", "sft-6.9b": "sft", "sft-70m": "sft", "rm-1.4b": "rm", "rm-6.9b": "rm"}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_pythia_recipe_fits_the_machine_it_is_written_for(name: str) -> None:
+    found = plan(load_recipe(PYTHIA / f"{name}.toml"), "1x8xA100-80GB", RUNS[name]).as_dict()
+    assert found["shortages"] == []
+
+
+@pytest.mark.parametrize("name", ["tiny/pipeline", "smollm2/sft", "smollm2/rm", "smollm2/ppo"])
+def test_cpu_recipes_fit_a_laptop(name: str) -> None:
+    assert make_plan(load_recipe(ROOT / "jobs" / "recipes" / f"{name}.toml"), Path(name).name, LAPTOP).fits
+
+
+def test_a_measured_cpu_run_is_within_a_fifth_in_memory_and_a_factor_of_two_in_time() -> None:
+    (stage,) = make_plan(load_recipe(ROOT / "jobs" / "recipes" / "smollm2" / "ppo.toml"), "ppo", LAPTOP).stages
+    assert stage.timing is not None
+    assert 0.8 < stage.devices[0].used / (18.1 * 2**30) < 1.2  # docs/results/smollm2.md
+    assert 0.5 < stage.timing.seconds_per_step / 43.9 < 2
+
+
+@settings(max_examples=30)
+@given(
+    st.sampled_from(list(RUNS)),
+    st.integers(1, 4),
+    st.sampled_from([8, 16]),
+    st.sampled_from(list(GPUS)),
+)
+def test_parts_add_up_and_fitting_means_no_shortage(name: str, nodes: int, gpus: int, kind: str) -> None:
+    found = plan(load_recipe(PYTHIA / f"{name}.toml"), f"{nodes}x{gpus}x{kind}", RUNS[name])
+    document = found.as_dict()
+    for stage in document["stages"]:
+        for device in stage["devices"]:
+            assert device["bytes"] == sum(sum(parts.values()) for parts in device["parts"].values())
+        for role in stage["roles"]:
+            assert role["bytes"] == sum(role["parts"].values())
+            assert len(role["slots"]) == role["count"]
+    fits = all(device["bytes"] <= device["capacity"] for stage in document["stages"] for device in stage["devices"])
+    assert document["fits"] is (not document["shortages"])
+    assert not document["fits"] or fits
+
+
+def test_faster_machines_take_less_time_and_longer_answers_more() -> None:
+    def seconds(recipe: Recipe, spec: str, workload: Workload | None = None) -> float:
+        found: float = make_plan(recipe, "ppo", cluster_from_spec(spec), workload).as_dict()["seconds_per_step"]
+        return found
+
+    assert seconds(PPO_12B, "1x8xH100-80GB") < seconds(PPO_12B, "1x8xA100-80GB")
+    assert seconds(PPO_12B, "1x8xA100-80GB", Workload(mean_length=128)) < seconds(PPO_12B, "1x8xA100-80GB")
+    wide = with_values(PPO_12B, {"ppo.epochs": 8})
+    assert seconds(wide, "1x8xA100-80GB") > seconds(PPO_12B, "1x8xA100-80GB")
+
+
+def test_cost_is_price_times_time() -> None:
+    found = plan(PPO_12B, "2x8xA100-80GB").as_dict()
+    assert found["price_per_hour"] == pytest.approx(2 * 27.44705)
+    assert found["prices_read"] == "2025-12-21"
+    assert found["cost"] == pytest.approx(156 * found["seconds_per_step"] / 3600 * 2 * 27.44705)
+    assert found["cost_per_step"] == pytest.approx(found["cost"] / 156)
+
+
+def test_no_price_no_cost_and_no_rows_no_end() -> None:
+    found = plan(load_recipe(PYTHIA / "sft-12b.toml"), "1x8xL4-24GB", "sft").as_dict()
+    assert (found["price_per_hour"], found["cost_per_step"], found["seconds"], found["cost"]) == (None, None, None, None)
+    with_rows = make_plan(load_recipe(PYTHIA / "sft-12b.toml"), "sft", cluster_from_spec("1x8xA100-80GB"), Workload(rows=6400))
+    assert with_rows.stages[0].timing is not None and with_rows.stages[0].timing.steps == 800
+
+
+def test_ranks_on_several_nodes_talk_through_the_network() -> None:
+    recipe = load_recipe(PYTHIA / "sft-12b.toml")
+    together, apart = (plan(recipe, spec, "sft").stages[0].timing for spec in ("1x8xA100-80GB", "2x4xA100-80GB"))
+    assert together is not None and apart is not None
+    assert apart.phases["communication"] > 10 * together.phases["communication"]
+
+
+def test_a_model_of_unknown_size_gets_places_but_no_times() -> None:
+    found = make_plan(with_values(Recipe(), {"model.path": "runs/mine/sft/model", "reward.path": "runs/mine/rm/model"}), "ppo", FOUR_CORES)
+    assert found.fits and found.as_dict()["seconds_per_step"] is None
+
+
+def test_cluster_specs() -> None:
+    cluster = cluster_from_spec("4x8xH100-80GB")
+    assert len(cluster.nodes) == 4 and cluster.nodes[0].gpus == 8 and cluster.nodes[0].name == "p5.48xlarge"
+    half = cluster_from_spec("1x4xA100-80GB").nodes[0]
+    assert (half.cpus, half.memory, half.price) == (48, 576 * 2**30, pytest.approx(13.7235, abs=1e-3))
+    assert math.isclose(cluster.price(()) or 0, 4 * 55.04)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [("8xA100", "NODES x GPUS x KIND"), ("1x8xA100", "unknown GPU A100: known are A100-40GB"), ("0x8xA100-40GB", "at least one node")],
+)
+def test_bad_specs(spec: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cluster_from_spec(spec)
+
+
+def test_prices_have_a_day() -> None:
+    assert all((machine.price is None) == (machine.read is None) for machine in MACHINES.values())
+    assert all(machine.read is None or machine.read > date(2025, 1, 1) for machine in MACHINES.values())
+
+
+def test_cluster_files(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(
+        "max_workers: 3\nhead_node_type: head\navailable_node_types:\n"
+        "  worker: {max_workers: 2, node_config: {InstanceType: p4de.24xlarge}}\n"
+        "  spot: {max_workers: 4, node_config: {InstanceType: p4d.24xlarge}}\n"
+        "  head: {node_config: {InstanceType: m6i.4xlarge}}\n"
+    )
+    cluster = cluster_from_file(file)
+    assert [node.name for node in cluster.nodes] == ["m6i.4xlarge", "p4de.24xlarge", "p4de.24xlarge", "p4d.24xlarge"]
+
+
+def test_a_cluster_that_grows_grows_no_further_than_it_has_to() -> None:
+    machines = [MACHINES[name] for name in ("m6i.4xlarge", *["p4de.24xlarge"] * 4)]
+    one = make_plan(PPO_12B, "ppo", Cluster("file", tuple(machines), elastic=True))
+    assert len(one.cluster.nodes) == 2 and one.price == pytest.approx(0.768 + 27.44705)
+    apart = make_plan(with_values(PPO_12B, {"rollout.colocate": False}), "ppo", Cluster("file", tuple(machines), elastic=True))
+    assert len(apart.cluster.nodes) == 3 and apart.fits
+    assert not make_plan(PPO_12B, "ppo", Cluster("file", tuple(machines[:1]), elastic=True)).fits
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "cannot be read as YAML"),
+        ("provider: {type: local}", "no available_node_types"),
+        ("available_node_types: {x: {max_workers: 1, node_config: {InstanceType: z9.large}}}", "unknown machine z9.large"),
+    ],
+)
+def test_bad_cluster_files(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        cluster_from_file(tmp_path / "c.yaml")
+
+
+def test_bytes_are_those_of_one_process_at_its_peak() -> None:
+    found = plan(PPO_12B, "1x8xA100-80GB")
+    document = found.as_dict()
+    assert document["bytes"] == {role.name: total(role.working) for role in found.stages[0].stage.roles}
+    assert set(document["bytes"]) == {"learner", "engine", "reward", "reference"}
