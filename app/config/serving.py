@@ -47,6 +47,21 @@ class ServedModelConfig(Config):
     """Deadline of one request inside the service."""
 
 
+class ChatModelConfig(Config):
+    """One language model to chat with: a vLLM engine behind OpenAI's chat protocol."""
+
+    path: str
+    """Hugging Face folder of a causal language model whose tokenizer has a chat template."""
+    workers: WorkersConfig = WorkersConfig()
+    """Engines, and what each of them takes; several GPUs to one engine share its layers (tensor parallel)."""
+    max_model_len: int = Field(4096, ge=16)
+    """Tokens of a conversation and its answer together; at most the model's context."""
+    kv_cache_gib: float = Field(0.5, gt=0)
+    """KV cache of a CPU engine, GiB; it must hold one conversation of max_model_len tokens."""
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
+    """Share of a GPU's memory that an engine may use."""
+
+
 class ServingConfig(Config):
     """The service's doors. One application holds all models, so that a client needs a host, a port and a model's name."""
 
@@ -64,3 +79,5 @@ class ServingConfig(Config):
     """Longest body of a request, after decompression."""
     max_logits_bytes: int = Field(256 * 2**20, ge=1024)
     """Largest `logits` output of one request."""
+    chat: dict[str, ChatModelConfig] = Field(default_factory=dict)
+    """Models to chat with by name, at `/v1/chat/completions` of the same HTTP port."""
