@@ -54,19 +54,25 @@ def check(recipe: Recipe, doors: ServingConfig | None = None) -> Service:
     """Everything that can be wrong with the input. `doors`: those that are open already. Raises CorralError."""
     from app.workers.placement import check_feasible
     from jobs import local_ray
-    from serve.scoring import named_models
+    from serve.access import bearer_token
+    from serve.builders import named_models
 
     models = serving_inputs.checked_models(named_models(recipe), recipe.model.trust_remote_code)
     if recipe.serving.chat:
         from serve.chat import check_chat_models
 
         check_chat_models(recipe.serving.chat)
-    token = serving_inputs.bearer_token(recipe.serving)
+    token = bearer_token(recipe.serving)
     check_feasible(recipe, "serve", local_ray.cluster_resources())
     if doors is None:
-        return Service(recipe, models, serving_inputs.opened_doors(recipe.serving, token), token)
+        return Service(recipe, models, serving_inputs.opened_doors(recipe.serving), token)
     kept = {key: getattr(doors, key) for key in ("host", "http_port", "grpc_port")}
     return Service(recipe, models, recipe.serving.model_copy(update=kept), token)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    serving_inputs.add_arguments(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe, the derived sizes and the placement, and stop")
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -117,3 +123,38 @@ def wait(update: Callable[[], None]) -> None:
                 sys.stderr.write(f"corral: not updated: {' '.join(str(error).split())}\n")
     finally:
         signal.signal(signal.SIGHUP, previous)
+
+
+def announce(service: Service) -> None:
+    """One line per model, as the service itself describes it, and how to stop. Raises ScoringError when a model does not answer."""
+    from ray import serve
+
+    host = f"[{service.doors.host}]" if ":" in service.doors.host else service.doors.host
+    http, grpc = f"http://{host}:{service.doors.http_port}", f"{host}:{service.doors.grpc_port}"
+    for name in service.models:
+        handle = serve.get_deployment_handle(name, APPLICATION)
+        model = handle.describe.remote().result(timeout_s=service.recipe.run.deadline_seconds)
+        identity = model.identity
+        sys.stdout.write(
+            f"{name}: {model.kind} model, version {identity.version}, weights {identity.weights_hash[:12]}, {http}/v2/models/{name}, grpc {grpc}\n"
+        )
+    for name in service.doors.chat:
+        sys.stdout.write(f"{name}: chat model, {http}/v1/chat/completions\n")
+    sys.stdout.write(f"documentation: {http}/docs; Ctrl-C stops the service\n" if service.models else "Ctrl-C stops the service\n")
+    sys.stdout.flush()
+
+
+TOOL = Tool(
+    purpose="serve reward models, reference policies and chat over HTTP and gRPC",
+    details=(
+        "Serves the models that serving.models names or --model gives; where neither does, the reward model (reward.path) and the\n"
+        "reference policy (model.path) of a recipe. Stays up until Ctrl-C or SIGTERM; SIGHUP reads the recipe again and swaps models\n"
+        "in place. Clients: docs/serving.md.\n\n"
+        "examples:\n"
+        "  corral serve --model reward=runs/demo/rm/model --model reference=runs/demo/sft/model\n"
+        "  corral serve jobs/recipes/tiny/ppo.toml --model.path=runs/demo/sft/model --reward.path=runs/demo/rm/model"
+    ),
+    add_arguments=add_arguments,
+    run=run,
+    keys=serving_inputs.SECTIONS,
+)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
-import os
 import socket
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.errors import ConfigError, ModelError
@@ -17,7 +14,6 @@ if TYPE_CHECKING:
     from app.config.serving import ModelKind, ServedModelConfig, ServingConfig
 
 SECTIONS = ("run", "model", "reward", "rollout.temperature", "scoring", "serving")
-TOKEN_VARIABLE = "CORRAL_SERVE_TOKEN"
 OPTIONS = {"host": "serving.host", "http_port": "serving.http_port", "grpc_port": "serving.grpc_port", "token_file": "serving.token_file"}
 
 
@@ -29,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", help="interface to listen on (default 127.0.0.1); any other than a loopback one needs a token")
     parser.add_argument("--http-port", type=int, metavar="PORT", help="default 8000; 0 takes a free one")
     parser.add_argument("--grpc-port", type=int, metavar="PORT", help="default 8001; 0 takes a free one")
-    parser.add_argument("--token-file", metavar="FILE", help=f"file with the bearer token that requests must carry (or {TOKEN_VARIABLE})")
+    parser.add_argument("--token-file", metavar="FILE", help="file with the bearer token that requests must carry (or CORRAL_SERVE_TOKEN)")
 
 
 def serving_recipe(arguments: argparse.Namespace, overrides: Sequence[str]) -> Recipe:
@@ -87,32 +83,12 @@ def model_kind(name: str, path: str) -> ModelKind:
     raise ModelError(f"serving.models.{name}: {path} is an encoder without a score head; train a reward model from it with `corral rm`")
 
 
-def bearer_token(config: ServingConfig) -> str | None:
-    """The token of `serving.token_file`, or of the environment. Raises ConfigError for a file that holds none."""
-    if config.token_file is None:
-        return os.environ.get(TOKEN_VARIABLE) or None
-    try:
-        token = Path(config.token_file).expanduser().read_text().strip()
-    except OSError as error:
-        raise ConfigError(f"serving.token_file = {config.token_file}: cannot be read ({error.strerror}); check the path") from error
-    if not token or len(token.split()) != 1:
-        raise ConfigError(f"serving.token_file = {config.token_file}: holds no token; write one word into it, such as `openssl rand -hex 32`")
-    return token
+def opened_doors(config: ServingConfig) -> ServingConfig:
+    """The doors' configuration with a free port in place of each 0. Raises ConfigError when a port is taken, or the host none of ours."""
+    from serve.access import listening_address
 
-
-def opened_doors(config: ServingConfig, token: str | None) -> ServingConfig:
-    """The doors' configuration with a free port in place of each 0. Raises ConfigError when the host is none of this machine, or open
-    to others without a token, or a port is taken."""
-    try:
-        address = socket.getaddrinfo(config.host, None, type=socket.SOCK_STREAM)[0][4][0]
-    except OSError as error:
-        raise ConfigError(f"serving.host = {config.host}: no such host ({error.strerror}); use 127.0.0.1") from error
-    if token is None and not ipaddress.ip_address(address).is_loopback:
-        raise ConfigError(
-            f"serving.host = {config.host}: others can reach it, and requests need no token; "
-            f"set serving.token_file or {TOKEN_VARIABLE}, or listen on 127.0.0.1"
-        )
-    ports = {key: _free_port(str(address), getattr(config, key), key) for key in ("http_port", "grpc_port")}
+    address = listening_address(config.host)
+    ports = {key: _free_port(address, getattr(config, key), key) for key in ("http_port", "grpc_port")}
     return config.model_copy(update=ports)
 
 

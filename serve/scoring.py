@@ -1,6 +1,6 @@
 """The scoring service: one Ray Serve application with a deployment per model and, where it is asked for, the doors in front.
 
-PPO's service (`start_scoring`), `corral serve` and Serve's own commands (`application`) are built here.
+PPO's service (`start_scoring`), `corral serve` and Serve's own commands (serve/builders.py) are all built here.
 """
 
 from __future__ import annotations
@@ -13,11 +13,8 @@ from typing import Any
 from ray import serve
 from ray.serve.config import AutoscalingConfig
 
-from app.config.loading import load_recipe, with_values
 from app.config.ppo import ScoringConfig
-from app.config.recipe import Recipe
 from app.config.serving import BatchingConfig, ServedModelConfig, ServingConfig
-from app.errors import ConfigError
 from app.models.load import seen_from_anywhere
 from app.workers.processes import process_options
 from app.workers.scoring_client import REFERENCE, REWARD, ServeScorer
@@ -103,35 +100,6 @@ def ppo_models(config: ScoringConfig, *, reward_path: str, reference_path: str, 
         REWARD: ServedModelConfig(path=reward_path, kind="reward", workers=config.reward, **shared),
         REFERENCE: ServedModelConfig(path=reference_path, kind="reference", workers=config.reference, temperature=temperature, **shared),
     }
-
-
-def named_models(recipe: Recipe) -> dict[str, ServedModelConfig]:
-    """What a recipe asks to be served: `serving.models`; where it names none, its reward model and the model it starts from."""
-    if recipe.serving.models or recipe.serving.chat:
-        return recipe.serving.models
-    if recipe.reward.path is None:
-        raise ConfigError(
-            "no model to serve: give --model NAME=FOLDER, a recipe with serving.models, or one with reward.path and model.path"
-        )
-    return ppo_models(
-        recipe.scoring, reward_path=recipe.reward.path, reference_path=recipe.model.path, temperature=recipe.rollout.temperature
-    )
-
-
-def application(arguments: dict[str, Any]) -> serve.Application:
-    """For Serve's own commands and config files, as import path `serve.scoring:application`.
-
-    The arguments are recipe keys with their values, and `recipe`, a recipe file to start from:
-    `serve run serve.scoring:application serving.models.rm.path=runs/demo/rm/model`. `corral serve build` writes such a file.
-    Raises ConfigError.
-    """
-    given = dict(arguments)
-    file = given.pop("recipe", None)
-    words = [f"--{key}={value}" for key, value in given.items() if isinstance(value, str)]
-    recipe = with_values(load_recipe(file, words), {key: value for key, value in given.items() if not isinstance(value, str)}, "arguments")
-    return scoring_application(
-        named_models(recipe), doors=recipe.serving, precision=recipe.model.precision, trust_remote_code=recipe.model.trust_remote_code
-    )
 
 
 @contextmanager
