@@ -37,7 +37,7 @@ class ServedModelConfig(Config):
     """Hugging Face folder (a reward model, or a causal language model)."""
     kind: ModelKind | None = None
     """Default: seen from the folder."""
-    version: str = "1"
+    version: str = Field("1", coerce_numbers_to_str=True)
     """Label that every answer carries beside the hash of the weights."""
     temperature: float = Field(1.0, gt=0)
     """Log-probs are those of the logits divided by this (reference policies)."""
