@@ -156,7 +156,7 @@ def _refusal(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         return _error(400, f"{'.'.join(map(str, first['loc'][1:])) or 'body'}: {first['msg']}")
-    return _error(getattr(error, "status_code", 500), getattr(error, "message", None) or getattr(error, "detail", str(error)))
+    return _error(getattr(error, "status_code", 500), str(getattr(error, "message", None) or getattr(error, "detail", error)))
 
 
 def _error(status: int, message: str) -> JSONResponse:
