@@ -58,7 +58,9 @@ def read_replies(source: SetConfig, file: Path, quarantine: Path, *, every_turn:
         bad = open_files.enter_context(Quarantine(quarantine, strict=strict))
         out = open_files.enter_context(RecordWriter(file, Reply))
         reader = RowReader(source.path, source, bad)
-        filters = Filters(source.lang or (), source.top_k, source.columns.named(), phrases_of(source.phrases or ()), source.max_characters or 0)
+        filters = Filters(
+            source.lang or (), source.top_k, source.columns.named(), phrases_of(source.phrases or ()), source.max_characters or 0
+        )
         rows = _Tracked(reader)
         for found in FORMATS[reader.format].read(rows, filters):
             if isinstance(found, BadRow):
@@ -112,5 +114,6 @@ class _Tracked:
         self._rows = rows
 
     def __iter__(self) -> Iterator[Row]:
-        for self.last in self._rows:
-            yield self.last
+        for row in self._rows:
+            self.last = row
+            yield row
