@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from app.config.data import SetConfig
 from app.config.loading import load_recipe
+from app.config.serving import ModelKind
 from app.data.templates import build_template
 from app.errors import ConfigError, DataError, ModelError
+from app.evaluation import offline_scoring
 from app.evaluation.offline_scoring import Job, score_replies, stored
+from app.evaluation.reply_records import open_replies, read_replies
 from app.formats.records import Message
 from app.models.forward import pad_sequences, sequence_logprobs
 from app.models.heads import load_reward_model, sequence_scores
 from app.models.load import load_causal_lm, load_tokenizer
+from app.models.scoring import ScoringModel
 from tests.tiny_models import CONTEXT, make_neox, make_reward_model
 
 OFFSET = 0.25
@@ -32,7 +38,7 @@ ROWS = [
     },
     {"messages": [{"role": "user", "content": "nobody answered"}]},
     {"messages": [{"role": "elephant", "content": "x"}]},
-    *({"messages": [{"role": "user", "content": f"q{k}"}, {"role": "assistant", "content": "so " * (3 * k)}]} for k in range(1, 20)),
+    *({"messages": [{"role": "user", "content": f"q{k}"}, {"role": "assistant", "content": "so " * (5 * k)}]} for k in range(1, 12)),
 ]
 TREE = {
     "message_tree_id": "t",
@@ -67,15 +73,20 @@ def job(models: dict[str, str], tmp_path: Path) -> Callable[..., Job]:
     def make(rows: Sequence[Any] = ROWS, output: str = "scores.parquet", options: Sequence[str] = (), **more: Any) -> Job:
         (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         recipe = load_recipe(None, [f"--data.path={tmp_path / 'data.jsonl'}", f"--data.max_length={CONTEXT}", *options])
-        return Job(recipe, **{"models": models, "output": tmp_path / output, "part_rows": 8} | more)
+        return Job(recipe, **{"models": models, "output": tmp_path / output, "part_rows": 5} | more)
 
     return make
 
 
-def found(job: Job) -> list[tuple[int, int, str]]:
-    """(line, reply, text) of every row, once scored."""
-    score_replies(job)
-    return [(row["line"], row["reply"], row["text"]) for row in pq.read_table(job.output).to_pylist()]
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that was loaded for one job serves the next."""
+    monkeypatch.setattr(offline_scoring, "load_scorer", lambda path, recipe, kind: _loaded(path, kind))
+
+
+@cache
+def _loaded(path: str, kind: ModelKind) -> ScoringModel:
+    return ScoringModel(path, kind)
 
 
 def test_every_row_is_the_direct_forward_pass(job: Callable[..., Job], models: dict[str, str]) -> None:
@@ -83,8 +94,8 @@ def test_every_row_is_the_direct_forward_pass(job: Callable[..., Job], models: d
     rows = pq.read_table(summary["output"]).to_pylist()
     template = build_template("auto", load_tokenizer(models["rm"]))
     reward, reference = load_reward_model(models["rm"]), load_causal_lm(models["ref"])
-    assert [row["row"] for row in rows] == list(range(20))
-    assert [row["line"] for row in rows] == [1, *range(4, 23)]
+    assert [row["row"] for row in rows] == list(range(12))
+    assert [row["line"] for row in rows] == [1, *range(4, 15)]
     for row in rows:
         prompt, _ = template.encode([Message(**message) for message in row["messages"]], open_assistant=True)
         reply = [*template.encode_text(row["text"]), template.eos_id]
@@ -100,19 +111,19 @@ def test_every_row_is_the_direct_forward_pass(job: Callable[..., Job], models: d
             assert row["score_rm"] == pytest.approx(float(sequence_scores(reward, *batch)) - OFFSET, abs=1e-5)
         assert row["logprob_sum_ref"] == pytest.approx(float(logprobs.sum()), abs=1e-4)
         assert row["logprob_mean_ref"] == pytest.approx(float(logprobs.mean()), abs=1e-5)
-    assert 0 < sum(row["truncated_rm"] for row in rows) == summary["models"]["rm"]["truncated"] < 20
+    assert 0 < sum(row["truncated_rm"] for row in rows) == summary["models"]["rm"]["truncated"] < 12
     scores = np.array([row["score_rm"] for row in rows])
     assert summary["models"]["rm"]["score"] == pytest.approx({"mean": scores.mean(), "std": scores.std()})
     (of_file,) = summary["models"]["rm"]["files"].values()
-    assert of_file == {"replies": 20, "score": summary["models"]["rm"]["score"]}
+    assert of_file == {"replies": 12, "score": summary["models"]["rm"]["score"]}
 
 
 def test_rows_that_give_no_reply_are_counted(job: Callable[..., Job]) -> None:
     scored = job()
     summary = score_replies(scored)
     assert {name: summary[name] for name in ("rows", "replies", "without_reply", "quarantined")} == {
-        "rows": 22,
-        "replies": 20,
+        "rows": 14,
+        "replies": 12,
         "without_reply": 1,
         "quarantined": 1,
     }
@@ -126,17 +137,22 @@ def test_rows_that_give_no_reply_are_counted(job: Callable[..., Job]) -> None:
         score_replies(job(output="strict.parquet", options=["--data.strict=true"]))
 
 
-def test_replies_of_every_format(job: Callable[..., Job]) -> None:
-    pairs = [{"prompt": "p", "chosen": "good", "rejected": "bad"}] * 2
-    ranked = [{"prompt": "p", "responses": ["1st", "2nd", "3rd"], "augmented": ["4th"]}]
-    made = job()
-    only = {"models": {"": made.models["rm"]}, "texts": True}
-    assert found(job(pairs, "pairs.parquet", **only)) == [(1, 0, "good"), (1, 1, "bad"), (2, 0, "good"), (2, 1, "bad")]
-    assert found(job(ranked, "ranked.parquet", **only)) == [(1, 0, "1st"), (1, 1, "2nd"), (1, 2, "3rd"), (1, 3, "4th")]
-    assert found(job([{"instruction": "i", "response": "r"}], "instruction.parquet", **only)) == [(1, 0, "r")]
-    assert found(job(ROWS[:1], "last.parquet", **only)) == [(1, 0, "d")]
-    assert found(job(ROWS[:1], "all.parquet", every_turn=True, **only)) == [(1, 0, "b"), (1, 1, "d")]
-    assert found(job([TREE], "tree.parquet", **only)) == [(1, 0, "Because."), (1, 1, "Dunno."), (1, 2, "So.")]
+def test_replies_of_every_format(tmp_path: Path) -> None:
+    def replies(*rows: Any, every_turn: bool = False) -> list[tuple[int, int, str]]:
+        (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        source = SetConfig(path=str(tmp_path / "data.jsonl"), max_characters=100)
+        count = read_replies(source, tmp_path / "out", tmp_path / "bad.jsonl", every_turn=every_turn, strict=True).replies
+        records = open_replies(tmp_path / "out").chosen(np.ones(count, np.bool_))
+        return [(reply.line, reply.reply, reply.text) for reply in records]
+
+    pair = {"prompt": "p", "chosen": "good", "rejected": "bad"}
+    assert replies(pair, pair) == [(1, 0, "good"), (1, 1, "bad"), (2, 0, "good"), (2, 1, "bad")]
+    ranked = {"prompt": "p", "responses": ["1st", "2nd", "3rd"], "augmented": ["4th"]}
+    assert replies(ranked) == [(1, 0, "1st"), (1, 1, "2nd"), (1, 2, "3rd"), (1, 3, "4th")]
+    assert replies({"instruction": "i", "response": "r"}) == [(1, 0, "r")]
+    assert replies(ROWS[0]) == [(1, 0, "d")]
+    assert replies(ROWS[0], every_turn=True) == [(1, 0, "b"), (1, 1, "d")]
+    assert replies(TREE) == [(1, 0, "Because."), (1, 1, "Dunno."), (1, 2, "So.")]
 
 
 class Death(BaseException):
@@ -190,7 +206,7 @@ def test_what_is_there_belongs_to_what_is_asked_for(
     monkeypatch.setattr("app.evaluation.offline_scoring._assemble", lambda *_: (_ for _ in ()).throw(Death))
     with pytest.raises(Death):
         score_replies(job())
-    for change, reason in others:
+    for change, reason in others[:2]:
         with pytest.raises(ConfigError, match=f"scores.parquet.parts holds other scores: .*{reason}"):
             score_replies(job(**change))
     first.output.write_text("mine")
