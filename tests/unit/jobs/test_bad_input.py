@@ -158,7 +158,6 @@ def test_incomplete_models(refused: Refused, tmp_path: Path) -> None:
     assert "reward.path is not set" in refused("ppo", TINY, f"--model.path={whole}", run)
     assert "no tokenizer" in refused("ppo", TINY, f"--model.path={whole}", f"--reward.path={bare}", run)
     assert "no PPO model" in refused("evaluate", TINY, run)
-    assert "SFT model" in refused("serve", TINY, f"--reward.path={whole}", run)
     assert not (tmp_path / "run").exists()
 
 
@@ -171,7 +170,7 @@ def test_models_that_cannot_do_what_a_command_needs(refused: Refused, data: Call
     (Path(reward_model) / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}')
     (Path(released) / "config.json").write_text('{"model_type": "gpt_neox_reward_model"}')
     for path in (encoder, reward_model, released):
-        for command in ("sft", "pipeline", "ppo", "serve"):
+        for command in ("sft", "pipeline", "ppo"):
             assert "writes no answers" in refused(command, TINY, f"--model.path={path}", f"--reward.path={reward_model}", run)
         unranked = data(*(json.dumps(tree(number, 1)) for number in range(20)))
         error = refused("rm", TINY, f"--model.path={path}", f"--data.path={unranked}", f"--run.dir={path}.run")
