@@ -110,3 +110,5 @@ def test_what_cannot_be_chatted_with(folder: str, tmp_path: Path) -> None:
             check_chat_models({"pet": ChatModelConfig(path=path)})
     with pytest.raises(ConfigError, match="whole GPUs"):
         check_chat_models({"pet": ChatModelConfig(path=folder, workers=WorkersConfig(gpus=1.5))})
+    with pytest.raises(ConfigError, match=r"conversation of 128 tokens needs 0\.00012 GiB of KV cache, and kv_cache_gib is 0\.0001"):
+        check_chat_models({"pet": ChatModelConfig(path=folder, kv_cache_gib=0.0001)})
