@@ -25,6 +25,7 @@ from jobs import (
     ppo,
     reward_model,
     serving,
+    serving_file,
     sft,
     submission,
     tuning,
@@ -37,10 +38,11 @@ RECIPE_COMMANDS: dict[str, Command] = {
     "rm": reward_model.COMMAND,
     "ppo": ppo.COMMAND,
     "tune": tuning.COMMAND,
-    "serve": serving.COMMAND,
     "evaluate": evaluation.COMMAND,
 }
 TOOLS: dict[str, Tool] = {
+    "serve": serving.TOOL,
+    "serve build": serving_file.TOOL,
     "submit": submission.TOOL,
     "data": data.TOOL,
     "chat": chat.TOOL,
