@@ -54,7 +54,9 @@ def scoring_application(
     return doors_application(replicas, doors, token)
 
 
-def _model(name: str, config: ServedModelConfig, precision: Precision, trust_remote_code: bool, *others: serve.Application) -> serve.Application:
+def _model(
+    name: str, config: ServedModelConfig, precision: Precision, trust_remote_code: bool, *others: serve.Application
+) -> serve.Application:
     """One model's deployment. Path and version are its user config: a change of these alone is made in place, by `reconfigure`;
     a change of anything else replaces replica by replica."""
     path = seen_from_anywhere(config.path)

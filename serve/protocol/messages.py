@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from app.errors import BadRequestError
 from app.workers.scoring_messages import ModelIdentity
@@ -42,14 +42,13 @@ class InferRequest:
 
 @dataclass(frozen=True)
 class InferResponse:
-    """tokens: scored, without padding."""
+    """lengths: tokens of each sequence, without padding; binary: outputs that travel as bytes behind the JSON (HTTP only)."""
 
     identity: ModelIdentity
     id: str
     outputs: tuple[Tensor, ...]
-    sequences: int
-    tokens: int
-    binary: frozenset[str] = field(default_factory=frozenset)
+    lengths: tuple[int, ...]
+    binary: frozenset[str] = frozenset()
 
 
 def check_parameters(where: str, parameters: Mapping[str, Parameter]) -> None:

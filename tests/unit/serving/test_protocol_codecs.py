@@ -28,7 +28,7 @@ ENTRIES: list[dict[str, Any]] = [
     {"name": "attention_mask", "datatype": "INT64", "shape": [2, 3], "parameters": {"binary_data_size": 48}},
 ]
 ANSWER = InferResponse(
-    ModelIdentity("reward", "3", "abc"), "q1", (Tensor("rewards", "FP32", np.array([0.5, -1.0], np.float32)),), sequences=2, tokens=5
+    ModelIdentity("reward", "3", "abc"), "q1", (Tensor("rewards", "FP32", np.array([0.5, -1.0], np.float32)),), lengths=(3, 2)
 )
 
 
