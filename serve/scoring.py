@@ -14,10 +14,11 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 
 from app.config.ppo import ScoringConfig
-from app.config.serving import BatchingConfig, ServedModelConfig, ServingConfig
+from app.config.served_models import ppo_models
+from app.config.serving import ServedModelConfig, ServingConfig
 from app.models.load import seen_from_anywhere
 from app.workers.processes import process_options
-from app.workers.scoring_client import REFERENCE, REWARD, ServeScorer
+from app.workers.scoring_client import ServeScorer
 from serve.deploying import deployed, target
 from serve.replicas import ModelReplica, Precision
 
@@ -26,6 +27,9 @@ MAX_ONGOING_REQUESTS = 1024
 
 HEALTH_CHECK_PERIOD_SECONDS = 2.0
 """How soon a dead replica is noticed and replaced."""
+
+LOAD_INTERVAL_SECONDS = 1.0
+"""How often replicas and callers report their load to the autoscaler."""
 
 SHUTDOWN_POLL_SECONDS = 0.1
 """How often a replica that is to stop looks whether its last request is answered."""
@@ -57,26 +61,27 @@ def scoring_application(
 def _model(
     name: str, config: ServedModelConfig, precision: Precision, trust_remote_code: bool, *others: serve.Application
 ) -> serve.Application:
-    """One model's deployment. Path and version are its user config: a change of these alone is made in place, by `reconfigure`;
-    a change of anything else replaces replica by replica."""
-    path = seen_from_anywhere(config.path)
-    settled = config.model_copy(update={"path": path})
-    unchanging = (config.model_copy(update={"path": "", "version": ""}).model_dump_json(), precision, trust_remote_code)
-    deployment = serve.deployment(
-        name=name,
-        user_config={"path": path, "version": config.version},
-        ray_actor_options=process_options(config.workers),
-        max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        max_constructor_retry_count=1,
-        max_surge_percent=config.surge_percent,
-        health_check_period_s=HEALTH_CHECK_PERIOD_SECONDS,
-        graceful_shutdown_timeout_s=config.timeout_seconds,
-        graceful_shutdown_wait_loop_s=SHUTDOWN_POLL_SECONDS,
+    """One model's deployment, named as the model."""
+    config = config.model_copy(update={"path": seen_from_anywhere(config.path)})
+    deployment = serve.deployment(name=name, **model_options(config))(ModelReplica)
+    settled = (config.model_copy(update={"path": "", "version": ""}).model_dump_json(), precision, trust_remote_code)
+    return versioned(deployment, settled).bind(name, config, precision, trust_remote_code, *others)
+
+
+def model_options(config: ServedModelConfig) -> dict[str, Any]:
+    """Serve's options for a model's replicas. Path and version are the user config: a change of these is made in place, by
+    `reconfigure`, and any other change replaces replica by replica."""
+    return {
+        "user_config": {"path": config.path, "version": config.version},
+        "ray_actor_options": process_options(config.workers),
+        "max_ongoing_requests": MAX_ONGOING_REQUESTS,
+        "max_constructor_retry_count": 1,
+        "max_surge_percent": config.surge_percent,
+        "health_check_period_s": HEALTH_CHECK_PERIOD_SECONDS,
+        "graceful_shutdown_timeout_s": config.timeout_seconds,
+        "graceful_shutdown_wait_loop_s": SHUTDOWN_POLL_SECONDS,
         **_replicas(config),
-    )(ModelReplica)
-    # without a version of its own every deployment from Python counts as changed code, and Serve would replace its replicas
-    versioned = deployment.options(version=hashlib.sha256(repr(unchanging).encode()).hexdigest(), _internal=True)
-    return versioned.bind(name, settled, precision, trust_remote_code, *others)
+    }
 
 
 def _replicas(config: ServedModelConfig) -> dict[str, Any]:
@@ -88,20 +93,16 @@ def _replicas(config: ServedModelConfig) -> dict[str, Any]:
         target_ongoing_requests=config.target_ongoing_requests,
         upscale_delay_s=config.upscale_delay_seconds,
         downscale_delay_s=config.downscale_delay_seconds,
-        metrics_interval_s=1.0,
-        look_back_period_s=2.0,
+        metrics_interval_s=LOAD_INTERVAL_SECONDS,
+        look_back_period_s=2 * LOAD_INTERVAL_SECONDS,
     )
     return {"autoscaling_config": scaling}
 
 
-def ppo_models(config: ScoringConfig, *, reward_path: str, reference_path: str, temperature: float) -> dict[str, ServedModelConfig]:
-    """The two models of a PPO run. Log-probs are those of the reference's logits divided by `temperature`."""
-    batching = BatchingConfig(max_batch_tokens=config.max_batch_tokens, wait_seconds=config.batch_wait_seconds)
-    shared = {"batching": batching, "timeout_seconds": config.timeout_seconds}
-    return {
-        REWARD: ServedModelConfig(path=reward_path, kind="reward", workers=config.reward, **shared),
-        REFERENCE: ServedModelConfig(path=reference_path, kind="reference", workers=config.reference, temperature=temperature, **shared),
-    }
+def versioned(deployment: serve.Deployment, settled: object) -> serve.Deployment:
+    """The deployment as code of a version of its own: what is deployed anew with equal `settled` keeps its replicas. Without one,
+    Serve takes every deployment from Python for changed code."""
+    return deployment.options(version=hashlib.sha256(repr(settled).encode()).hexdigest(), _internal=True)
 
 
 @contextmanager
