@@ -49,9 +49,14 @@ class ScoringAnswer:
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What a served model is. context: longest sequence, None where the model has no limit; vocabulary: ids are below it."""
+    """What a served model is. context: longest sequence, None where the model has no limit; vocabulary: ids are below it.
+
+    path: folder of the weights and the tokenizer; timeout_seconds: deadline of one request.
+    """
 
     identity: ModelIdentity
     kind: ModelKind
     vocabulary: int
     context: int | None
+    path: str = ""
+    timeout_seconds: float = 60.0
