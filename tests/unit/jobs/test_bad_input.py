@@ -135,6 +135,16 @@ def test_no_prompts(refused: Refused, data: Callable[..., str], tmp_path: Path) 
     assert path in refused("ppo", TINY, f"--data.path={path}", f"--run.dir={tmp_path / 'run'}")
 
 
+def test_offline_scoring(refused: Refused, data: Callable[..., str], tmp_path: Path) -> None:
+    source = data('{"instruction": "a", "response": "b"}')
+    assert "several models need names" in refused("score", source, "--model=a", "--model=ref=b")
+    assert "two models are called a" in refused("score", source, "--model=a=x", "--model=a=y")
+    assert "no such folder" in refused("score", source, "--model=./nowhere")
+    assert "--part-rows=0" in refused("score", source, "--model=a", "--part-rows=0")
+    assert "say with --output" in refused("score", str(tmp_path), "--model=a")
+    assert "does not read ppo.steps" in refused("score", source, "--model=a", "--ppo.steps=1")
+
+
 def test_incomplete_models(refused: Refused, tmp_path: Path) -> None:
     run = f"--run.dir={tmp_path / 'run'}"
     bare = model_folder(tmp_path / "bare", tokenizer=False)
