@@ -29,14 +29,12 @@ SEQUENCE_COMMANDS = ("sft", "rm", "pipeline")
 BASE_MODEL_COMMANDS = ("sft", "pipeline")
 CRITIC_COMMANDS = ("ppo", "tune")
 MIX_COMMANDS = ("ppo", "tune", "pipeline")
-REWARD_COMMANDS = ("ppo", "tune", "serve", "evaluate")
+REWARD_COMMANDS = ("ppo", "tune", "evaluate")
 
 
 def check_inputs(recipe: Recipe, command: str) -> None:
     """Whether data, model and reward model are there. Raises DataError, ModelError or ConfigError; asks no hub."""
     _check_data(recipe, command)
-    if recipe.model.path in BUILT_IN_MODELS and command == "serve":
-        raise ConfigError(f"model.path = {recipe.model.path}: `corral serve` needs the folder of an SFT model, such as runs/demo/sft/model")
     if recipe.model.path not in BUILT_IN_MODELS:
         _check_model(recipe.model.path, trained=command not in BASE_MODEL_COMMANDS, writes=command != "rm")
     _check_lengths(recipe, command)
@@ -92,7 +90,7 @@ def _finds_own_reward_model(recipe: Recipe, command: str) -> bool:
     """PPO and Tune train one for the embedded model; an evaluation takes the one of its run folder."""
     if command == "evaluate":
         return (Path(recipe.run.dir) / "rm" / "model").is_dir()
-    return recipe.model.path == "embedded" and command != "serve"
+    return recipe.model.path == "embedded"
 
 
 def _check_run_has_ppo_model(folder: Path) -> None:

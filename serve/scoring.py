@@ -1,27 +1,27 @@
-"""The scoring service: one Ray Serve application with two deployments, `reward` and `reference`."""
+"""The scoring service: one Ray Serve application with a deployment per model and, where it is asked for, the doors in front.
+
+PPO's service (`start_scoring`), `corral serve` and Serve's own commands (serve/builders.py) are all built here.
+"""
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
-import ray
 from ray import serve
-from ray.exceptions import ActorAlreadyExistsError
-from ray.serve.schema import ApplicationStatus, LoggingConfig
+from ray.serve.config import AutoscalingConfig
 
 from app.config.ppo import ScoringConfig
-from app.config.shared import WorkersConfig
-from app.errors import DeadlineError, ScoringError
-from app.workers.pending import last_line
+from app.config.served_models import ppo_models
+from app.config.serving import ServedModelConfig, ServingConfig
+from app.models.heads import Precision
+from app.models.load import seen_from_anywhere
 from app.workers.processes import process_options
-from app.workers.scoring_client import REFERENCE, REWARD, ServeScorer
-from serve.replicas import Precision, ReferenceReplica, RewardReplica
-
-POLL_SECONDS = 1.0
-"""Each look at Serve's status takes the caller about 0.2 s of computing: it pickles the router class of every deployment."""
+from app.workers.scoring_client import ServeScorer
+from serve.deploying import deployed, target
+from serve.replicas import ModelReplica
 
 MAX_ONGOING_REQUESTS = 1024
 """Requests inside one replica at a time; the batcher's pool of callers to choose from."""
@@ -29,21 +29,81 @@ MAX_ONGOING_REQUESTS = 1024
 HEALTH_CHECK_PERIOD_SECONDS = 2.0
 """How soon a dead replica is noticed and replaced."""
 
+LOAD_INTERVAL_SECONDS = 1.0
+"""How often replicas and callers report their load to the autoscaler."""
+
+SHUTDOWN_POLL_SECONDS = 0.1
+"""How often a replica that is to stop looks whether its last request is answered."""
+
 
 def scoring_application(
-    config: ScoringConfig,
+    models: Mapping[str, ServedModelConfig],
     *,
-    reward_path: str,
-    reference_path: str,
-    temperature: float,
+    doors: ServingConfig | None = None,
+    token: str | None = None,
     precision: Precision = "fp32",
     trust_remote_code: bool = False,
 ) -> serve.Application:
-    """The application, not yet deployed. Log-probs are those of the reference's logits divided by `temperature`."""
-    reference = _deployment(ReferenceReplica, REFERENCE, config.reference).bind(
-        reference_path, config, precision, trust_remote_code, temperature
+    """The application, not yet deployed: one deployment per model, named as the model, and with `doors` the one that takes requests.
+
+    Without doors the models are reached by their handles alone.
+    """
+    replicas = {name: _model(name, model, precision, trust_remote_code) for name, model in models.items()}
+    if doors is None:
+        # Serve deploys what the arguments of an application's root reach: the first model holds handles that it never calls.
+        (root, first), *_ = models.items()
+        others = tuple(replica for name, replica in replicas.items() if name != root)
+        return _model(root, first, precision, trust_remote_code, *others)
+    from serve.doors import doors_application  # the doors' libraries are not needed where there are none
+
+    return doors_application(replicas, doors, token)
+
+
+def _model(
+    name: str, config: ServedModelConfig, precision: Precision, trust_remote_code: bool, *others: serve.Application
+) -> serve.Application:
+    """One model's deployment, named as the model."""
+    config = config.model_copy(update={"path": seen_from_anywhere(config.path)})
+    deployment = serve.deployment(name=name, **model_options(config))(ModelReplica)
+    settled = (config.model_copy(update={"path": "", "version": ""}).model_dump_json(), precision, trust_remote_code)
+    return versioned(deployment, settled).bind(name, config, precision, trust_remote_code, *others)
+
+
+def model_options(config: ServedModelConfig) -> dict[str, Any]:
+    """Serve's options for a model's replicas. Path and version are the user config: a change of these is made in place, by
+    `reconfigure`, and any other change replaces replica by replica."""
+    return {
+        "user_config": {"path": config.path, "version": config.version},
+        "ray_actor_options": process_options(config.workers),
+        "max_ongoing_requests": MAX_ONGOING_REQUESTS,
+        "max_constructor_retry_count": 1,
+        "max_surge_percent": config.surge_percent,
+        "health_check_period_s": HEALTH_CHECK_PERIOD_SECONDS,
+        "graceful_shutdown_timeout_s": config.timeout_seconds,
+        "graceful_shutdown_wait_loop_s": SHUTDOWN_POLL_SECONDS,
+        **_replicas(config),
+    }
+
+
+def _replicas(config: ServedModelConfig) -> dict[str, Any]:
+    if config.max_replicas is None:
+        return {"num_replicas": config.workers.count}
+    scaling = AutoscalingConfig(
+        min_replicas=config.workers.count,
+        max_replicas=config.max_replicas,
+        target_ongoing_requests=config.target_ongoing_requests,
+        upscale_delay_s=config.upscale_delay_seconds,
+        downscale_delay_s=config.downscale_delay_seconds,
+        metrics_interval_s=LOAD_INTERVAL_SECONDS,
+        look_back_period_s=2 * LOAD_INTERVAL_SECONDS,
     )
-    return _deployment(RewardReplica, REWARD, config.reward).bind(reward_path, config, precision, trust_remote_code, reference)
+    return {"autoscaling_config": scaling}
+
+
+def versioned(deployment: serve.Deployment, settled: object) -> serve.Deployment:
+    """The deployment as code of a version of its own: what is deployed anew with equal `settled` keeps its replicas. Without one,
+    Serve takes every deployment from Python for changed code."""
+    return deployment.options(version=hashlib.sha256(repr(settled).encode()).hexdigest(), _internal=True)
 
 
 @contextmanager
@@ -59,90 +119,16 @@ def start_scoring(
     deadline_seconds: float = 600.0,
     stop_serve: bool = True,
 ) -> Iterator[ServeScorer]:
-    """Deploy the scoring service on the Ray cluster this process is connected to, and delete it on exit.
+    """Deploy the scoring service of a PPO run on the Ray cluster this process is connected to, and delete it on exit.
 
-    Yields a client once every replica is healthy. With `stop_serve`, Serve itself is stopped on exit if it was started here and
-    holds no other application; without, the end of a Ray of one's own takes it along. Raises ScoringError when a replica cannot
-    start (with its reason) or the name is taken, DeadlineError when the replicas are not there in time.
+    Yields a client once every replica is healthy. Raises as `serve.deploying.deployed`, which explains `stop_serve`.
     """
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # Serve tells every start and stop on standard error
-    started_serve = _start_serve()
-    try:
-        if not started_serve and name in serve.status().applications:
-            raise ScoringError(f"the cluster already runs an application {name!r}: choose another name, or `ray.serve.delete` it")
-        application = scoring_application(
-            config,
-            reward_path=reward_path,
-            reference_path=reference_path,
-            temperature=temperature,
-            precision=precision,
-            trust_remote_code=trust_remote_code,
-        )
-        try:
-            serve.run_many(
-                [serve.RunTarget(application, name=name, route_prefix=None, logging_config=_LOGGING)],
-                wait_for_ingress_deployment_creation=False,
-                wait_for_applications_running=False,
-            )
-            _wait_until_running(name, deadline_seconds)
-            yield connect(name, config)
-        finally:
-            serve.delete(name)
-    finally:
-        if stop_serve and started_serve and not serve.status().applications:
-            serve.shutdown()
+    models = ppo_models(config, reward_path=reward_path, reference_path=reference_path, temperature=temperature)
+    service = scoring_application(models, precision=precision, trust_remote_code=trust_remote_code)
+    with deployed([target(service, name)], deadline_seconds=deadline_seconds, stop_serve=stop_serve):
+        yield connect(name, config)
 
 
 def connect(name: str, config: ScoringConfig) -> ServeScorer:
     """One more client of a running service; it connects with its first request."""
     return ServeScorer(name, config)
-
-
-_LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
-
-
-def _deployment(replica: type, name: str, workers: WorkersConfig) -> serve.Deployment:
-    return serve.deployment(
-        name=name,
-        num_replicas=workers.count,
-        ray_actor_options=process_options(workers),
-        max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        max_constructor_retry_count=1,
-        health_check_period_s=HEALTH_CHECK_PERIOD_SECONDS,
-        graceful_shutdown_wait_loop_s=0.1,
-    )(replica)
-
-
-def _start_serve() -> bool:
-    """Start Serve on this cluster, unless it runs there; returns whether it was started here."""
-    if _serve_is_running():
-        return False
-    try:
-        serve.start(proxy_location="Disabled", logging_config=_LOGGING)
-    except ActorAlreadyExistsError:  # another job on the cluster was a moment faster
-        serve.start(proxy_location="Disabled", logging_config=_LOGGING)
-        return False
-    return True
-
-
-def _serve_is_running() -> bool:
-    names = ray.util.list_named_actors(all_namespaces=True)
-    return any(actor["namespace"] == "serve" and actor["name"] == "SERVE_CONTROLLER_ACTOR" for actor in names)
-
-
-def _wait_until_running(name: str, deadline_seconds: float) -> None:
-    deadline = time.monotonic() + deadline_seconds
-    while True:
-        application = serve.status().applications[name]
-        if application.status == ApplicationStatus.RUNNING:
-            return
-        late = {role: deployment for role, deployment in application.deployments.items() if deployment.status != "HEALTHY"}
-        if application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
-            reasons = "; ".join(f"{role}: {last_line(deployment.message)}" for role, deployment in late.items())
-            raise ScoringError(f"scoring service {name} cannot start: {reasons or last_line(application.message)}")
-        if time.monotonic() > deadline:
-            raise DeadlineError(
-                f"starting the scoring service {name} waits on {', '.join(late) or 'Serve'} for more than {deadline_seconds:g} s: "
-                "check that the cluster has the CPUs and GPUs of scoring.reward and scoring.reference"
-            )
-        time.sleep(POLL_SECONDS)

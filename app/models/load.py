@@ -138,9 +138,13 @@ def is_encoder(path: str | Path) -> bool:
 
 def writes_text(path: str | Path) -> bool:
     """Whether the model may be a language model that answers: it is neither a reward model nor an encoder."""
+    return not scores_text(path) and not is_encoder(path)
+
+
+def scores_text(path: str | Path) -> bool:
+    """Whether the model is a reward model, as its config says."""
     config = _stored_config(path)
-    reward_model = config.get("model_type") == OpenAssistantConfig.model_type or _is_classifier(config.get("architectures"))
-    return not reward_model and not is_encoder(path)
+    return config.get("model_type") == OpenAssistantConfig.model_type or _is_classifier(config.get("architectures"))
 
 
 def _is_classifier(architectures: list[str] | None) -> bool:

@@ -63,7 +63,7 @@ def placement(recipe: Recipe, command: str, gpu_memory: int | None = None) -> tu
         "ppo": (*before_ppo, _ppo(recipe, "ppo", roles.ppo())),
         "pipeline": (sft, *rm, _ppo(recipe, "ppo", roles.ppo())),
         "tune": (*before_ppo, _ppo(recipe, "tune", roles.ppo(trials))),
-        "serve": (StagePlacement("serve", roles.scorers()),),
+        "serve": (StagePlacement("serve", roles.served()),),
         "evaluate": (StagePlacement("evaluation", (roles.engines(), *roles.scorers())),),
         "samples": (StagePlacement("samples", (roles.engines(),)),),
     }

@@ -156,12 +156,33 @@ class Roles:
         further = [path for path in recipe.reward.model_paths() if path != recipe.reward.path]  # each with a service of its own
         for suffix, reward_path in [("", recipe.reward.path or recipe.model.path), *((f" {path}", path) for path in further)]:
             for name, workers, path in (("reward", scoring.reward, reward_path), ("reference", scoring.reference, recipe.model.path)):
-                shape, parts = shape_of(path), Parts()
-                if shape is not None:
-                    with_head = name == "reference"
-                    parts = scoring_memory(shape, width=self.width, tokens=scoring.max_batch_tokens, length=length, with_head=with_head)
-                resting = {part: size for part, size in parts.items() if part == "weights"}
-                roles.append(_role(name + suffix, f"scoring.{name}", workers, parts, resting, _process(workers), turn="scoring"))
+                place = (name + suffix, f"scoring.{name}", workers)
+                roles.append(self._scorer(*place, path, scoring.max_batch_tokens, length, with_head=name == "reference"))
+        return tuple(roles)
+
+    def _scorer(self, name: str, key: str, workers: WorkersConfig, path: str, tokens: int, length: int, *, with_head: bool) -> Role:
+        shape, parts = shape_of(path), Parts()
+        if shape is not None:
+            parts = scoring_memory(shape, width=self.width, tokens=tokens, length=length, with_head=with_head)
+        resting = {part: size for part, size in parts.items() if part == "weights"}
+        return _role(name, key, workers, parts, resting, _process(workers), turn="scoring")
+
+    def served(self) -> tuple[Role, ...]:
+        """What `corral serve` runs: the models that the recipe names, else those that PPO would score with."""
+        serving, length = self.recipe.serving, self.recipe.data.max_length
+        if not serving.models and not serving.chat:
+            return self.scorers()
+        roles = []
+        for name, model in serving.models.items():
+            place = (name, f"serving.models.{name}.workers", model.workers, model.path, model.batching.max_batch_tokens)
+            roles.append(self._scorer(*place, length, with_head=model.kind != "reward"))
+        for name, chat in serving.chat.items():
+            working, shape = {"kv_cache": 0 if chat.workers.gpus else int(chat.kv_cache_gib * GIB)}, shape_of(chat.path)
+            if shape is not None:
+                working["weights"] = self.width * shape.parameters
+            roles.append(
+                _role(name, f"serving.chat.{name}.workers", chat.workers, working, working, _process(chat.workers), turn="rollout")
+            )
         return tuple(roles)
 
     def ppo(self, copies: int = 1) -> tuple[Role, ...]:

@@ -26,6 +26,12 @@ from app.workers.step_loop import StepLoop
 BATCHED_TOKENS = 8192
 """Prompt tokens that a CPU engine processes at a time, and at least one whole prompt."""
 
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""What vLLM calls a precision."""
+
+ENGINE_VARIABLES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+"""The environment that vLLM reads while it is imported."""
+
 Weights = Mapping[str, np.ndarray[Any, Any]]  # parameter name -> array
 T = TypeVar("T")
 
@@ -166,7 +172,7 @@ class RolloutEngine:
         self._llm = LLM(
             model=model_path,
             skip_tokenizer_init=True,
-            dtype={"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[precision],
+            dtype=DTYPES[precision],
             max_model_len=max_model_len,
             enforce_eager=not on_gpu,
             enable_prefix_caching=False,  # a cached prefix would outlive the weights that computed it
@@ -176,7 +182,7 @@ class RolloutEngine:
             weight_transfer_config=WeightTransferConfig(backend="nccl" if uses_nccl(config) else BACKEND),
             enable_sleep_mode=self._sleeps,
             seed=seed % 2**31,
-            **(gpu_settings(config) if on_gpu else cpu_settings(config, max_model_len)),
+            **(gpu_settings(config) if on_gpu else cpu_settings(config.kv_cache_gib, max_model_len)),
         )
         self._core = self._llm.llm_engine
         self._core.set_weight_version("0")
@@ -239,14 +245,14 @@ def gpu_settings(config: RolloutConfig) -> dict[str, Any]:
     return {"gpu_memory_utilization": config.gpu_memory_utilization}
 
 
-def cpu_settings(config: RolloutConfig, max_model_len: int) -> dict[str, Any]:
+def cpu_settings(kv_cache_gib: float, max_model_len: int) -> dict[str, Any]:
     """What an engine on CPUs is told beside its model.
 
     Prompts are never processed in pieces: for a piece the engine draws a token, discards it and winds the request's random
     generator back, which torch's CPU generators cannot do.
     """
     return {
-        "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
+        "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(BATCHED_TOKENS, max_model_len),
     }
@@ -261,13 +267,7 @@ def uses_nccl(config: RolloutConfig) -> bool:
 
 def engine_options(workers: WorkersConfig, placement: Any) -> dict[str, Any]:
     """Ray actor options of one engine: its resources and the environment that vLLM reads while it is imported."""
-    variables = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    return process_options(workers, **variables) | {"scheduling_strategy": placement}
+    return process_options(workers, VLLM_ENABLE_V1_MULTIPROCESSING="0", **ENGINE_VARIABLES) | {"scheduling_strategy": placement}
 
 
 def _of_tokens(steps: Iterable[Mapping[int, Any]], ids: IntArray) -> FloatArray:

@@ -1,0 +1,185 @@
+"""Chat with the result: OpenAI's protocol over vLLM engines, by Ray Serve LLM, as one more application of the same Serve.
+
+Importing ray.serve.llm loads vLLM, which takes long: it is imported where an application is built, and in its replicas.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from ray import serve
+from ray.llm._internal.common.callbacks.base import CallbackBase
+from starlette.middleware.base import RequestResponseEndpoint
+from starlette.responses import JSONResponse, Response
+from transformers import PretrainedConfig
+
+from app.config.serving import DOORS, ChatModelConfig
+from app.errors import ConfigError, ModelError
+from app.models.context import context_of
+from app.models.heads import Precision
+from app.models.load import check_model_folder, load_config, seen_from_anywhere, writes_text
+from app.workers.processes import process_environment
+from app.workers.rollout_engine import DTYPES, ENGINE_VARIABLES, cpu_settings
+from serve.deploying import LOGGING, target
+
+APPLICATION, ROUTE = "chat", "/v1"
+DTYPE_BYTES: Mapping[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+MAX_ONGOING_REQUESTS = 1024
+"""Of the door and of each engine, which takes as many of them at a time as its KV cache holds."""
+
+
+def check_chat_models(models: Mapping[str, ChatModelConfig], precision: Precision = "fp32", trust_remote_code: bool = False) -> None:
+    """Raises ModelError or ConfigError for what cannot be chatted with, before anything is started."""
+    for name, model in models.items():
+        check_model_folder(model.path, chat_template=True)
+        if not writes_text(model.path):
+            raise ModelError(f"chat model {name} = {model.path}: a reward model or an encoder writes no answers; name a language model")
+        gpus = model.workers.gpus
+        if gpus > 1 and gpus != int(gpus):
+            raise ConfigError(f"serving.chat.{name}.workers.gpus = {gpus}: an engine has whole GPUs, or a share of one")
+        needed = 0 if gpus else _cache_bytes(load_config(model.path, trust_remote_code), _length(model), precision)
+        if needed > model.kv_cache_gib * 2**30:  # vLLM would refuse too, a minute later and in a log
+            raise ConfigError(
+                f"serving.chat.{name}: a conversation of {_length(model)} tokens needs {needed / 2**30:.2g} GiB of KV cache, and "
+                f"kv_cache_gib is {model.kv_cache_gib:g}: raise it, or lower max_model_len"
+            )
+
+
+def chat_application(
+    models: Mapping[str, ChatModelConfig], *, token: str | None = None, precision: Precision = "fp32", trust_remote_code: bool = False
+) -> serve.Application:
+    """The application, not yet deployed, to run at ROUTE: `/v1/models`, `/v1/chat/completions` and `/v1/completions` for all models.
+
+    token: the bearer token that requests must carry (the clients' `api_key`).
+    """
+    with _own_logging():
+        from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
+        from ray.serve.llm import build_llm_deployment
+        from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
+
+        configs = {name: _llm_config(name, model, precision, trust_remote_code) for name, model in models.items()}
+        engines = {name: build_llm_deployment(config, override_serve_options={"name": name}) for name, config in configs.items()}
+    door = serve.deployment(
+        make_fastapi_ingress(OpenAiIngress, endpoint_map=_ENDPOINTS, app=_front(token)),
+        name=DOORS,
+        num_replicas=1,
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return door.bind(llm_deployments=engines, model_cards={name: to_model_metadata(name, config) for name, config in configs.items()})
+
+
+def chat_target(application: serve.Application) -> serve.RunTarget:
+    """The application under its name and route, to deploy beside others."""
+    return target(application, APPLICATION, ROUTE)
+
+
+_ENDPOINTS = {
+    "models": lambda app: app.get("/models"),
+    "model_data": lambda app: app.get("/models/{model:path}"),
+    "chat": lambda app: app.post("/chat/completions"),
+    "completions": lambda app: app.post("/completions"),
+}
+
+
+@contextmanager
+def _own_logging() -> Iterator[None]:
+    """Ray Serve LLM, when it is imported, replaces the process's log handlers by one that shows everything as JSON: undone here."""
+    root, libraries = logging.getLogger(), logging.getLogger("ray.serve")
+    handlers, level = list(root.handlers), root.level
+    libraries.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+class _NothingToFetch(CallbackBase):
+    """Ray Serve LLM starts a task on each node, which imports vLLM, to download the model; a folder is there already, and a hub
+    name is fetched by vLLM itself."""
+
+    async def on_before_node_init(self) -> None:
+        self.ctx.run_init_node = False
+
+
+def _llm_config(name: str, model: ChatModelConfig, precision: Precision, trust_remote_code: bool) -> Any:
+    """Ray's description of an engine: with GPUs its workers hold them, without it reserves the CPUs of its replica."""
+    from ray.serve.llm import LLMConfig
+
+    workers, gpus, length = model.workers, model.workers.gpus, _length(model)
+    tensor_parallel = max(1, int(gpus))
+    settings = {"gpu_memory_utilization": model.gpu_memory_utilization} if gpus else cpu_settings(model.kv_cache_gib, length)
+    return LLMConfig(
+        model_loading_config={"model_id": name, "model_source": seen_from_anywhere(model.path)},
+        accelerator_config={"kind": "gpu" if gpus else "cpu"},
+        placement_group_config={"bundle_per_worker": {"CPU": 0.0, "GPU": gpus / tensor_parallel}},
+        deployment_config={
+            "num_replicas": workers.count,
+            "max_ongoing_requests": MAX_ONGOING_REQUESTS,
+            "max_constructor_retry_count": 1,
+            "ray_actor_options": {"num_cpus": workers.cpus},
+            "logging_config": LOGGING.model_dump(),
+        },
+        engine_kwargs={
+            "dtype": DTYPES[precision],
+            "max_model_len": length,
+            "enforce_eager": not gpus,
+            "tensor_parallel_size": tensor_parallel,
+            "trust_remote_code": trust_remote_code,
+            **settings,
+        },
+        callback_config={"callback_class": _NothingToFetch},
+        runtime_env={"env_vars": process_environment(workers, **ENGINE_VARIABLES)},
+    )
+
+
+def _length(model: ChatModelConfig) -> int:
+    """Tokens of the longest conversation."""
+    return min(model.max_model_len, context_of(model.path) or model.max_model_len)
+
+
+def _cache_bytes(config: PretrainedConfig, tokens: int, precision: Precision) -> int:
+    """KV cache of one conversation; 0 for models that keep less of it than keys and values of every layer, which vLLM counts itself."""
+    text = config.get_text_config()
+    if getattr(text, "sliding_window", None) or getattr(text, "kv_lora_rank", None) or not getattr(text, "num_attention_heads", None):
+        return 0
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(tokens * text.num_hidden_layers * 2 * heads * size * DTYPE_BYTES[precision])
+
+
+def _front(token: str | None) -> FastAPI:
+    """The door's web application: errors in OpenAI's form, and the token asked for where there is one."""
+    from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
+
+    front = FastAPI(title="Corral chat", description="OpenAI's chat protocol over vLLM engines.")
+    for kind in (HTTPException, OpenAIHTTPException, RequestValidationError):
+        front.add_exception_handler(kind, _refusal)
+    if token is not None:
+        expected = f"Bearer {token}".encode()
+
+        @front.middleware("http")
+        async def authorise(request: Request, go_on: RequestResponseEndpoint) -> Response:
+            given = request.headers.get("authorization", "").encode()
+            return await go_on(request) if hmac.compare_digest(given, expected) else _error(401, "the request carries no valid token")
+
+    return front
+
+
+def _refusal(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        return _error(400, f"{'.'.join(map(str, first['loc'][1:])) or 'body'}: {first['msg']}")
+    return _error(getattr(error, "status_code", 500), str(getattr(error, "message", None) or getattr(error, "detail", error)))
+
+
+def _error(status: int, message: str) -> JSONResponse:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status_code=status)

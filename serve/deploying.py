@@ -1,0 +1,128 @@
+"""Applications on a Ray Serve that several jobs of one cluster may share: start, deploy, wait, update, delete."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import ActorAlreadyExistsError, RayActorError
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, LoggingConfig
+
+from app.errors import DeadlineError, ScoringError
+from app.workers.pending import last_line
+
+POLL_SECONDS = 1.0
+"""Each look at Serve's status takes the caller about 0.2 s of computing: it pickles the router class of every deployment."""
+
+NO_DOORS: Mapping[str, Any] = {"proxy_location": "Disabled"}
+LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
+
+
+class ServeGoneError(Exception):
+    """Serve was stopped by the job that had started it, while this one was deploying."""
+
+
+def target(application: serve.Application, name: str, route_prefix: str | None = None) -> serve.RunTarget:
+    """An application with the name and, where Serve's HTTP proxy leads to it, the route that it runs under."""
+    return serve.RunTarget(application, name=name, route_prefix=route_prefix, logging_config=LOGGING)
+
+
+@contextmanager
+def deployed(
+    targets: Sequence[serve.RunTarget], *, deadline_seconds: float, stop_serve: bool, start: Mapping[str, Any] = NO_DOORS
+) -> Iterator[None]:
+    """Deploy new applications on the Ray cluster this process is connected to, and delete them on exit.
+
+    start: how Serve is started (arguments of `serve.start`) where none runs there. The block begins once every replica is healthy.
+    With `stop_serve`, Serve itself is stopped on exit if it was started here and holds no other application; without, the end of a
+    Ray of one's own takes it along. Raises ScoringError when a replica cannot start (with its reason) or a name is taken,
+    DeadlineError when the replicas are not there in time.
+    """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # Serve tells every start and stop on standard error
+    started_serve = start_serve(start)
+    names = [each.name for each in targets]
+    try:
+        for name in names:
+            if not started_serve and name in serve.status().applications:
+                raise ScoringError(f"the cluster already runs an application {name!r}: choose another name, or `ray.serve.delete` it")
+        deadline = time.monotonic() + deadline_seconds
+        try:
+            while True:
+                try:
+                    deploy(targets, deadline - time.monotonic())
+                    break
+                except ServeGoneError:
+                    started_serve = start_serve(start) or started_serve
+            yield
+        finally:
+            for name in names:
+                serve.delete(name)
+    finally:
+        if stop_serve and started_serve and not serve.status().applications:
+            serve.shutdown()
+
+
+def deploy(targets: Sequence[serve.RunTarget], deadline_seconds: float) -> None:
+    """Deploy applications, or update those that run under these names, and wait until all their replicas are healthy.
+
+    Raises ScoringError, DeadlineError, and ServeGoneError when Serve was stopped meanwhile.
+    """
+    deadline = time.monotonic() + deadline_seconds
+    if not serve_is_running():  # `run_many` would start one, with doors of its own choice
+        raise ServeGoneError
+    try:
+        serve.run_many(list(targets), wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+    except (RayActorError, RayServeException) as error:
+        if serve_is_running():
+            raise
+        raise ServeGoneError from error
+    for each in targets:
+        _wait_until_running(each.name, deadline, deadline_seconds)
+
+
+def start_serve(start: Mapping[str, Any]) -> bool:
+    """Start Serve on this cluster, unless it runs there; returns whether it was started here."""
+    if serve_is_running():
+        return False
+    try:
+        serve.start(**start, logging_config=LOGGING)
+    except ActorAlreadyExistsError:  # another job on the cluster was a moment faster
+        serve.start(**start, logging_config=LOGGING)
+        return False
+    return True
+
+
+def serve_is_running() -> bool:
+    names = ray.util.list_named_actors(all_namespaces=True)
+    return any(actor["namespace"] == "serve" and actor["name"] == "SERVE_CONTROLLER_ACTOR" for actor in names)
+
+
+def _wait_until_running(name: str, deadline: float, deadline_seconds: float) -> None:
+    while True:
+        application = _status(name)
+        if application.status == ApplicationStatus.RUNNING:
+            return
+        late = {role: deployment for role, deployment in application.deployments.items() if deployment.status != "HEALTHY"}
+        if application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+            reasons = "; ".join(f"{role}: {last_line(deployment.message)}" for role, deployment in late.items())
+            raise ScoringError(f"scoring service {name} cannot start: {reasons or last_line(application.message)}")
+        if time.monotonic() > deadline:
+            raise DeadlineError(
+                f"starting the scoring service {name} waits on {', '.join(late) or 'Serve'} for more than {deadline_seconds:g} s: "
+                "check that the cluster has the CPUs and GPUs that its replicas take"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def _status(name: str) -> ApplicationStatusOverview:
+    """Raises ServeGoneError where there is no such application, or no Serve."""
+    try:
+        return serve.status().applications[name]
+    except (KeyError, RayActorError, RayServeException) as error:
+        raise ServeGoneError from error
