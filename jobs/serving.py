@@ -52,10 +52,10 @@ class Service:
 
 def check(recipe: Recipe, doors: ServingConfig | None = None) -> Service:
     """Everything that can be wrong with the input. `doors`: those that are open already. Raises CorralError."""
+    from app.config.served_models import named_models
     from app.workers.placement import check_feasible
     from jobs import local_ray
     from serve.access import bearer_token
-    from serve.builders import named_models
 
     models = serving_inputs.checked_models(named_models(recipe), recipe.model.trust_remote_code)
     if recipe.serving.chat:
@@ -93,7 +93,6 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         start = {"proxy_location": "HeadOnly", "http_options": {"host": service.doors.host, "port": service.doors.http_port}}
         deadline = recipe.run.deadline_seconds
         with deployed(service.targets(), deadline_seconds=deadline, stop_serve=local_ray.uses_cluster(), start=start):
-            announce(service)
 
             def update() -> None:
                 changed = check(serving_inputs.serving_recipe(arguments, overrides), service.doors)
@@ -101,20 +100,21 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
                 announce(changed)
 
             try:
-                wait(update)
+                wait(update, started=lambda: announce(service))
             except KeyboardInterrupt:
                 sys.stdout.write("stopping: requests in flight are answered first\n")
                 sys.stdout.flush()
                 with interrupts.shielded():
-                    drain()
+                    close(service)
     return 0
 
 
-def wait(update: Callable[[], None]) -> None:
-    """Until KeyboardInterrupt; every SIGHUP calls `update`, whose failure is told and leaves the service as it is."""
+def wait(update: Callable[[], None], *, started: Callable[[], None]) -> None:
+    """Until KeyboardInterrupt; `started` is called once hangups are heard, and `update` at every SIGHUP. Its failure is told, no more."""
     hangups: queue.SimpleQueue[int] = queue.SimpleQueue()  # the one queue that a signal handler may fill
     previous = signal.signal(signal.SIGHUP, lambda number, frame: hangups.put(number))
     try:
+        started()
         while True:
             hangups.get()
             try:
@@ -134,10 +134,8 @@ def announce(service: Service) -> None:
     for name in service.models:
         handle = serve.get_deployment_handle(name, APPLICATION)
         model = handle.describe.remote().result(timeout_s=service.recipe.run.deadline_seconds)
-        identity = model.identity
-        sys.stdout.write(
-            f"{name}: {model.kind} model, version {identity.version}, weights {identity.weights_hash[:12]}, {http}/v2/models/{name}, grpc {grpc}\n"
-        )
+        weights = f"version {model.identity.version}, weights {model.identity.weights_hash[:12]}"
+        sys.stdout.write(f"{name}: {model.kind} model, {weights}, {http}/v2/models/{name}, grpc {grpc}\n")
     for name in service.doors.chat:
         sys.stdout.write(f"{name}: chat model, {http}/v1/chat/completions\n")
     sys.stdout.write(f"documentation: {http}/docs; Ctrl-C stops the service\n" if service.models else "Ctrl-C stops the service\n")

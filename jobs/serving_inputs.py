@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import socket
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from app.errors import ConfigError, ModelError
 
@@ -29,17 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def serving_recipe(arguments: argparse.Namespace, overrides: Sequence[str]) -> Recipe:
-    """The recipe with the short options over it. Raises ConfigError."""
-    from app.config.loading import load_recipe, resolved, with_values
+    """The recipe with the short options over it, and the dotted ones over both. Raises ConfigError."""
+    from app.config.loading import load_recipe, resolved, toml_value
 
-    recipe = load_recipe(arguments.recipe, overrides)
-    values: dict[str, Any] = {key: getattr(arguments, name) for name, key in OPTIONS.items() if getattr(arguments, name) is not None}
-    given = resolved(recipe)
+    words = [f"--{key}={getattr(arguments, name)}" for name, key in OPTIONS.items() if getattr(arguments, name) is not None]
+    given = resolved(load_recipe(arguments.recipe))
     for option, key in (("model", "serving.models"), ("chat", "serving.chat")):
-        named = getattr(arguments, option)
-        if named:
-            values[key] = given[key] | {name: {"path": path} for name, path in (_pair(option, text) for text in named)}
-    return with_values(recipe, values, "corral serve")
+        named = {name: {"path": path} for name, path in (_pair(option, text) for text in getattr(arguments, option))}
+        words += [f"--{key}={toml_value(given[key] | named)}"] if named else []
+    return load_recipe(arguments.recipe, [*words, *overrides])
 
 
 def _pair(option: str, text: str) -> tuple[str, str]:
@@ -54,17 +52,20 @@ def checked_models(models: Mapping[str, ServedModelConfig], trust_remote_code: b
     another kind than it is said to be, ConfigError for a temperature that would change nothing."""
     from app.models.heads import check_reward_model
     from app.models.load import check_model_folder
+    from jobs.inputs import BUILT_IN_MODELS
 
     checked = {}
     for name, model in models.items():
+        if model.path in BUILT_IN_MODELS:
+            raise ConfigError(f"model {name} = {model.path}: `corral serve` needs a model's folder, such as runs/demo/sft/model")
         check_model_folder(model.path, chat_template=False)
         kind = model_kind(name, model.path)
         if model.kind not in (None, kind):
-            raise ModelError(f"serving.models.{name}: {model.path} is a {_NOUN[kind]}, not a {_NOUN[model.kind]}: leave kind out, or change path")
+            raise ModelError(f"model {name}: {model.path} is a {_NOUN[kind]}, not a {_NOUN[model.kind]}: leave kind out, or change path")
         if kind == "reward":
             check_reward_model(model.path, trust_remote_code)
             if model.temperature != 1.0:
-                raise ConfigError(f"serving.models.{name}.temperature = {model.temperature}: a reward model has none; leave it out")
+                raise ConfigError(f"model {name}, temperature {model.temperature}: a reward model has none; leave it out")
         checked[name] = model.model_copy(update={"kind": kind})
     return checked
 
@@ -80,7 +81,7 @@ def model_kind(name: str, path: str) -> ModelKind:
         return "reward"
     if writes_text(path):
         return "reference"
-    raise ModelError(f"serving.models.{name}: {path} is an encoder without a score head; train a reward model from it with `corral rm`")
+    raise ModelError(f"model {name}: {path} is an encoder without a score head; train a reward model from it with `corral rm`")
 
 
 def opened_doors(config: ServingConfig) -> ServingConfig:
@@ -99,6 +100,8 @@ def _free_port(address: str, port: int, key: str) -> int:
         try:
             probe.bind((address, port))
         except OSError as error:
-            raise ConfigError(f"serving.{key} = {port}: cannot listen there ({error.strerror}); choose another port or stop what uses it") from error
+            raise ConfigError(
+                f"serving.{key} = {port}: cannot listen there ({error.strerror}); choose another port or stop what uses it"
+            ) from error
         bound: int = probe.getsockname()[1]
         return bound

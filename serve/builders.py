@@ -12,11 +12,9 @@ from ray import serve
 
 from app.config.loading import load_recipe, with_values
 from app.config.recipe import Recipe
-from app.config.serving import ServedModelConfig
-from app.errors import ConfigError
+from app.config.served_models import named_models
 from serve.access import bearer_token
-from serve.chat import chat_application
-from serve.scoring import ppo_models, scoring_application
+from serve.scoring import scoring_application
 
 
 def scoring(arguments: dict[str, Any]) -> serve.Application:
@@ -33,23 +31,14 @@ def scoring(arguments: dict[str, Any]) -> serve.Application:
 
 def chat(arguments: dict[str, Any]) -> serve.Application:
     """Chat with the models of `serving.chat`; arguments and errors as in `scoring`."""
+    from serve.chat import chat_application  # loads vLLM
+
     recipe = _recipe(arguments)
     return chat_application(
         recipe.serving.chat,
         token=bearer_token(recipe.serving),
         precision=recipe.model.precision,
         trust_remote_code=recipe.model.trust_remote_code,
-    )
-
-
-def named_models(recipe: Recipe) -> dict[str, ServedModelConfig]:
-    """What a recipe asks to be scored by: `serving.models`; where it names none, its reward model and the model it starts from."""
-    if recipe.serving.models or recipe.serving.chat:
-        return recipe.serving.models
-    if recipe.reward.path is None:
-        raise ConfigError("no model to serve: give --model NAME=FOLDER, or a recipe with serving.models or with reward.path and model.path")
-    return ppo_models(
-        recipe.scoring, reward_path=recipe.reward.path, reference_path=recipe.model.path, temperature=recipe.rollout.temperature
     )
 
 

@@ -15,24 +15,26 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from ray import serve
 from ray.llm._internal.common.callbacks.base import CallbackBase
-from ray.serve.schema import LoggingConfig
 from starlette.middleware.base import RequestResponseEndpoint
 from starlette.responses import JSONResponse, Response
+from transformers import PretrainedConfig
 
-from app.config.serving import ChatModelConfig
+from app.config.serving import DOORS, ChatModelConfig
 from app.errors import ConfigError, ModelError
 from app.models.context import context_of
-from app.models.load import check_model_folder, seen_from_anywhere, writes_text
+from app.models.heads import Precision
+from app.models.load import check_model_folder, load_config, seen_from_anywhere, writes_text
 from app.workers.processes import process_environment
 from app.workers.rollout import DTYPES, ENGINE_VARIABLES, cpu_settings
-from serve.replicas import Precision
+from serve.deploying import LOGGING, target
 
-APPLICATION, ROUTE, DOOR = "chat", "/v1", "chat_door"
+APPLICATION, ROUTE = "chat", "/v1"
+DTYPE_BYTES: Mapping[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 MAX_ONGOING_REQUESTS = 1024
 """Of the door and of each engine, which takes as many of them at a time as its KV cache holds."""
 
 
-def check_chat_models(models: Mapping[str, ChatModelConfig]) -> None:
+def check_chat_models(models: Mapping[str, ChatModelConfig], precision: Precision = "fp32", trust_remote_code: bool = False) -> None:
     """Raises ModelError or ConfigError for what cannot be chatted with, before anything is started."""
     for name, model in models.items():
         check_model_folder(model.path, chat_template=True)
@@ -41,6 +43,12 @@ def check_chat_models(models: Mapping[str, ChatModelConfig]) -> None:
         gpus = model.workers.gpus
         if gpus > 1 and gpus != int(gpus):
             raise ConfigError(f"serving.chat.{name}.workers.gpus = {gpus}: an engine has whole GPUs, or a share of one")
+        needed = 0 if gpus else _cache_bytes(load_config(model.path, trust_remote_code), _length(model), precision)
+        if needed > model.kv_cache_gib * 2**30:  # vLLM would refuse too, a minute later and in a log
+            raise ConfigError(
+                f"serving.chat.{name}: a conversation of {_length(model)} tokens needs {needed / 2**30:.2g} GiB of KV cache, and "
+                f"kv_cache_gib is {model.kv_cache_gib:g}: raise it, or lower max_model_len"
+            )
 
 
 def chat_application(
@@ -59,7 +67,7 @@ def chat_application(
         engines = {name: build_llm_deployment(config, override_serve_options={"name": name}) for name, config in configs.items()}
     door = serve.deployment(
         make_fastapi_ingress(OpenAiIngress, endpoint_map=_ENDPOINTS, app=_front(token)),
-        name=DOOR,
+        name=DOORS,
         num_replicas=1,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": 0},
@@ -68,11 +76,10 @@ def chat_application(
 
 
 def chat_target(application: serve.Application) -> serve.RunTarget:
-    """What `serve.run_many` is given to run the application beside others."""
-    return serve.RunTarget(application, name=APPLICATION, route_prefix=ROUTE, logging_config=_LOGGING)
+    """The application under its name and route, to deploy beside others."""
+    return target(application, APPLICATION, ROUTE)
 
 
-_LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
 _ENDPOINTS = {
     "models": lambda app: app.get("/models"),
     "model_data": lambda app: app.get("/models/{model:path}"),
@@ -106,9 +113,7 @@ def _llm_config(name: str, model: ChatModelConfig, precision: Precision, trust_r
     """Ray's description of an engine: with GPUs its workers hold them, without it reserves the CPUs of its replica."""
     from ray.serve.llm import LLMConfig
 
-    context = context_of(model.path)
-    length = model.max_model_len if context is None else min(context, model.max_model_len)
-    workers, gpus = model.workers, model.workers.gpus
+    workers, gpus, length = model.workers, model.workers.gpus, _length(model)
     tensor_parallel = max(1, int(gpus))
     settings = {"gpu_memory_utilization": model.gpu_memory_utilization} if gpus else cpu_settings(model.kv_cache_gib, length)
     return LLMConfig(
@@ -118,8 +123,9 @@ def _llm_config(name: str, model: ChatModelConfig, precision: Precision, trust_r
         deployment_config={
             "num_replicas": workers.count,
             "max_ongoing_requests": MAX_ONGOING_REQUESTS,
+            "max_constructor_retry_count": 1,
             "ray_actor_options": {"num_cpus": workers.cpus},
-            "logging_config": _LOGGING.model_dump(),
+            "logging_config": LOGGING.model_dump(),
         },
         engine_kwargs={
             "dtype": DTYPES[precision],
@@ -132,6 +138,21 @@ def _llm_config(name: str, model: ChatModelConfig, precision: Precision, trust_r
         callback_config={"callback_class": _NothingToFetch},
         runtime_env={"env_vars": process_environment(workers, **ENGINE_VARIABLES)},
     )
+
+
+def _length(model: ChatModelConfig) -> int:
+    """Tokens of the longest conversation."""
+    return min(model.max_model_len, context_of(model.path) or model.max_model_len)
+
+
+def _cache_bytes(config: PretrainedConfig, tokens: int, precision: Precision) -> int:
+    """KV cache of one conversation; 0 for models that keep less of it than keys and values of every layer, which vLLM counts itself."""
+    text = config.get_text_config()
+    if getattr(text, "sliding_window", None) or getattr(text, "kv_lora_rank", None) or not getattr(text, "num_attention_heads", None):
+        return 0
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(tokens * text.num_hidden_layers * 2 * heads * size * DTYPE_BYTES[precision])
 
 
 def _front(token: str | None) -> FastAPI:
@@ -156,7 +177,7 @@ def _refusal(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         return _error(400, f"{'.'.join(map(str, first['loc'][1:])) or 'body'}: {first['msg']}")
-    return _error(getattr(error, "status_code", 500), getattr(error, "message", None) or getattr(error, "detail", str(error)))
+    return _error(getattr(error, "status_code", 500), str(getattr(error, "message", None) or getattr(error, "detail", error)))
 
 
 def _error(status: int, message: str) -> JSONResponse:

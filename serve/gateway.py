@@ -8,17 +8,14 @@ from typing import Any, Protocol
 
 from ray.exceptions import RayActorError, RayError
 
-from app.config.serving import ModelKind, ServingConfig
+from app.config.serving import OUTPUTS, Output, ServingConfig
 from app.errors import BadRequestError, ModelNotFoundError, NotReadyError, ScoringTimeoutError, TooLongError
-from app.workers.scoring_messages import ModelDescription, Output, ScoringAnswer, ScoringRequest
+from app.workers.scoring_messages import ModelDescription, ScoringAnswer, ScoringRequest
 from serve.failures import as_scoring_error
 from serve.protocol.messages import InferRequest, InferResponse
 from serve.protocol.sequences import IDS, MASK, TEXT, Sequences, from_rows, from_tensors, texts
 from serve.protocol.tensors import Tensor
 from serve.texts import Conversation, Texts
-
-OUTPUTS: dict[ModelKind, tuple[Output, ...]] = {"reward": ("rewards",), "reference": ("logprobs", "logits")}
-"""What a model answers; the first is what it answers unasked."""
 
 PROBE_SECONDS = 5.0
 """How long a replica may take to say what it is."""

@@ -73,14 +73,15 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
 
 def to_toml(recipe: Recipe) -> str:
     """The resolved recipe as TOML with dotted keys, one a line; `load_recipe` reads it back."""
-    return "".join(f"{name} = {_toml_value(value)}\n" for name, value in resolved(recipe).items())
+    return "".join(f"{name} = {toml_value(value)}\n" for name, value in resolved(recipe).items())
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A value as TOML on one line; entries of a table that are None are left out."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(k)} = {_toml_value(v)}" for k, v in value.items() if v is not None) + "}"
+        return "{" + ", ".join(f"{json.dumps(k)} = {toml_value(v)}" for k, v in value.items() if v is not None) + "}"
     if isinstance(value, list):
-        return "[" + ", ".join(map(_toml_value, value)) + "]"
+        return "[" + ", ".join(map(toml_value, value)) + "]"
     return json.dumps(_NULL if value is None else value)
 
 
@@ -224,7 +225,7 @@ def _describe(error: ValidationError, settings: Settings, source: str) -> str:
         near = difflib.get_close_matches(str(first["loc"][-1]), key.entry.model_fields, n=1)
         return f"{where}: unknown key {path}: {f'did you mean {near[0]}?' if near else ', '.join(key.entry.model_fields)}{more}"
     value = json.dumps(first["input"], default=str)
-    return f"{where}: {path} = {value}: {reason[0].lower() + reason[1:]}; default: {_toml_value(key.default)}{more}"
+    return f"{where}: {path} = {value}: {reason[0].lower() + reason[1:]}; default: {toml_value(key.default)}{more}"
 
 
 def _check_space(recipe: Recipe, settings: Settings) -> None:

@@ -12,6 +12,13 @@ from app.schema import Config
 
 ModelKind = Literal["reward", "reference"]
 
+Output = Literal["rewards", "logprobs", "logits"]
+"""rewards: float32, one per sequence. logprobs: float32, S - 1 per sequence of S; entry t = log p(ids[t+1] | ids[..t]).
+logits: float16 [S, V] per sequence."""
+
+OUTPUTS: dict[ModelKind, tuple[Output, ...]] = {"reward": ("rewards",), "reference": ("logprobs", "logits")}
+"""What a model answers; the first is what it answers unasked."""
+
 DOORS = "doors"
 """The deployment that takes the requests, beside one deployment per model."""
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -37,7 +44,7 @@ class ServedModelConfig(Config):
     """Hugging Face folder (a reward model, or a causal language model)."""
     kind: ModelKind | None = None
     """Default: seen from the folder."""
-    version: str = "1"
+    version: str = Field("1", coerce_numbers_to_str=True)
     """Label that every answer carries beside the hash of the weights."""
     temperature: float = Field(1.0, gt=0)
     """Log-probs are those of the logits divided by this (reference policies)."""

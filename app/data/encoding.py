@@ -108,10 +108,15 @@ def encode_prompts(items: Iterable[PromptItem], template: Template, config: Data
 
 def join_reply(prompt: Sequence[int], reply: Sequence[int], eos_id: int, max_length: int) -> IntArray:
     """prompt + reply + end token, int32 [S <= max_length], cut as `encode_groups` says."""
-    reserved = min(len(prompt), max_length // PROMPT_SHARE)
-    kept = list(reply[: max_length - 1 - reserved])
+    kept = list(reply[: kept_of_reply(prompt, reply, max_length)])
     room = max_length - 1 - len(kept)
     return np.array([*prompt[max(0, len(prompt) - room) :], *kept, eos_id], np.int32)
+
+
+def kept_of_reply(prompt: Sequence[int], reply: Sequence[int], max_length: int) -> int:
+    """How many of a reply's tokens `join_reply` keeps, without the end token."""
+    reserved = min(len(prompt), max_length // PROMPT_SHARE)
+    return min(len(reply), max_length - 1 - reserved)
 
 
 def check_system_options(template: Template, config: DataConfig) -> None:

@@ -1,24 +1,24 @@
-"""A reward model in this process, on the GPU where there is one."""
+"""Replies scored in this process, on the GPU where there is one."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from app.config.recipe import Recipe
-from app.data.encoding import join_reply
-from app.data.templates import build_template
-from app.errors import ScoringError
+from app.config.serving import ModelKind
+from app.data.encoding import join_reply, kept_of_reply
+from app.data.templates import Template, build_template
 from app.evaluation.progress import progress
 from app.evaluation.reply_scores import Replies
-from app.evaluation.sampling_report import Conversation
 from app.experience import IntArray
+from app.formats.records import Message
 from app.models.context import context_of, require_context
-from app.models.forward import pad_sequences, padded_batches
-from app.models.heads import check_reward_model, load_reward_model, reward_offset, sequence_scores
-from app.models.load import load_tokenizer
+from app.models.heads import check_reward_model
+from app.models.load import check_model_folder, load_tokenizer
+from app.models.scoring import ScoringModel
 
 
 def compute_device() -> torch.device:
@@ -26,10 +26,50 @@ def compute_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def check_scorer(path: str, recipe: Recipe) -> None:
-    """Raises ModelError for a folder that is no reward model, ConfigError where it takes no data.max_length tokens. Loads no weights."""
-    check_reward_model(path, recipe.model.trust_remote_code)
+def check_scorer(path: str, recipe: Recipe, kind: ModelKind = "reward") -> None:
+    """Raises ModelError for a folder that is no such model, ConfigError where it takes no data.max_length tokens. Loads no weights."""
+    if kind == "reward":
+        check_reward_model(path, recipe.model.trust_remote_code)
+    else:
+        check_model_folder(path, chat_template=False)
     require_context(context_of(path), recipe.data.max_length, "data.max_length")
+
+
+@dataclass(frozen=True)
+class EncodedReply:
+    """A reply behind its conversation. ids: int32 [s]; reply_tokens: the last of them, its end token among them, are the reply's."""
+
+    ids: IntArray
+    reply_tokens: int
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class ReplyEncoder:
+    """Writes replies as the models were trained on them: by the template, cut to `max_length` as `app.data.encoding` says."""
+
+    template: Template
+    max_length: int
+
+    @classmethod
+    def of(cls, path: str, recipe: Recipe) -> ReplyEncoder:
+        """With a model's tokenizer, data.template and data.max_length."""
+        return cls(build_template(recipe.data.template, load_tokenizer(path, recipe.model.trust_remote_code)), recipe.data.max_length)
+
+    def encode(self, conversation: Sequence[Message], texts: Sequence[str]) -> list[EncodedReply]:
+        """Each text as a reply to a conversation that ends in a user turn."""
+        prompt, _ = self.template.encode(conversation, open_assistant=True)
+        return [self._join(prompt, self.template.encode_text(text)) for text in texts]
+
+    def _join(self, prompt: Sequence[int], reply: Sequence[int]) -> EncodedReply:
+        ids = join_reply(prompt, reply, self.template.eos_id, self.max_length)
+        return EncodedReply(ids, kept_of_reply(prompt, reply, self.max_length) + 1, len(prompt) + len(reply) + 1 > self.max_length)
+
+
+def load_scorer(path: str, recipe: Recipe, kind: ModelKind = "reward") -> ScoringModel:
+    """The model of a folder on this process's device, in model.precision."""
+    config = recipe.model
+    return ScoringModel(path, kind, precision=config.precision, trust_remote_code=config.trust_remote_code, device=compute_device())
 
 
 class LocalScorer:
@@ -42,31 +82,13 @@ class LocalScorer:
     def __init__(self, path: str, recipe: Recipe) -> None:
         check_scorer(path, recipe)
         self._path, self._recipe = path, recipe
-        self._template = build_template(recipe.data.template, load_tokenizer(path, recipe.model.trust_remote_code))
+        self._encoder = ReplyEncoder.of(path, recipe)
 
     def score(self, replies: Sequence[Replies]) -> list[list[float]]:
         """Every reply behind its conversation, batched by length. Shows progress."""
-        sequences = [self._sequences(conversation, texts) for conversation, texts in replies]
-        scores = iter(self._scores([sequence for part in sequences for sequence in part]))
-        return [[next(scores) for _ in part] for part in sequences]
-
-    def _sequences(self, conversation: Conversation, texts: Sequence[str]) -> list[IntArray]:
-        prompt, _ = self._template.encode(conversation, open_assistant=True)
-        length = self._recipe.data.max_length
-        return [join_reply(prompt, self._template.encode_text(text), self._template.eos_id, length) for text in texts]
-
-    @torch.inference_mode()
-    def _scores(self, sequences: Sequence[IntArray]) -> list[float]:
-        config, device = self._recipe.model, compute_device()
-        model = load_reward_model(self._path, precision=config.precision, trust_remote_code=config.trust_remote_code)
-        torch.nn.Module.to(model, device)  # in place
-        scores = [math.nan] * len(sequences)
-        with progress("scores", len(sequences)) as advance:
-            for rows in padded_batches(sequences, self._recipe.scoring.max_batch_tokens):
-                scores_B = sequence_scores(model, *pad_sequences([sequences[row] for row in rows], device)) - reward_offset(model)
-                for row, score in zip(rows, scores_B.tolist(), strict=True):
-                    scores[row] = score
-                advance(len(rows))
-        if not all(map(math.isfinite, scores)):
-            raise ScoringError(f"{self._path}: computed NaN or infinity; check the model folder, or use --model.precision=fp32")
-        return scores
+        sequences = [[encoded.ids for encoded in self._encoder.encode(conversation, texts)] for conversation, texts in replies]
+        flat = [ids for part in sequences for ids in part]
+        model = load_scorer(self._path, self._recipe)
+        with progress("scores", len(flat)) as advance:
+            scores = iter(model.answers(flat, self._recipe.scoring.max_batch_tokens, advance))
+        return [[float(next(scores)[0]) for _ in part] for part in sequences]

@@ -13,14 +13,14 @@ Advance = Callable[[int], None]
 
 
 @contextmanager
-def progress(name: str, total: int) -> Iterator[Advance]:
-    """For the length of a block: `advance(n)` tells that n more of `total` items are done."""
+def progress(name: str, total: int, done: int = 0) -> Iterator[Advance]:
+    """For the length of a block: `advance(n)` tells that n more of `total` items are done, of which `done` already were."""
     display = open_display()
-    start, done = time.monotonic(), 0
+    start, before = time.monotonic(), done
 
     def state() -> StageProgress:
         seconds = time.monotonic() - start
-        return StageProgress(name, done, total, seconds, left=seconds / done * (total - done) if done else None)
+        return StageProgress(name, done, total, seconds, left=seconds / (done - before) * (total - done) if done > before else None)
 
     def advance(count: int) -> None:
         nonlocal done

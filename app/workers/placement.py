@@ -89,6 +89,29 @@ def _scoring(recipe: Recipe) -> tuple[Role, ...]:
     )
 
 
+def _served(recipe: Recipe) -> tuple[Role, ...]:
+    """What `corral serve` runs: the models that the recipe names, else those that PPO would score with."""
+    models, chat = recipe.serving.models, recipe.serving.chat
+    if not models and not chat:
+        return _scoring(recipe)
+    return (
+        *(
+            _role(name, f"serving.models.{name}.workers", model.workers, model_bytes=4 * (parameter_count(model.path) or 0))
+            for name, model in models.items()
+        ),
+        *(
+            _role(
+                name,
+                f"serving.chat.{name}.workers",
+                model.workers,
+                model_bytes=4 * (parameter_count(model.path) or 0),
+                host_bytes=0.0 if model.workers.gpus else model.kv_cache_gib * GIB,
+            )
+            for name, model in chat.items()
+        ),
+    )
+
+
 def _engines(recipe: Recipe, *, on_learner_gpus: bool = False) -> Role:
     workers = recipe.rollout.engines
     parameters = parameter_count(recipe.model.path) or 0
@@ -138,7 +161,7 @@ def placement(recipe: Recipe, command: str) -> tuple[StagePlacement, ...]:
         "ppo": (*before_ppo, ppo),
         "pipeline": (sft, *rm, ppo),
         "tune": (*before_ppo, tune),
-        "serve": (StagePlacement("serve", _scoring(recipe)),),
+        "serve": (StagePlacement("serve", _served(recipe)),),
         "evaluate": (StagePlacement("evaluation", (_engines(recipe), *_scoring(recipe))),),
         "samples": (StagePlacement("samples", (_engines(recipe),)),),
     }

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from app.config.serving import ModelKind
+from app.config.serving import ModelKind, Output
 from app.experience import IntArray
-
-Output = Literal["rewards", "logprobs", "logits"]
-"""rewards: float32, one per sequence. logprobs: float32, S - 1 per sequence of S; entry t = log p(ids[t+1] | ids[..t]).
-logits: float16 [S, V] per sequence."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +28,7 @@ class ScoringRequest:
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which weights answered. weights_hash: hex digest over the folder's weight files and configuration."""
+    """Which weights answered. weights_hash: hex digest over the loaded weights, see `ScoringModel`."""
 
     name: str
     version: str

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from app.config.serving import Output
 from app.errors import BadRequestError
 from app.experience import IntArray
-from app.workers.scoring_messages import Output
 from serve.protocol.tensors import Array, Tensor
 
 IDS, MASK, TEXT = "input_ids", "attention_mask", "text"

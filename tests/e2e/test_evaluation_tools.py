@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from app.config.data import DataConfig
 from app.data.corpus import Corpus, load_corpus
 from jobs.main import main
+from tests.e2e.command import start
 from tests.tiny_models import CONTEXT, make_neox, make_reward_model
 
 CONFIG = {
@@ -111,3 +114,29 @@ def check_best_of_n(folder: Path, mean_reward: float) -> list[dict[str, Any]]:
     texts = {(row["prompt"], text) for row in selected for text, _ in row["outputs"] if text}
     assert {(thread.messages[0].content, thread.messages[1].content) for thread in threads} == texts
     return rows
+
+
+def test_scoring_goes_on_where_it_was_killed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_neox(tmp_path / "lm")
+    models = [f"--model=rm={make_reward_model(tmp_path / 'rm', model)}", f"--model=ref={model}"]
+    source, output, parts = tmp_path / "answers.jsonl", tmp_path / "scores.parquet", tmp_path / "scores.parquet.parts"
+    source.write_text("".join(json.dumps({"instruction": f"q{k}", "response": "so " * (k % 30) + "yes"}) + "\n" for k in range(1500)))
+    command = ["score", str(source), *models, LENGTH, "--part-rows=10", "--json"]
+    process = start([*command, f"--output={output}"], tmp_path / "log")
+    while len(list(parts.glob("0-*.parquet"))) < 20:
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not output.exists()
+    assert 20 <= len(list(parts.glob("[01]-*.parquet"))) < 300
+
+    summaries = []
+    for file in (output, tmp_path / "straight.parquet"):
+        assert main([*command, f"--output={file}"]) == 0
+        summaries.append(json.loads(capsys.readouterr().out))
+    assert output.read_bytes() == (tmp_path / "straight.parquet").read_bytes()
+    assert summaries[0].pop("output") == str(output) and summaries[1].pop("output")
+    assert summaries[0] == summaries[1]
+    assert (summaries[0]["replies"], set(summaries[0]["models"])) == (1500, {"rm", "ref"})
+    assert not parts.exists()

@@ -135,6 +135,16 @@ def test_no_prompts(refused: Refused, data: Callable[..., str], tmp_path: Path) 
     assert path in refused("ppo", TINY, f"--data.path={path}", f"--run.dir={tmp_path / 'run'}")
 
 
+def test_offline_scoring(refused: Refused, data: Callable[..., str], tmp_path: Path) -> None:
+    source = data('{"instruction": "a", "response": "b"}')
+    assert "several models need names" in refused("score", source, "--model=a", "--model=ref=b")
+    assert "two models are called a" in refused("score", source, "--model=a=x", "--model=a=y")
+    assert "no such folder" in refused("score", source, "--model=./nowhere")
+    assert "--part-rows=0" in refused("score", source, "--model=a", "--part-rows=0")
+    assert "say with --output" in refused("score", str(tmp_path), "--model=a")
+    assert "does not read ppo.steps" in refused("score", source, "--model=a", "--ppo.steps=1")
+
+
 def test_incomplete_models(refused: Refused, tmp_path: Path) -> None:
     run = f"--run.dir={tmp_path / 'run'}"
     bare = model_folder(tmp_path / "bare", tokenizer=False)
@@ -148,7 +158,6 @@ def test_incomplete_models(refused: Refused, tmp_path: Path) -> None:
     assert "reward.path is not set" in refused("ppo", TINY, f"--model.path={whole}", run)
     assert "no tokenizer" in refused("ppo", TINY, f"--model.path={whole}", f"--reward.path={bare}", run)
     assert "no PPO model" in refused("evaluate", TINY, run)
-    assert "SFT model" in refused("serve", TINY, f"--reward.path={whole}", run)
     assert not (tmp_path / "run").exists()
 
 
@@ -161,7 +170,7 @@ def test_models_that_cannot_do_what_a_command_needs(refused: Refused, data: Call
     (Path(reward_model) / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}')
     (Path(released) / "config.json").write_text('{"model_type": "gpt_neox_reward_model"}')
     for path in (encoder, reward_model, released):
-        for command in ("sft", "pipeline", "ppo", "serve"):
+        for command in ("sft", "pipeline", "ppo"):
             assert "writes no answers" in refused(command, TINY, f"--model.path={path}", f"--reward.path={reward_model}", run)
         unranked = data(*(json.dumps(tree(number, 1)) for number in range(20)))
         error = refused("rm", TINY, f"--model.path={path}", f"--data.path={unranked}", f"--run.dir={path}.run")
