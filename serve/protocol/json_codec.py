@@ -46,7 +46,7 @@ class OutputTensor(BaseModel):
     parameters: dict[str, Parameter] = Field(default_factory=dict)
 
 
-_EXAMPLE = {"inputs": [{"name": "input_ids", "datatype": "INT32", "shape": [1, 3], "data": [5, 6, 7]}]}
+_EXAMPLE: Any = {"inputs": [{"name": "input_ids", "datatype": "INT32", "shape": [1, 3], "data": [5, 6, 7]}]}
 
 
 class InferBody(BaseModel):
