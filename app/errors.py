@@ -60,6 +60,10 @@ class TooLongError(BadRequestError):
     """A sequence is longer than the model's context, or the answer larger than the service sends."""
 
 
+class UnauthorizedError(ScoringError):
+    """The request does not carry the service's bearer token."""
+
+
 class ModelNotFoundError(ScoringError):
     """The service holds no model of that name and version."""
 

@@ -38,8 +38,9 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def config_file(service: Service) -> dict[str, Any]:
     """The document, checked against Serve's schema. It listens where `corral serve` would."""
-    from app.models.load import seen_from_anywhere
     from ray.serve.schema import ServeDeploySchema
+
+    from app.models.load import seen_from_anywhere
 
     model = service.recipe.model
     served = {name: config.model_copy(update={"path": seen_from_anywhere(config.path)}) for name, config in service.models.items()}

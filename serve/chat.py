@@ -22,11 +22,11 @@ from transformers import PretrainedConfig
 from app.config.serving import DOORS, ChatModelConfig
 from app.errors import ConfigError, ModelError
 from app.models.context import context_of
+from app.models.heads import Precision
 from app.models.load import check_model_folder, load_config, seen_from_anywhere, writes_text
 from app.workers.processes import process_environment
 from app.workers.rollout import DTYPES, ENGINE_VARIABLES, cpu_settings
 from serve.deploying import LOGGING, target
-from serve.replicas import Precision
 
 APPLICATION, ROUTE = "chat", "/v1"
 DTYPE_BYTES: Mapping[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}

@@ -1,123 +1,204 @@
-"""What a replica of the scoring service computes: token ids in, floats out.
+"""A replica of one model of the scoring service: token ids in, scores, log-probs or logits out.
 
-A request is one flat int32 array of token ids and the sequences' lengths. Requests of all callers share forward passes;
-a request that cannot be computed is refused before it joins a batch, and a result that is not finite is an error.
+Requests of all callers share forward passes; one that cannot be computed is refused before it joins a batch. Weights are replaced
+between two batches, so that every answer is wholly of one version.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
-from app.config.ppo import ScoringConfig
-from app.config.shared import WorkersConfig
-from app.errors import ScoringError
-from app.experience import FloatArray, IntArray
-from app.models.forward import pad_sequences, padded_batches, sequence_logprobs
-from app.models.heads import load_reward_model, reward_offset, sequence_scores
-from app.models.load import load_causal_lm
-from serve.batching import Batcher
+from app.config.serving import OUTPUTS, Output, ServedModelConfig
+from app.errors import BadRequestError, ScoringError, TooLongError
+from app.experience import IntArray
+from app.models.heads import Precision
+from app.models.scoring import Answer, ScoringModel, kind_of
+from app.workers.scoring_messages import ModelDescription, ModelIdentity, ScoringAnswer, ScoringRequest
+from serve.answer_cache import AnswerCache
+from serve.batching import Batch, Batcher
+from serve.replica_metrics import ReplicaMetrics
 
 PASSES_PER_BATCH = 4
 """Callers share a batch of up to this many forward passes: enough to sort by length, short enough to answer soon."""
 
-Precision = Literal["fp32", "bf16", "fp16"]
+
+@dataclass(frozen=True)
+class _Work:
+    """What one request brings into a batch."""
+
+    sequences: list[IntArray]
+    output: Output
 
 
-class SequenceReplica:
-    """Batching, validation and counters around `forward`, which answers one padded batch."""
+@dataclass(frozen=True)
+class _Loaded:
+    model: ScoringModel
+    identity: ModelIdentity
 
-    def __init__(self, model: PreTrainedModel, name: str, config: ScoringConfig, workers: WorkersConfig) -> None:
-        self._device = torch.device("cuda" if workers.gpus > 0 else "cpu")
-        torch.nn.Module.to(model, self._device)  # in place
-        self._model = model
-        self._name = name
-        self._max_batch_tokens = config.max_batch_tokens
-        text_config = model.config.get_text_config()
-        self._vocabulary: int = text_config.vocab_size
-        self._context: int | None = getattr(text_config, "max_position_embeddings", None)
+
+@dataclass(frozen=True)
+class _Computed:
+    answers: list[Answer]
+    identity: ModelIdentity
+
+
+class ModelReplica:
+    """One process that holds one model. Raises ModelError for a folder that is none."""
+
+    def __init__(
+        self, name: str, config: ServedModelConfig, precision: Precision = "fp32", trust_remote_code: bool = False, *others: Any
+    ) -> None:
+        # `others` are handles of the application's other deployments: Serve deploys what its root's arguments reach.
+        torch.set_num_threads(config.workers.threads)
+        self._name, self._config = name, config
+        self._precision, self._trust_remote_code = precision, trust_remote_code
+        self._loaded = self._load(config.path, config.version)
         self._counters: Counter[str] = Counter()
-        self._batcher: Batcher[list[IntArray], FloatArray] = Batcher(
+        self._metrics = ReplicaMetrics(name)
+        self._cache = AnswerCache(config.batching.cache_entries)
+        self._batcher: Batcher[_Work, _Computed] = Batcher(
             self._compute,
-            size=lambda sequences: sum(map(len, sequences)),
-            limit=PASSES_PER_BATCH * config.max_batch_tokens,
-            wait_seconds=config.batch_wait_seconds,
+            limit=PASSES_PER_BATCH * config.batching.max_batch_tokens,
+            wait_seconds=config.batching.wait_seconds,
+            max_waiting=config.batching.max_waiting_tokens,
         )
 
-    def forward(self, ids_BS: torch.Tensor, attention_BS: torch.Tensor) -> list[torch.Tensor]:
-        """Answers of a padded batch, one float32 tensor [k_b] per row."""
-        raise NotImplementedError
+    async def infer(self, request: ScoringRequest) -> ScoringAnswer:
+        """The answer to all sequences of a request.
 
-    async def answer(self, ids: IntArray, lengths: IntArray) -> FloatArray:
-        """Answers of a request's sequences, concatenated, float32. Raises ScoringError for a request that is refused."""
-        self._check(ids, lengths)
-        answer = await self._batcher.submit(np.split(ids, np.cumsum(lengths)[:-1]))
-        if not np.isfinite(answer).all():
-            raise ScoringError(f"{self._name} computed NaN or infinity; check the model folder, or use model.precision = fp32")
-        return answer
+        Raises BadRequestError, TooLongError, OverloadedError, ScoringTimeoutError, and ScoringError for an answer that is not finite.
+        """
+        began = time.perf_counter()
+        outcome = "failed"
+        try:
+            check_request(request, self._loaded.model, self._name)
+            answer = await self._answer(request)
+            outcome = "ok"
+            return answer
+        except ScoringError as error:
+            outcome = type(error).__name__.removesuffix("Error")
+            raise
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        finally:
+            self._metrics.request(outcome, time.perf_counter() - began)
+
+    async def describe(self) -> ModelDescription:
+        """What is loaded now."""
+        model = self._loaded.model
+        return ModelDescription(
+            self._loaded.identity, model.kind, model.vocabulary, model.context, model.path, self._config.timeout_seconds
+        )
 
     async def stats(self) -> dict[str, int]:
-        """Counters since the start of this replica, see `ServeScorer.stats`."""
+        """Counters since the start of this replica: requests, sequences, tokens, padding, batches, passes, largest_batch (requests)."""
         return {**self._counters, "pid": os.getpid()}
 
-    def _check(self, ids: IntArray, lengths: IntArray) -> None:
-        if not len(lengths) or int(lengths.sum()) != len(ids):
-            raise ScoringError(f"lengths of {len(lengths)} sequences sum to {int(lengths.sum())}, but there are {len(ids)} ids")
-        if lengths.min() < 1:
-            raise ScoringError("a sequence is empty: every sequence needs at least one token")
-        if self._context is not None and lengths.max() > self._context:
-            raise ScoringError(f"a sequence has {lengths.max()} tokens, the {self._name} model's context is {self._context}: shorten it")
-        if ids.min() < 0 or ids.max() >= self._vocabulary:
-            raise ScoringError(
-                f"token ids range from {ids.min()} to {ids.max()}, the {self._name} model's vocabulary is 0..{self._vocabulary - 1}: "
-                "policy, reward model and reference must share one tokenizer"
+    async def check_health(self) -> None:
+        """Serve replaces a replica that does not answer this in time."""
+
+    async def reconfigure(self, settings: Mapping[str, str]) -> None:
+        """Take other weights: load them beside the old ones, then switch between two batches."""
+        path, version = settings["path"], settings["version"]
+        if (path, version) != (self._loaded.model.path, self._loaded.identity.version):
+            self._loaded = await asyncio.get_running_loop().run_in_executor(None, self._load, path, version)
+
+    def _load(self, path: str, version: str) -> _Loaded:
+        config = self._config
+        model = ScoringModel(
+            path,
+            config.kind or kind_of(path),
+            precision=self._precision,
+            trust_remote_code=self._trust_remote_code,
+            temperature=config.temperature,
+            device="cuda" if config.workers.gpus > 0 else "cpu",
+        )
+        return _Loaded(model, ModelIdentity(self._name, version, model.weights_hash))
+
+    async def _answer(self, request: ScoringRequest) -> ScoringAnswer:
+        """Out of the cache what is there, the rest out of a batch; both of the same weights."""
+        sequences = np.split(request.ids, np.cumsum(request.lengths)[:-1])
+        while True:
+            identity = self._loaded.identity
+            known: list[Answer | None] = [None] * len(sequences)
+            if not request.alone:
+                known = [self._cache.get(identity.weights_hash, request.output, ids) for ids in sequences]
+            missing = [ids for ids, answer in zip(sequences, known, strict=True) if answer is None]
+            self._metrics.cached(len(sequences) - len(missing))
+            if missing:
+                tokens = sum(map(len, missing))
+                work, timeout = _Work(missing, request.output), self._config.timeout_seconds
+                computed = await self._batcher.submit(work, tokens, timeout_seconds=timeout, alone=request.alone)
+                for ids, answer in zip(missing, computed.answers, strict=True):
+                    self._cache.put(computed.identity.weights_hash, request.output, ids, answer)
+                if computed.identity != identity and len(missing) < len(sequences):
+                    continue  # the weights were replaced between looking up and computing
+                identity, fresh = computed.identity, iter(computed.answers)
+                known = [next(fresh) if answer is None else answer for answer in known]
+            return ScoringAnswer(np.concatenate([answer for answer in known if answer is not None]), identity)
+
+    def _compute(self, batch: Batch[_Work]) -> list[_Computed | Exception]:
+        """In the batcher's thread: all sequences of all requests, in passes of similar length."""
+        loaded, began = self._loaded, time.perf_counter()
+        padding: list[int] = []
+        answers: list[_Computed | Exception] = [NotImplementedError()] * len(batch.items)
+        for output in {work.output for work in batch.items}:
+            places = [place for place, work in enumerate(batch.items) if work.output == output]
+            good = []
+            for place in places:
+                try:
+                    check_sequences(batch.items[place].sequences, output, loaded.model, self._name)  # other weights may have come since
+                    good.append(place)
+                except ScoringError as error:
+                    answers[place] = error
+            flat = [ids for place in good for ids in batch.items[place].sequences]
+            found = iter(
+                loaded.model.answers(flat, self._config.batching.max_batch_tokens, output=output, on_padding=padding.append) if flat else ()
             )
+            for place in good:
+                answers[place] = _Computed([next(found) for _ in batch.items[place].sequences], loaded.identity)
+        self._count(batch, padding, time.perf_counter() - began)
+        return answers
 
-    @torch.inference_mode()
-    def _compute(self, requests: Sequence[list[IntArray]]) -> list[FloatArray]:
-        """All sequences of all requests in passes of similar length; one concatenated answer per request."""
-        sequences = [sequence for request in requests for sequence in request]
-        answers: dict[int, FloatArray] = {}
-        for rows in padded_batches(sequences, self._max_batch_tokens):
-            ids_BS, attention_BS = pad_sequences([sequences[row] for row in rows], self._device)
-            for row, answer in zip(rows, self.forward(ids_BS, attention_BS), strict=True):
-                answers[row] = answer.cpu().numpy()
-            self._counters.update(passes=1, padded_tokens=ids_BS.numel())
-        self._counters.update(batches=1, requests=len(requests), sequences=len(sequences), tokens=sum(map(len, sequences)))
-        self._counters["largest_batch"] = max(self._counters["largest_batch"], len(requests))
-        ordered = iter(range(len(sequences)))
-        return [np.concatenate([answers[next(ordered)] for _ in request]) for request in requests]
+    def _count(self, batch: Batch[_Work], padding: list[int], seconds: float) -> None:
+        sequences = [ids for work in batch.items for ids in work.sequences]
+        tokens = sum(map(len, sequences))
+        self._counters.update(batches=1, passes=len(padding), requests=len(batch.items), sequences=len(sequences))
+        self._counters.update(tokens=tokens, padding=sum(padding))
+        self._counters["largest_batch"] = max(self._counters["largest_batch"], len(batch.items))
+        self._metrics.batch(len(sequences), tokens, sum(padding), seconds, batch.waited)
 
 
-class RewardReplica(SequenceReplica):
-    """Scores: logit at the last token minus the model's `reward_offset`, one per sequence."""
-
-    def __init__(self, path: str, config: ScoringConfig, precision: Precision, trust_remote_code: bool, *others: Any) -> None:
-        # `others` are handles of the application's other deployments: Serve deploys what its root's arguments reach.
-        torch.set_num_threads(config.reward.threads)
-        model = load_reward_model(path, precision=precision, trust_remote_code=trust_remote_code)
-        self._offset = reward_offset(model)
-        super().__init__(model, "reward", config, config.reward)
-
-    def forward(self, ids_BS: torch.Tensor, attention_BS: torch.Tensor) -> list[torch.Tensor]:
-        return list((sequence_scores(self._model, ids_BS, attention_BS) - self._offset)[:, None])
+def check_request(request: ScoringRequest, model: ScoringModel, name: str) -> None:
+    """Raises BadRequestError or TooLongError for what the model cannot answer."""
+    ids, lengths = request.ids, request.lengths
+    if not len(lengths) or int(lengths.sum()) != len(ids):
+        raise BadRequestError(f"lengths of {len(lengths)} sequences sum to {int(lengths.sum())}, but there are {len(ids)} ids")
+    if lengths.min() < 1:
+        raise BadRequestError("a sequence is empty: every sequence needs at least one token")
+    check_sequences([ids], request.output, model, name, longest=int(lengths.max()))
 
 
-class ReferenceReplica(SequenceReplica):
-    """Log-probs of each sequence's tokens after the first, at the rollout's temperature: S - 1 per sequence of S."""
-
-    def __init__(self, path: str, config: ScoringConfig, precision: Precision, trust_remote_code: bool, temperature: float) -> None:
-        torch.set_num_threads(config.reference.threads)
-        self._temperature = temperature
-        super().__init__(load_causal_lm(path, precision, trust_remote_code), "reference", config, config.reference)
-
-    def forward(self, ids_BS: torch.Tensor, attention_BS: torch.Tensor) -> list[torch.Tensor]:
-        logprobs_BR = sequence_logprobs(self._model, ids_BS, attention_BS, temperature=self._temperature)
-        lengths = attention_BS.sum(-1).tolist()
-        return [row[: length - 1] for row, length in zip(logprobs_BR.cpu(), lengths, strict=True)]
+def check_sequences(sequences: list[IntArray], output: Output, model: ScoringModel, name: str, longest: int | None = None) -> None:
+    """Raises BadRequestError or TooLongError for sequences or an output that the model does not have."""
+    if output not in OUTPUTS[model.kind]:
+        raise BadRequestError(f"{name} is a {model.kind} model: it gives {' and '.join(OUTPUTS[model.kind])}, not {output}")
+    longest = max(map(len, sequences)) if longest is None else longest
+    if model.context is not None and longest > model.context:
+        raise TooLongError(f"a sequence has {longest} tokens, the {name} model's context is {model.context}: shorten it")
+    low, high = min(int(ids.min()) for ids in sequences), max(int(ids.max()) for ids in sequences)
+    if low < 0 or high >= model.vocabulary:
+        raise BadRequestError(
+            f"token ids range from {low} to {high}, the {name} model's vocabulary is 0..{model.vocabulary - 1}: "
+            "policy, reward model and reference must share one tokenizer"
+        )

@@ -16,11 +16,12 @@ from ray.serve.config import AutoscalingConfig
 from app.config.ppo import ScoringConfig
 from app.config.served_models import ppo_models
 from app.config.serving import ServedModelConfig, ServingConfig
+from app.models.heads import Precision
 from app.models.load import seen_from_anywhere
 from app.workers.processes import process_options
 from app.workers.scoring_client import ServeScorer
 from serve.deploying import deployed, target
-from serve.replicas import ModelReplica, Precision
+from serve.replicas import ModelReplica
 
 MAX_ONGOING_REQUESTS = 1024
 """Requests inside one replica at a time; the batcher's pool of callers to choose from."""

@@ -12,6 +12,13 @@ from app.schema import Config
 
 ModelKind = Literal["reward", "reference"]
 
+Output = Literal["rewards", "logprobs", "logits"]
+"""rewards: float32, one per sequence. logprobs: float32, S - 1 per sequence of S; entry t = log p(ids[t+1] | ids[..t]).
+logits: float16 [S, V] per sequence."""
+
+OUTPUTS: dict[ModelKind, tuple[Output, ...]] = {"reward": ("rewards",), "reference": ("logprobs", "logits")}
+"""What a model answers; the first is what it answers unasked."""
+
 DOORS = "doors"
 """The deployment that takes the requests, beside one deployment per model."""
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -93,10 +100,14 @@ class ServingConfig(Config):
     """Open Inference Protocol v2 over gRPC; 0 takes a free one."""
     token_file: str | None = None
     """File with the bearer token that requests must carry; the environment variable CORRAL_SERVE_TOKEN stands in for it."""
-    max_request_bytes: int = Field(64 * 2**20, ge=1024)
-    """Longest body of a request, after decompression."""
+    max_request_bytes: int = Field(16 * 2**20, ge=1024)
+    """Longest body of a request, after decompression. JSON takes about 20 times its length in memory while it is read."""
+    max_request_sequences: int = Field(1024, ge=1)
+    """Sequences of one request."""
     max_logits_bytes: int = Field(256 * 2**20, ge=1024)
     """Largest `logits` output of one request."""
+    access_log: str | None = None
+    """File that gets one line of JSON per request; default: the doors' standard output, which Ray keeps among its logs."""
     chat: dict[str, ChatModelConfig] = Field(default_factory=dict)
     """Models to chat with by name, at `/v1/chat/completions` of the same HTTP port."""
 

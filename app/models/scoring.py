@@ -1,21 +1,26 @@
-"""What scoring computes, wherever it runs: token ids in, scores or log-probs out, in padded passes of sequences of similar length.
+"""What scoring computes, wherever it runs: token ids in, scores, log-probs or logits out, in padded passes of sequences of similar length.
 
-Shape legend: B sequences of a pass, S tokens of the longest, R = S - 1 predicted tokens.
+Shape legend: B sequences of a pass, S tokens of the longest, R = S - 1 predicted tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 
-from app.config.serving import ModelKind
+from app.config.serving import OUTPUTS, ModelKind, Output
 from app.errors import ScoringError
-from app.experience import FloatArray, IntArray
-from app.models.forward import pad_sequences, padded_batches, sequence_logprobs
+from app.experience import IntArray
+from app.models.forward import LOGITS_PER_CHUNK, pad_sequences, padded_batches, positions, sequence_logprobs
 from app.models.heads import Precision, load_reward_model, reward_offset, sequence_scores
 from app.models.load import load_causal_lm, writes_text
+
+Answer = np.ndarray[Any, np.dtype[Any]]
 
 
 def kind_of(path: str) -> ModelKind:
@@ -24,8 +29,11 @@ def kind_of(path: str) -> ModelKind:
 
 
 class ScoringModel:
-    """A loaded model. reward: logit - reward_offset of each sequence, float32 [1]; reference: log p(ids[t+1] | ids[..t]) of its
-    tokens after the first, of logits divided by `temperature`, float32 [s - 1]. Raises ModelError."""
+    """A loaded model, in evaluation mode. Raises ModelError.
+
+    What it gives for a sequence of s tokens, by output: rewards, float32 [1], logit - reward_offset; logprobs, float32 [s - 1],
+    log p(ids[t+1] | ids[..t]) of logits divided by `temperature`; logits, float16 [s, V].
+    """
 
     def __init__(
         self,
@@ -42,27 +50,55 @@ class ScoringModel:
         else:
             self.model = load_causal_lm(path, precision, trust_remote_code)
         torch.nn.Module.to(self.model, device)  # in place
-        self._path, self._kind, self._temperature, self._device = path, kind, temperature, device
+        self.path, self.kind = path, kind
+        config = self.model.config.get_text_config()
+        self.vocabulary: int = config.vocab_size
+        self.context: int | None = getattr(config, "max_position_embeddings", None)
+        self._temperature, self._device = temperature, device
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """32 hex digits over names, types and values of all weights as loaded, and the reward offset: about 1 s per GB."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(str(getattr(self.model.config, "reward_offset", 0.0)).encode())
+        return digest.hexdigest()
 
     def answers(
-        self, sequences: Sequence[IntArray], max_batch_tokens: int, on_pass: Callable[[int], None] = lambda rows: None
-    ) -> list[FloatArray]:
-        """One array per sequence, in their order. `on_pass` is told how many sequences each pass answered. Raises ScoringError
-        where an answer is not finite."""
-        answers: dict[int, FloatArray] = {}
+        self,
+        sequences: Sequence[IntArray],
+        max_batch_tokens: int,
+        on_pass: Callable[[int], None] = lambda rows: None,
+        *,
+        output: Output | None = None,
+        on_padding: Callable[[int], None] = lambda tokens: None,
+    ) -> list[Answer]:
+        """One array per sequence, in their order; `output` defaults to the kind's own. `on_pass` is told how many sequences each pass
+        answered, `on_padding` how many tokens of it were padding. Raises ScoringError where an answer is not finite."""
+        output = output or OUTPUTS[self.kind][0]
+        if output == "logits":  # which are as large as log-probs are small
+            max_batch_tokens = min(max_batch_tokens, max(1, LOGITS_PER_CHUNK // self.vocabulary))
+        answers: dict[int, Answer] = {}
         for rows in padded_batches(sequences, max_batch_tokens):
             ids_BS, attention_BS = pad_sequences([sequences[row] for row in rows], self._device)
-            answers.update(zip(rows, self.forward(ids_BS, attention_BS), strict=True))
+            answers.update(zip(rows, self.forward(ids_BS, attention_BS, output), strict=True))
             on_pass(len(rows))
+            on_padding(ids_BS.numel() - sum(len(sequences[row]) for row in rows))
         if not all(np.isfinite(answer).all() for answer in answers.values()):
-            raise ScoringError(f"{self._path}: computed NaN or infinity; check the model folder, or use --model.precision=fp32")
+            raise ScoringError(f"{self.path}: computed NaN or infinity; check the model folder, or use --model.precision=fp32")
         return [answers[row] for row in range(len(sequences))]
 
     @torch.inference_mode()
-    def forward(self, ids_BS: torch.Tensor, attention_BS: torch.Tensor) -> list[FloatArray]:
+    def forward(self, ids_BS: torch.Tensor, attention_BS: torch.Tensor, output: Output) -> list[Answer]:
         """Answers of one padded pass."""
-        if self._kind == "reward":
+        lengths = attention_BS.sum(-1).tolist()
+        if output == "rewards":
             scores_B = sequence_scores(self.model, ids_BS, attention_BS) - reward_offset(self.model)
             return list(scores_B[:, None].cpu().numpy())
-        logprobs_BR = sequence_logprobs(self.model, ids_BS, attention_BS, temperature=self._temperature).cpu().numpy()
-        return [row[: length - 1] for row, length in zip(logprobs_BR, attention_BS.sum(-1).tolist(), strict=True)]
+        if output == "logprobs":
+            logprobs_BR = sequence_logprobs(self.model, ids_BS, attention_BS, temperature=self._temperature).cpu().numpy()
+            return [row[: length - 1] for row, length in zip(logprobs_BR, lengths, strict=True)]
+        logits_BSV = self.model(input_ids=ids_BS, attention_mask=attention_BS, position_ids=positions(attention_BS), use_cache=False).logits
+        return [row[:length].half().cpu().numpy() for row, length in zip(logits_BSV, lengths, strict=True)]

@@ -1,32 +1,34 @@
 """The client of the scoring service: `app.interfaces.Scorer` over Ray Serve handles, with deadlines and retries.
 
-A request carries token ids as one flat int32 array and the sequences' lengths; the answer is one flat float32 array.
-Both travel through Ray's object store without conversion.
+What travels is in app/workers/scoring_messages.py.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import ray
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from app.config.ppo import ScoringConfig
-from app.errors import ScoringError
+from app.config.served_models import REFERENCE, REWARD
+from app.config.serving import Output
+from app.errors import BadRequestError, NotReadyError, OverloadedError, ScoringError, ScoringTimeoutError
 from app.experience import FloatArray, IntArray
 from app.interfaces import Pending
 from app.models.forward import padded_batches
 from app.workers.pending import last_line
-
-REWARD, REFERENCE = "reward", "reference"
-"""Names of the two deployments."""
+from app.workers.scoring_messages import ScoringAnswer, ScoringRequest
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.2, 5.0
 
@@ -48,34 +50,34 @@ class ServeScorer:
         `result()` raises ScoringError when a request is refused (its reason is in the message), or not answered after
         `retries` more attempts of `timeout_seconds` each.
         """
-        requests = self._send_all(REWARD, self._config.reward.count, sequences)
+        requests = self._requests(REWARD, "rewards", self._config.reward.count, sequences)
 
-        def finish(answers: Sequence[FloatArray]) -> list[float]:
-            scores = [0.0] * len(sequences)
+        def finish(answers: Sequence[ScoringAnswer]) -> list[float]:
+            scores = [math.nan] * len(sequences)
             for request, answer in zip(requests, answers, strict=True):
-                for index, score in zip(request.rows, answer.tolist(), strict=True):
+                for index, score in zip(request.rows, answer.values.tolist(), strict=True):
                     scores[index] = score
             return scores
 
-        return _PendingAnswers(requests, finish)
+        return _PendingAnswers(requests, finish, self._config.max_in_flight)
 
     def logprobs(self, sequences: Sequence[IntArray]) -> Pending[list[FloatArray]]:
         """Per sequence [S]: float32 [S-1], entry t = log p(ids[t+1] | ids[..t]) under the reference policy at the
         service's temperature. Errors as in `scores`."""
-        requests = self._send_all(REFERENCE, self._config.reference.count, sequences)
+        requests = self._requests(REFERENCE, "logprobs", self._config.reference.count, sequences)
 
-        def finish(answers: Sequence[FloatArray]) -> list[FloatArray]:
+        def finish(answers: Sequence[ScoringAnswer]) -> list[FloatArray]:
             rows: dict[int, FloatArray] = {}
             for request, answer in zip(requests, answers, strict=True):
-                ends = np.cumsum([len(sequence) - 1 for sequence in request.sequences])
-                rows.update(zip(request.rows, np.split(answer, ends[:-1]), strict=True))
+                ends = np.cumsum(request.message.lengths - 1)
+                rows.update(zip(request.rows, np.split(answer.values, ends[:-1]), strict=True))
             return [rows[index] for index in range(len(sequences))]
 
-        return _PendingAnswers(requests, finish)
+        return _PendingAnswers(requests, finish, self._config.max_in_flight)
 
     def stats(self) -> dict[str, Mapping[str, int]]:
-        """Counters of one replica of each deployment, since it started: requests, batches, sequences, tokens, passes (of
-        the model), padded_tokens (what these computed), largest_batch (requests that shared one), pid."""
+        """Counters of one replica of each deployment, since it started: requests, batches, sequences, tokens, padding, passes (of
+        the model), largest_batch (requests that shared one), pid."""
         return {name: self.handle(name).stats.remote().result(timeout_s=self._config.timeout_seconds) for name in (REWARD, REFERENCE)}
 
     def handle(self, deployment: str) -> DeploymentHandle[Any]:
@@ -94,14 +96,14 @@ class ServeScorer:
     def config(self) -> ScoringConfig:
         return self._config
 
-    def _send_all(self, deployment: str, replicas: int, sequences: Sequence[IntArray]) -> list[_Request]:
+    def _requests(self, deployment: str, output: Output, replicas: int, sequences: Sequence[IntArray]) -> list[_Request]:
         """Requests small enough for one forward pass each, and at least one per replica where there is enough to do."""
         padded = len(sequences) * max((len(sequence) for sequence in sequences), default=0)
         budget = min(self._config.max_batch_tokens, -(-padded // replicas))
-        batches = padded_batches(sequences, budget)
-        requests = [_Request(self, deployment, rows, [sequences[row] for row in rows]) for rows in batches]
-        for request in requests:
-            request.send()
+        requests = []
+        for rows in padded_batches(sequences, budget):
+            message = ScoringRequest(*flatten([sequences[row] for row in rows]), output, alone=self._config.alone)
+            requests.append(_Request(self, deployment, rows, message))
         return requests
 
     def __getstate__(self) -> tuple[str, ScoringConfig]:
@@ -112,74 +114,124 @@ class ServeScorer:
 
 
 def flatten(sequences: Sequence[IntArray]) -> tuple[IntArray, IntArray]:
-    """All ids in a row and the length of each sequence, both int32. Raises ScoringError for what is no list of token ids."""
+    """All ids in a row and the length of each sequence, both int32. Raises BadRequestError for what is no list of token ids."""
     arrays = [np.asarray(sequence) for sequence in sequences]
     for array in arrays:
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-            raise ScoringError(f"a sequence of token ids is a one-dimensional integer array, not {array.dtype} {array.shape}")
+            raise BadRequestError(f"a sequence of token ids is a one-dimensional integer array, not {array.dtype} {array.shape}")
     ids = np.concatenate(arrays)
     if ids.size and (ids.min() < 0 or ids.max() > np.iinfo(np.int32).max):
-        raise ScoringError(f"token ids range from {ids.min()} to {ids.max()}: ids are non-negative and fit into 32 bits")
+        raise BadRequestError(f"token ids range from {ids.min()} to {ids.max()}: ids are non-negative and fit into 32 bits")
     return ids.astype(np.int32), np.array([len(array) for array in arrays], dtype=np.int32)
 
 
 @dataclass
 class _Request:
-    """One request in flight: which sequences of the call it carries, and its latest attempt."""
+    """One request of a call: which sequences it carries, and its latest attempts. More than one attempt is a hedge."""
 
     scorer: ServeScorer
     deployment: str
     rows: list[int]
-    sequences: Sequence[IntArray]
-    response: Any = None  # a DeploymentResponse once sent
+    message: ScoringRequest
+    attempts: list[Any] = field(default_factory=list)  # DeploymentResponses under way
     failure: Exception | None = None
 
     def send(self) -> None:
         """Start an attempt; a failure to start is one more failure of the attempt, told by `wait`."""
-        self.response = self.failure = None
+        self.failure = None
         try:
-            self.response = self.scorer.handle(self.deployment).answer.remote(*flatten(self.sequences))
+            self.attempts.append(self.scorer.handle(self.deployment).infer.remote(self.message))
         except (RayError, RayServeException, ScoringError) as error:
             self.failure = error
 
-    def wait(self) -> FloatArray:
+    def wait(self) -> ScoringAnswer:
         """The answer. Every attempt has `timeout_seconds` from the moment that its caller waits for it."""
         config = self.scorer.config
-        reason = ""
+        failure: ScoringError | None = None
         for attempt in range(config.retries + 1):
             if attempt:
                 pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
-                time.sleep(pause * random.uniform(0.5, 1.5))  # callers that failed together do not come back together
+                pause *= random.uniform(0.5, 1.5)  # callers that failed together do not come back together
+                time.sleep(max(pause, getattr(failure, "retry_after", 0.0)))
                 self.send()
             try:
-                return self._attempt(config.timeout_seconds)
-            except ScoringError as error:  # refused: the same request would be refused again
-                raise ScoringError(f"{self.scorer.describe(self.deployment)}: {getattr(error, 'cause', error)}") from None
-            except TimeoutError:
-                reason = f"no answer within {config.timeout_seconds:g} s; raise scoring.timeout_seconds or scoring.{self.deployment}.count"
-            except (RayError, RayServeException) as error:
-                reason = f"{type(error).__name__}: {last_line(error)}"
-        attempts = config.retries + 1
-        raise ScoringError(f"{self.scorer.describe(self.deployment)} failed {attempts} times, last: {reason}")
+                return self._answer(config)
+            except Exception as error:  # noqa: BLE001 - which of them are worth another attempt, `as_failure` knows
+                failure = as_failure(error, config, self.deployment)
+            if not isinstance(failure, WORTH_ANOTHER_ATTEMPT):
+                raise self._named(failure, str(failure)) from None
+        assert failure is not None
+        raise self._named(failure, f"failed {config.retries + 1} times, last: {failure}")
 
-    def _attempt(self, timeout_seconds: float) -> FloatArray:
-        if self.response is None:
+    def _answer(self, config: ScoringConfig) -> ScoringAnswer:
+        if not self.attempts:
             assert self.failure is not None, "send() comes before wait()"
             raise self.failure
+        deadline = time.monotonic() + config.timeout_seconds
         try:
-            answer: FloatArray = self.response.result(timeout_s=timeout_seconds)
+            if config.hedge_after_seconds is not None and self._ended(config.hedge_after_seconds) is None:
+                self.send()
+            ended = self.attempts[0] if len(self.attempts) == 1 else self._ended(deadline - time.monotonic())
+            if ended is None:
+                raise TimeoutError
+            answer: ScoringAnswer = ended.result(timeout_s=max(0.0, deadline - time.monotonic()))
             return answer
-        except TimeoutError:
-            self.response.cancel()
-            raise
+        finally:
+            for response in self.attempts:
+                response.cancel()  # of what has ended nothing is left to cancel
+            self.attempts.clear()
+
+    def _ended(self, seconds: float) -> Any | None:
+        """The attempt that has an answer or a failure first; None where none has after so long."""
+        deadline = time.monotonic() + seconds
+        try:
+            references = {each._to_object_ref_sync(_timeout_s=max(0.0, deadline - time.monotonic())): each for each in self.attempts}
+        except TimeoutError:  # no replica has taken it yet
+            return None
+        ready, _ = ray.wait(list(references), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        return references[ready[0]] if ready else None
+
+    def _named(self, failure: ScoringError, message: str) -> ScoringError:
+        failure.args = (f"{self.scorer.describe(self.deployment)}: {message}", *failure.args[1:])
+        return failure
+
+
+WORTH_ANOTHER_ATTEMPT = (OverloadedError, ScoringTimeoutError, NotReadyError)
+"""Kinds of failure after which the same request may be answered. Any other would come again."""
+
+
+def as_failure(error: Exception, config: ScoringConfig, deployment: str) -> ScoringError:
+    """What went wrong with an attempt, as the kind of ScoringError that it is. Raises what is none of the service's failures."""
+    cause = getattr(error, "cause", error)  # what Ray carries out of a replica
+    if isinstance(cause, ScoringError):
+        return cause
+    if isinstance(error, TimeoutError):
+        return ScoringTimeoutError(
+            f"no answer within {config.timeout_seconds:g} s; raise scoring.timeout_seconds or scoring.{deployment}.count"
+        )
+    if isinstance(error, BackPressureError):
+        return OverloadedError(last_line(error))
+    if isinstance(error, (RayError, RayServeException)):
+        return NotReadyError(f"{type(error).__name__}: {last_line(error)}")
+    raise error
 
 
 class _PendingAnswers(Generic[T]):
-    """A call in flight: `finish` puts its requests' answers together."""
+    """A call in flight: at most `max_in_flight` of its requests at a time. `finish` puts the answers together."""
 
-    def __init__(self, requests: Sequence[_Request], finish: Callable[[Sequence[FloatArray]], T]) -> None:
-        self._requests = requests
-        self._finish = finish
+    def __init__(self, requests: Sequence[_Request], finish: Callable[[Sequence[ScoringAnswer]], T], max_in_flight: int) -> None:
+        self._requests, self._finish, self._max_in_flight = requests, finish, max_in_flight
+        for request in requests[:max_in_flight]:
+            request.send()
 
     def result(self) -> T:
-        return self._finish([request.wait() for request in self._requests])
+        """Raises ScoringError, also when the model was replaced between two answers of the call."""
+        answers = []
+        for request, later in zip_longest(self._requests, self._requests[self._max_in_flight :]):
+            answers.append(request.wait())
+            if later is not None:
+                later.send()
+        if len(versions := {answer.model for answer in answers}) > 1:
+            names = " and ".join(sorted(f"{model.version} ({model.weights_hash[:12]})" for model in versions))
+            raise ScoringError(f"the answers to one call come from versions {names} of {answers[0].model.name}: ask again")
+        return self._finish(answers)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from app.config.serving import ModelKind
+from app.config.serving import ModelKind, Output
 from app.experience import IntArray
-
-Output = Literal["rewards", "logprobs", "logits"]
-"""rewards: float32, one per sequence. logprobs: float32, S - 1 per sequence of S; entry t = log p(ids[t+1] | ids[..t]).
-logits: float16 [S, V] per sequence."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +28,7 @@ class ScoringRequest:
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which weights answered. weights_hash: hex digest over the folder's weight files and configuration."""
+    """Which weights answered. weights_hash: hex digest over the loaded weights, see `ScoringModel`."""
 
     name: str
     version: str
@@ -49,9 +45,14 @@ class ScoringAnswer:
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What a served model is. context: longest sequence, None where the model has no limit; vocabulary: ids are below it."""
+    """What a served model is. context: longest sequence, None where the model has no limit; vocabulary: ids are below it.
+
+    path: folder of the weights and the tokenizer; timeout_seconds: deadline of one request.
+    """
 
     identity: ModelIdentity
     kind: ModelKind
     vocabulary: int
     context: int | None
+    path: str = ""
+    timeout_seconds: float = 60.0

@@ -17,6 +17,7 @@ import pytest
 import ray
 import torch
 from ray import serve
+from ray.util.state import list_actors
 
 from app.config.ppo import ScoringConfig
 from app.config.shared import WorkersConfig
@@ -147,6 +148,50 @@ def test_the_client_outlives_a_killed_replica(scorer: ServeScorer, folders: Fold
     for pending in (in_flight, later):
         np.testing.assert_allclose(pending.result()[0], expected, atol=1e-5)
     assert scorer.stats()["reference"]["pid"] != process
+
+
+def test_the_handle_path_answers_while_the_controller_is_down(scorer: ServeScorer, folders: Folders) -> None:
+    sequences = random_sequences(6)
+    expected = direct_scores(folders, sequences)
+    (controller,) = [actor for actor in list_actors() if actor.name == "SERVE_CONTROLLER_ACTOR" and actor.state == "ALIVE"]
+    os.kill(controller.pid, signal.SIGKILL)
+    for _ in range(3):
+        np.testing.assert_allclose(scorer.scores(sequences).result(), expected, atol=1e-5)
+
+
+def test_many_clients_at_once_get_what_a_direct_forward_pass_gives(scorer: ServeScorer, folders: Folders) -> None:
+    model = load_reward_model(folders.reward)
+
+    def client(number: int) -> float:
+        """Largest difference over ten calls of a client of its own."""
+        own = connect("scoring", CONFIG.model_copy(update={"hedge_after_seconds": 5.0}))
+        worst = 0.0
+        for call in range(10):
+            sequences = random_sequences(1 + call % 3, seed=1000 * number + call)
+            with torch.no_grad():
+                direct = [float(sequence_scores(model, *pad_sequences([ids]))) - OFFSET for ids in sequences]
+            worst = max(worst, float(np.abs(np.array(own.scores(sequences).result()) - direct).max()))
+        return worst
+
+    with ThreadPoolExecutor(32) as pool:
+        assert max(pool.map(client, range(32))) < 1e-5
+
+
+def test_requests_that_are_computed_alone_repeat_bit_for_bit_under_load(scorer: ServeScorer) -> None:
+    alone, sequences = connect("scoring", CONFIG.model_copy(update={"alone": True})), random_sequences(7, seed=3)
+    quiet = alone.logprobs(sequences).result()
+    for seed in range(4):
+        others = scorer.logprobs(random_sequences(20, seed=100 + seed))
+        assert all((a == b).all() for a, b in zip(alone.logprobs(sequences).result(), quiet, strict=True))
+        others.result()
+
+
+def test_a_second_attempt_is_sent_where_the_first_takes_long(scorer: ServeScorer, folders: Folders) -> None:
+    sequences = random_sequences(4)
+    before = scorer.stats()["reference"]["requests"]
+    hasty = connect("scoring", CONFIG.model_copy(update={"hedge_after_seconds": 0.001}))
+    np.testing.assert_allclose(hasty.logprobs(sequences).result()[0], direct_logprobs(folders, sequences[0]), atol=1e-5)
+    assert scorer.stats()["reference"]["requests"] > before
 
 
 def test_a_deadline_that_passes_is_an_error(scorer: ServeScorer) -> None:

@@ -11,14 +11,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPTNeoXModel
 
-from app.config.ppo import ScoringConfig
 from app.config.shared import ModelConfig
 from app.data.templates import build_template
 from app.errors import ModelError
 from app.models.forward import pad_sequences
 from app.models.heads import ValueModel, convert_reward_model, init_reward_model, load_reward_model, reward_offset, sequence_scores
 from app.models.load import check_model_folder, load_config, load_tokenizer, resolve_model, writes_text
-from serve.replicas import RewardReplica
+from app.models.scoring import ScoringModel, kind_of
 from tests.tiny_models import CONTEXT, VOCABULARY, make_tokenizer
 
 HIDDEN, LAYERS, BIAS = 64, 2, 1.25
@@ -125,9 +124,8 @@ def test_scores_are_open_assistants(released: Released) -> None:
 
 
 def test_the_scoring_service_takes_the_folder(released: Released) -> None:
-    replica = RewardReplica(released.path, ScoringConfig(), "fp32", False)
-    scores = torch.cat(replica.forward(*pad_sequences(sequences())))
-    torch.testing.assert_close(scores, released.expected, atol=1e-5, rtol=0)
+    scores = ScoringModel(released.path, kind_of(released.path)).answers(sequences(), max_batch_tokens=64)
+    torch.testing.assert_close(torch.from_numpy(np.concatenate(scores)), released.expected, atol=1e-5, rtol=0)
 
 
 def test_conversion_writes_an_ordinary_folder(released: Released, tmp_path: Path) -> None:

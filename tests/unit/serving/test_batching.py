@@ -4,31 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
 
 import pytest
 
-from serve.batching import Batcher
+from app.errors import OverloadedError, ScoringTimeoutError
+from serve.batching import Batch, Batcher
 
 
 class Model:
-    """Doubles its items, fails on 0, and records its batches; `gate` holds it while it is closed."""
+    """Doubles its items, fails on 0, answers 13 with an error, and records its batches; `gate` holds it while it is closed."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
         self.gate = threading.Event()
         self.gate.set()
 
-    def __call__(self, items: Sequence[int]) -> list[int]:
-        self.batches.append(list(items))
+    def __call__(self, batch: Batch[int]) -> list[int | Exception]:
+        self.batches.append(batch.items)
         assert self.gate.wait(10)
-        if 0 in items:
+        if 0 in batch.items:
             raise ZeroDivisionError("an item is 0")
-        return [2 * item for item in items]
+        return [ValueError("13") if item == 13 else 2 * item for item in batch.items]
 
 
-def batcher(model: Model, *, limit: int = 100, wait_seconds: float = 0.0) -> Batcher[int, int]:
-    return Batcher(model, size=lambda item: item, limit=limit, wait_seconds=wait_seconds)
+class Items:
+    """A batcher of numbers that are their own size."""
+
+    def __init__(self, model: Model, *, limit: int = 100, wait_seconds: float = 0.0, max_waiting: int = 1000) -> None:
+        self.batcher: Batcher[int, int] = Batcher(model, limit=limit, wait_seconds=wait_seconds, max_waiting=max_waiting)
+
+    async def submit(self, item: int, *, timeout_seconds: float = 10.0, alone: bool = False) -> int:
+        return await self.batcher.submit(item, item, timeout_seconds=timeout_seconds, alone=alone)
+
+
+batcher = Items
 
 
 async def settle() -> None:
@@ -101,5 +110,64 @@ def test_callers_that_went_away_are_not_computed() -> None:
             await late
         await settle()
         assert model.batches == [[1, 2]]
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_that_is_an_error_belongs_to_its_caller_alone() -> None:
+    async def scenario() -> None:
+        model = Model()
+        batches = batcher(model, wait_seconds=0.05)
+        bad, good = await asyncio.gather(batches.submit(13), batches.submit(5), return_exceptions=True)
+        assert isinstance(bad, ValueError) and good == 10
+        assert model.batches == [[13, 5]]
+
+    asyncio.run(scenario())
+
+
+def test_items_that_are_to_be_alone_share_no_batch_and_keep_their_turn() -> None:
+    async def scenario() -> None:
+        model = Model()
+        batches = batcher(model, wait_seconds=0.05)
+        answers = [batches.submit(1), batches.submit(2, alone=True), batches.submit(3), batches.submit(4)]
+        assert await asyncio.gather(*answers) == [2, 4, 6, 8]
+        assert model.batches == [[1], [2], [3, 4]]
+
+    asyncio.run(scenario())
+
+
+def test_what_is_too_much_to_hold_is_refused_with_the_time_to_come_back() -> None:
+    async def scenario() -> None:
+        model = Model()
+        batches = batcher(model, max_waiting=10)
+        assert await batches.submit(1000) == 2000  # an idle model takes anything
+        model.gate.clear()
+        first = asyncio.create_task(batches.submit(4))
+        await settle()
+        waiting = asyncio.create_task(batches.submit(8))
+        await settle()
+        with pytest.raises(OverloadedError, match="8 tokens wait") as refused:
+            await batches.submit(3)
+        assert refused.value.retry_after >= 0.05
+        model.gate.set()
+        assert await asyncio.gather(first, waiting) == [8, 16]
+
+    asyncio.run(scenario())
+
+
+def test_an_item_whose_time_is_over_is_not_computed() -> None:
+    async def scenario() -> None:
+        model = Model()
+        model.gate.clear()
+        batches = batcher(model)
+        first = asyncio.create_task(batches.submit(1))
+        await settle()
+        late = asyncio.create_task(batches.submit(2, timeout_seconds=0.01))
+        await settle()
+        model.gate.set()
+        assert await first == 2
+        with pytest.raises(ScoringTimeoutError, match="longer than it may"):
+            await late
+        assert model.batches == [[1]]
 
     asyncio.run(scenario())
