@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
                 sys.stdout.write("stopping: requests in flight are answered first\n")
                 sys.stdout.flush()
                 with interrupts.shielded():
-                    drain()
+                    close(service)
     return 0
 
 

@@ -74,6 +74,8 @@ def deploy(targets: Sequence[serve.RunTarget], deadline_seconds: float) -> None:
     Raises ScoringError, DeadlineError, and ServeGoneError when Serve was stopped meanwhile.
     """
     deadline = time.monotonic() + deadline_seconds
+    if not serve_is_running():  # `run_many` would start one, with doors of its own choice
+        raise ServeGoneError
     try:
         serve.run_many(list(targets), wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     except (RayActorError, RayServeException) as error:
