@@ -26,7 +26,7 @@ from app.formats.records import Message
 from app.models.forward import pad_sequences, sequence_logprobs
 from app.models.heads import load_reward_model, sequence_scores
 from app.models.load import load_causal_lm, load_tokenizer
-from app.models.scoring import ScoringModel
+from app.models.scoring import ScoringModel, kind_of
 from tests.tiny_models import CONTEXT, make_neox, make_reward_model
 
 OFFSET = 0.25
@@ -190,7 +190,7 @@ def test_what_is_there_belongs_to_what_is_asked_for(
     summary = score_replies(first)
     written = first.output.stat().st_mtime_ns
     assert score_replies(first) == summary and first.output.stat().st_mtime_ns == written, "finished: shown again"
-    assert stored(first.output)["models"]["rm"]["hash"] == summary["models"]["rm"]["hash"]
+    assert stored(first.output)["weights"] == {name: _loaded(path, kind_of(path)).weights_hash for name, path in models.items()}
     others = [
         ({"rows": ROWS[:-1]}, "the source has changed since"),
         ({"models": {"rm": models["rm"]}}, "the models are others"),
