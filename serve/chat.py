@@ -177,7 +177,7 @@ def _front(config: ServingConfig, credentials: Credentials) -> FastAPI:
     )
     for kind in (HTTPException, OpenAIHTTPException, RequestValidationError, Exception):
         front.add_exception_handler(kind, _refusal)
-    front.add_middleware(Guard, credentials=credentials, max_bytes=config.max_request_bytes)
+    front.add_middleware(Guard, credentials=credentials, max_bytes=config.max_request_bytes, content=_content)
     return front
 
 
@@ -198,5 +198,9 @@ def _refusal(request: Request, error: Exception) -> JSONResponse:
 
 
 def _error(status: int, message: str) -> JSONResponse:
+    return JSONResponse(_content(status, message), status)
+
+
+def _content(status: int, message: str) -> dict[str, Any]:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status_code=status)
+    return {"error": {"message": message, "type": kind, "param": None, "code": status}}
