@@ -13,6 +13,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +209,8 @@ def _score_parts(job: Job, number: int, path: str, kind: ModelKind, records: Rec
         return
     encoder, model = ReplyEncoder.of(path, job.recipe), load_scorer(path, job.recipe, kind)
     for file, rows in missing:
-        encoded = [encoder.encode(reply.messages, [reply.text])[0] for reply in records[rows]]
+        replies = groupby(records[rows], key=attrgetter("messages"))
+        encoded = [one for messages, same in replies for one in encoder.encode(messages, [reply.text for reply in same])]
         answers = model.answers([one.ids for one in encoded], job.recipe.scoring.max_batch_tokens, advance)
         if kind == "reward":
             numbers: list[Sequence[Any]] = [[answer[0] for answer in answers]]
