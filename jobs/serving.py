@@ -46,7 +46,7 @@ class Service:
         if self.doors.chat:
             from serve.chat import chat_application, chat_target
 
-            targets.append(chat_target(chat_application(self.doors.chat, token=self.token, **settings)))
+            targets.append(chat_target(chat_application(self.doors, token=self.token, **settings)))
         return targets
 
 
