@@ -185,10 +185,11 @@ def test_failed_scores_are_masked_out_up_to_a_share_and_then_stop_the_run(tmp_pa
 
 
 def test_lag_is_bounded() -> None:
-    rollout = Rollout(Prompt("a", "", np.zeros(1, np.int32)), 0, np.zeros(1, np.int32), np.zeros(1, np.float32), FinishReason.STOP, 3)
-    check_lag([rollout], version=5, max_lag=2)
-    with pytest.raises(StaleRolloutError):
-        check_lag([rollout], version=6, max_lag=2)
+    ids, logprobs = np.zeros(1, np.int32), np.zeros(1, np.float32)
+    old, new = (Rollout(Prompt("a", "", ids), 0, ids, logprobs, FinishReason.STOP, version) for version in (3, 6))
+    check_lag([old, new], version=5, max_lag=2)
+    with pytest.raises(StaleRolloutError, match="policy version 3, the learner is at 6"):
+        check_lag([new, old], version=6, max_lag=2)
 
 
 GRPO = {"algorithm": {"name": "grpo"}, "samples_per_prompt": 2}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from app.experience import Prompt
 from app.workers import rollout
 from app.workers.rollout import VllmRolloutPool
 
@@ -28,3 +29,17 @@ def test_samples_come_back_in_order(prompts: int, engines: int, monkeypatch: pyt
     assert [answer.tolist() for answer in answers] == [[k, 10 + k] for k in range(prompts)]
     assert sum(asked) == prompts
     assert len(asked) == min(engines, prompts), "no engine is called for nothing"
+
+
+def test_every_rollout_carries_the_version_of_the_engine_that_sampled_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def engine(version: int) -> Any:
+        def generate(prompts: Sequence[Any], seeds: Sequence[int]) -> Any:
+            return version, [(np.array([version], np.int32), np.array([-1.0], np.float32), "stop") for _ in prompts]
+
+        return SimpleNamespace(generate=SimpleNamespace(remote=generate))
+
+    monkeypatch.setattr("app.workers.pending.collect", lambda calls, **_: list(calls))
+    pool = VllmRolloutPool([engine(3), engine(4)], deadline_seconds=1)
+    rollouts = pool.submit([Prompt(str(k), "", np.array([k], np.int32)) for k in range(5)], seed=1).result()
+    assert [rollout.policy_version for rollout in rollouts] == [3, 4, 3, 4, 3]
+    assert all(rollout.ids.tolist() == [rollout.policy_version] for rollout in rollouts)
