@@ -55,6 +55,12 @@ class PpoConfig(Config):
     """Optimizer steps per pass."""
     micro_batch_size: int = Field(16, ge=1)
     """Rollouts per forward pass on one learner worker."""
+    micro_batch_tokens: int | None = Field(None, ge=1)
+    """Tokens per forward pass on one learner worker; given, it rules instead of `micro_batch_size`. Each optimizer step then takes as
+    few passes as that allows. A longer rollout goes alone."""
+    packing: bool = True
+    """Compute the rollouts of a forward pass behind each other in one row, without padding, each attending to itself alone. Models
+    whose layers need more than a causal mask are computed with padding all the same."""
     reuse_forward: bool = False
     """With one optimizer step per batch: learn from the forward pass that computed the proximal log-probs and values, instead
     of running it again. Saves a quarter of the learner's work and holds the activations of all its micro-batches at once."""
@@ -89,7 +95,7 @@ class PpoConfig(Config):
                 f"{self.minibatches} x {self.workers.count}: choose a multiple of {unit}"
             )
         rows = self.batch_size // unit
-        if rows % self.micro_batch_size and rows > self.micro_batch_size:
+        if not self.micro_batch_tokens and rows % self.micro_batch_size and rows > self.micro_batch_size:
             raise ValueError(
                 f"each worker gets {rows} rollouts per minibatch, no multiple of ppo.micro_batch_size = "
                 f"{self.micro_batch_size}: choose a divisor of {rows}"
@@ -155,7 +161,9 @@ class PpoConfig(Config):
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches per optimizer step on each worker."""
+        """Micro-batches per optimizer step on each worker; at most, where tokens are counted."""
+        if self.micro_batch_tokens:
+            return self.rows_per_step
         return max(1, self.rows_per_step // self.micro_batch_size)
 
 

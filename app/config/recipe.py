@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from pydantic import model_validator
 
 from app.config.alarms import AlarmsConfig
 from app.config.data import DataConfig
+from app.config.deepspeed_presets import merge
 from app.config.ppo import EvaluationConfig, PpoConfig, RolloutConfig, ScoringConfig
 from app.config.reward import RewardConfig
 from app.config.serving import ServingConfig
@@ -35,6 +39,21 @@ class Recipe(Config):
     alarms: AlarmsConfig = AlarmsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tune: TuneConfig = TuneConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _exact_defaults(cls, given: Any) -> Any:
+        run = given.get("run") if isinstance(given, Mapping) else None
+        exact = isinstance(run, Mapping) and run.get("determinism") == "exact"
+        return merge({"ppo": {"score_pieces": 1}}, given) if exact else given
+
+    @model_validator(mode="after")
+    def _exact_runs_share_nothing(self) -> Recipe:
+        if self.run.determinism == "exact":
+            for name, given, needed in (("ppo.max_lag", self.ppo.max_lag, 0), ("ppo.score_pieces", self.ppo.score_pieces, 1)):
+                if given != needed:
+                    raise ValueError(f'{name} = {given} is not for run.determinism = "exact": set {name} = {needed}')
+        return self
 
     @model_validator(mode="after")
     def _overlong_buffer_fits(self) -> Recipe:

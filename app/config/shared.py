@@ -20,6 +20,9 @@ class RunConfig(Config):
     """Seed of data generation, data order, initialisation and sampling."""
     resume: bool = True
     """Go on from what the run folder already holds; `false` refuses a folder that is not empty."""
+    determinism: Literal["fast", "exact"] = "fast"
+    """`exact`: a PPO run that is killed and resumed ends like one that was not, bit for bit on a CPU: it scores whole batches in forward
+    passes that no other caller shares (ppo.score_pieces = 1, scoring.alone = true) and samples only from the newest weights."""
     deadline_seconds: float = Field(1800.0, gt=0)
     """Longest wait for any single piece of remote work (one batch of rollouts, one update, one push)."""
 

@@ -56,9 +56,23 @@ def positions(attention_BS: torch.Tensor) -> torch.Tensor:
 
 
 def hidden_states(trunk: nn.Module, ids_BS: torch.Tensor, attention_BS: torch.Tensor) -> torch.Tensor:
-    """Final hidden states [B, S, H] of a decoder without its head, independent of how the rows are padded."""
+    """Final hidden states [B, S, H] of a decoder without its head, independent of how the rows are padded.
+
+    With attention by segment (see app.models.segments) padding is not computed, and its states are 0.
+    """
+    if getattr(trunk.config, "_attn_implementation", None) == BY_SEGMENT:
+        return _packed_hidden_states(trunk, ids_BS, attention_BS.bool())
     output = trunk(input_ids=ids_BS, attention_mask=attention_BS, position_ids=positions(attention_BS), use_cache=False)
     return output.last_hidden_state
+
+
+def _packed_hidden_states(trunk: nn.Module, ids_BS: torch.Tensor, attention_BS: torch.Tensor) -> torch.Tensor:
+    """All rows behind each other in one, without their padding."""
+    segments = [length for length in attention_BS.sum(1).tolist() if length]
+    ids_1N, positions_1N = ids_BS[attention_BS][None], positions(attention_BS)[attention_BS][None]
+    hidden_NH = trunk(input_ids=ids_1N, position_ids=positions_1N, segments=segments, use_cache=False).last_hidden_state[0]
+    blank_BSH = hidden_NH.new_zeros(*ids_BS.shape, hidden_NH.shape[-1])
+    return blank_BSH.masked_scatter(attention_BS[..., None], hidden_NH)
 
 
 def sequence_logprobs(

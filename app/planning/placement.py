@@ -167,8 +167,11 @@ def _sizes(recipe: Recipe, stage: str) -> dict[str, Any]:
             "rollouts_per_step": ppo.batch_size,
             "epochs": ppo.epochs,
             "minibatches": ppo.minibatches,
-            "micro_batch_size": min(ppo.micro_batch_size, ppo.rows_per_step),
-            "accumulation": ppo.accumulation,
+            **(
+                {"micro_batch_tokens": ppo.micro_batch_tokens, "accumulation": f"up to {ppo.accumulation}"}
+                if ppo.micro_batch_tokens
+                else {"micro_batch_size": min(ppo.micro_batch_size, ppo.rows_per_step), "accumulation": ppo.accumulation}
+            ),
             "optimizer_steps": ppo.steps * ppo.epochs * ppo.minibatches,
             "rollouts": ppo.steps * ppo.batch_size,
             "max_response_tokens": ppo.steps * ppo.batch_size * recipe.rollout.max_new_tokens,

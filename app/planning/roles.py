@@ -111,6 +111,8 @@ class Roles:
         policy, critic = shape_of(recipe.model.path), shape_of(recipe.reward.path or recipe.model.path)
         rows = min(ppo.micro_batch_size, ppo.rows_per_step)
         length = recipe.data.max_prompt_length + recipe.rollout.max_new_tokens
+        if ppo.micro_batch_tokens:
+            rows = max(1, ppo.micro_batch_tokens // length)
         passes = ppo.accumulation if ppo.reuse_forward else 1
         models = []
         if policy is not None:

@@ -42,15 +42,14 @@ class _PendingScores:
     batch: Pending[list[float]]
 
     def result(self) -> list[float | Failed]:
-        """The scores. A request for all that fails is split into one per rollout, so that one bad rollout costs only
-        its own score. Raises ScoringError when every single one fails too: that is the service, not a rollout."""
+        """The scores. A request for all that fails is split into one per rollout, so that one bad rollout costs only its own score."""
         try:
             scores: list[float | Failed] = list(self.batch.result())
         except ScoringError as error:
-            scores = self._one_by_one(error)
+            scores = self._one_by_one() if len(self.sequences) > 1 else [Failed(first_line(error))]
         return [score if isinstance(score, Failed) or math.isfinite(score) else Failed(f"the model gave {score}") for score in scores]
 
-    def _one_by_one(self, cause: ScoringError) -> list[float | Failed]:
+    def _one_by_one(self) -> list[float | Failed]:
         requests = [self.scorer.scores([sequence]) for sequence in self.sequences]
         scores: list[float | Failed] = []
         for request in requests:
@@ -58,6 +57,4 @@ class _PendingScores:
                 scores += request.result()
             except ScoringError as error:
                 scores.append(Failed(first_line(error)))
-        if all(isinstance(score, Failed) for score in scores):
-            raise cause
         return scores

@@ -107,7 +107,7 @@ class Pipeline:
         """The run's rollout engines, started with the SFT model; they may still be loading."""
         if self._pool is None:
             eos_id = self.prepared.template.eos_id
-            self._pool = self._open.enter_context(open_pool(self.recipe, sft_path, self.prompts.all, eos_id))
+            self._pool = self._open.enter_context(open_pool(self.recipe, sft_path, self.prompts.all, eos_id, note=self.tracker.note))
         return self._pool
 
     def close_engines(self) -> None:

@@ -31,7 +31,7 @@ from app.stages.preparation import Prepared
 from app.stages.rewards import StartScoring, open_reward, reward_scorers
 from app.tracking import METRICS_FILE, RunTracker
 from app.workers.learner import LearnerSpec, RayLearner, learner_group
-from app.workers.rollout import VllmRolloutPool, rollout_pool
+from app.workers.rollout import Note, VllmRolloutPool, rollout_pool
 from app.workers.rollout_engine import uses_nccl
 from app.workers.weight_transfer import WeightPublisher, canaries_of
 
@@ -72,9 +72,14 @@ def gold_of(recipe: Recipe) -> Gold | None:
 
 
 def open_pool(
-    recipe: Recipe, model_path: str, prompts: Sequence[Prompt], eos_id: int, placement: Sequence[Any] = ()
+    recipe: Recipe,
+    model_path: str,
+    prompts: Sequence[Prompt],
+    eos_id: int,
+    placement: Sequence[Any] = (),
+    note: Note = lambda text: None,
 ) -> AbstractContextManager[VllmRolloutPool]:
-    """Rollout engines holding the policy in `model_path`, with room for the longest of `prompts`."""
+    """Rollout engines holding the policy in `model_path`, with room for the longest of `prompts`; `note` hears of lost ones."""
     return rollout_pool(
         model_path,
         recipe.rollout,
@@ -84,6 +89,8 @@ def open_pool(
         seed=recipe.run.seed,
         deadline_seconds=recipe.run.deadline_seconds,
         placement=placement,
+        note=note,
+        exact=recipe.run.determinism == "exact",
     )
 
 

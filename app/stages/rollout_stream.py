@@ -62,18 +62,18 @@ class RolloutStream:
         """The next batch once all of its responses have ended; their scores and reference log-probs are under way."""
         sampling = self._in_flight.popleft()
         pending = PendingScores(sampling)
-        waiting: list[int] = []
+        waiting: set[int] = set()
         for places in sampling.finished():
-            waiting += places
+            waiting |= set(places)
             if len(waiting) * self._pieces >= self._batch_size:
                 self._send(pending, sampling, waiting)
-                waiting = []
+                waiting = set()
         if waiting:
             self._send(pending, sampling, waiting)
         return pending
 
-    def _send(self, pending: PendingScores, sampling: Sampling, places: list[int]) -> None:
-        places = sorted(places)
+    def _send(self, pending: PendingScores, sampling: Sampling, ended: set[int]) -> None:
+        places = sorted(ended)
         rollouts = [sampling[place] for place in places]
         reference = self._scorer.logprobs([rollout.sequence for rollout in rollouts])
         pending.pieces.append((places, self._reward.score(rollouts), reference))

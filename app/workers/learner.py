@@ -20,6 +20,7 @@ import torch
 
 from app.config.ppo import PpoConfig
 from app.config.shared import OptimizerConfig
+from app.data.batch_order import PassLimit, RowShape, micro_batches
 from app.errors import CheckpointError, CorralError, LearnerError, NonFiniteError, WeightPushError
 from app.experience import Experience, FloatArray, IntArray, Minibatch, PolicyOutputs, TokenBatch, Totals
 from app.numerics import gather_response
@@ -52,12 +53,6 @@ def minibatch_rows(total: int, minibatches: int, *, seed: int, epoch: int) -> li
     return [order[k::minibatches] for k in range(minibatches)]
 
 
-def rank_rows(rows: torch.Tensor, lengths: torch.Tensor, *, rank: int, world: int, micro_batch_size: int) -> list[torch.Tensor]:
-    """The micro-batches of one rank: its share of `rows`, sorted by length so that a micro-batch pads little."""
-    by_length = rows[lengths[rows].argsort(stable=True)]
-    return list(by_length[rank::world].split(micro_batch_size))
-
-
 @dataclass
 class OpenPasses:
     """Forward passes of `inspect` whose backward is still to come (see ppo.reuse_forward): row indices into `tokens`, outputs."""
@@ -80,6 +75,7 @@ class LearnerWorker:
         from app.models.heads import ValueModel
         from app.models.load import load_causal_lm
         from app.models.policy import PolicyModel
+        from app.models.segments import attend_by_segment
         from app.workers.deepspeed_engine import import_deepspeed, start_engine
 
         config = spec.config
@@ -105,11 +101,14 @@ class LearnerWorker:
             )
 
         language_model = load_causal_lm(spec.policy_path, "fp32", spec.trust_remote_code)  # DeepSpeed casts and keeps float32 masters
+        packs = config.packing and attend_by_segment(language_model)
         self._policy = engine(PolicyModel(language_model), config.policy)
         self._critic: Any = None
         if self._algorithm.has_critic:
             critic = ValueModel.from_reward_model(spec.critic_path, trust_remote_code=spec.trust_remote_code)
+            packs &= config.packing and attend_by_segment(critic.trunk)
             self._critic = engine(critic, config.critic)
+        self._limit = PassLimit(min(config.micro_batch_size, config.rows_per_step), config.micro_batch_tokens, padded=not packs)
 
     def inspect(self, tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(rows, log-probs, values) of this rank's share of the batch; the last two float32 [b, T], no values without a critic."""
@@ -181,9 +180,9 @@ class LearnerWorker:
         return mismatch
 
     def _micro_batches(self, rows: torch.Tensor, tokens: TokenBatch) -> list[torch.Tensor]:
-        lengths = tokens.prompt_lengths_B + tokens.response_lengths_B
-        micro_batch_size = self._spec.config.micro_batch_size
-        return rank_rows(rows, lengths, rank=self._rank, world=self._world, micro_batch_size=micro_batch_size)
+        """This rank's share of `rows`: index tensors into `tokens`."""
+        shapes = [RowShape(1, length, length) for length in (tokens.prompt_lengths_B + tokens.response_lengths_B).tolist()]
+        return [torch.tensor(batch) for batch in micro_batches(rows.tolist(), shapes, self._limit, rank=self._rank, world_size=self._world)]
 
     def _forward_passes(self, experience: Experience, rows: torch.Tensor) -> Iterator[tuple[Minibatch, PolicyOutputs]]:
         """This rank's micro-batches of an optimizer step with their outputs: those that `inspect` holds, else computed now."""
@@ -191,11 +190,21 @@ class LearnerWorker:
         if held is not None and held.passes and torch.equal(held.tokens.ids_BS, experience.tokens.ids_BS):
             while held.passes:  # each backward pass frees its activations before the next one starts
                 index, outputs = held.passes.popleft()
+                self._announce(last=not held.passes)
                 yield Minibatch.from_rows(experience, index), outputs
             return
-        for index in self._micro_batches(rows, experience.tokens):
+        batches = self._micro_batches(rows, experience.tokens)
+        for number, index in enumerate(batches):
             minibatch = Minibatch.from_rows(experience, index)
+            self._announce(last=number == len(batches) - 1)
             yield minibatch, self._forward(minibatch.tokens)
+
+    def _announce(self, *, last: bool) -> None:
+        from app.workers.deepspeed_engine import begin_micro_batch
+
+        for engine in (self._policy, self._critic):
+            if engine is not None:
+                begin_micro_batch(engine, last=last)
 
     def _forward(self, tokens: TokenBatch) -> PolicyOutputs:
         moved = [x.to(self._device) for x in (tokens.ids_BS, tokens.attention_BS, tokens.prompt_lengths_B, tokens.mask_BT)]

@@ -32,9 +32,13 @@ class VllmRolloutPool:
     """`RolloutPool` over engine actors. An engine whose process ends is replaced by one that holds the current weights before it is
     given any prompt, and what it had not finished is sampled again, with the same seeds."""
 
-    def __init__(self, start: Callable[[int], Any], config: RolloutConfig, *, deadline_seconds: float, note: Note) -> None:
-        """start: starts engine k, an actor of `RolloutEngine`."""
+    def __init__(
+        self, start: Callable[[int], Any], config: RolloutConfig, *, deadline_seconds: float, note: Note, exact: bool = False
+    ) -> None:
+        """start: starts engine k, an actor of `RolloutEngine`. exact: an engine's batch that is interrupted is sampled again as a
+        whole, because what stands beside a response in a batch changes the last bits of its log-probs."""
         self._start = start
+        self.exact = exact
         self._restarts_left = config.max_restarts
         self._deadline_seconds = deadline_seconds
         self._note = note
@@ -182,6 +186,9 @@ class Sampling:
             (answer,) = collect([reference], **self._waiting)
         except EngineDiedError:
             del self._streams[stream]
+            if self._pool.exact:
+                for place in share.places:
+                    self._rollouts.pop(place, None)
             missing = [place for place in share.places if place not in self._rollouts]
             if missing:
                 self._deal(_Share(share.k, self._pool.replace(share.k, share.engine), missing))
@@ -223,11 +230,12 @@ def rollout_pool(
     deadline_seconds: float,
     placement: Sequence[Any] = (),
     note: Note = lambda text: None,
+    exact: bool = False,
 ) -> Iterator[VllmRolloutPool]:
     """Start the engines and end their processes at exit. They load while the caller goes on; `ready` waits for them.
 
     model_path: HF folder or hub name that the engines start from (policy version 0); placement: a Ray scheduling strategy
-    per engine (default: wherever there is room).
+    per engine (default: wherever there is room); exact: see `VllmRolloutPool`.
     """
     max_model_len = config.max_model_len or max_prompt_length + config.max_new_tokens
     engine_class = ray.remote(RolloutEngine)
@@ -237,7 +245,7 @@ def rollout_pool(
             model_path, config, precision=precision, max_model_len=max_model_len, eos_ids=list(eos_ids), seed=seed + k
         )
 
-    pool = VllmRolloutPool(start, config, deadline_seconds=deadline_seconds, note=note)
+    pool = VllmRolloutPool(start, config, deadline_seconds=deadline_seconds, note=note, exact=exact)
     try:
         yield pool
     finally:

@@ -101,8 +101,8 @@ def canaries_of(rollouts: Sequence[Rollout]) -> list[IntArray]:
 
 
 def canary_mismatch(engine: Sequence[FloatArray], learner: Sequence[FloatArray]) -> float:
-    """max |log p(engine) - log p(learner)| over all tokens of the canaries, in nats."""
-    return max(float(np.abs(a - b).max()) for a, b in zip(engine, learner, strict=True))
+    """max |log p(engine) - log p(learner)| over all tokens of the canaries, in nats; NaN where one is."""
+    return float(np.max([np.abs(a - b).max() for a, b in zip(engine, learner, strict=True)]))  # Python's max would lose a NaN
 
 
 class WeightPublisher:
@@ -133,7 +133,7 @@ class WeightPublisher:
 
     def _verify(self, version: int) -> float:
         expected = self._learner.logprobs(self._canaries)
-        mismatch = max(canary_mismatch(answer, expected) for answer in self._pool.each("logprobs", self._canaries))
+        mismatch = float(np.max([canary_mismatch(answer, expected) for answer in self._pool.each("logprobs", self._canaries)]))
         if not mismatch <= self._limit:
             raise WeightPushError(
                 f"after the push of policy version {version} the rollout engine's log-probs differ from the learner's by "

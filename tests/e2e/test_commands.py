@@ -29,9 +29,9 @@ def test_evaluate_again(finished: Path, tmp_path: Path, summary: dict[str, Any])
 
 
 def test_search_over_ppo_with_these_models(finished: Path, tmp_path: Path) -> None:
-    """Two trials at a time that share one scoring service."""
+    """Two trials at a time that share one scoring service, by an algorithm without a critic."""
     folder = tmp_path / "run"
-    models = given_models(finished)
+    models = [*given_models(finished), "--ppo.algorithm.name=grpo", "--ppo.samples_per_prompt=4"]
     code, output = run(["tune", MINIMAL, f"--run.dir={folder}", *models], tmp_path / "log")
     assert code == 0, output
     results = json.loads((folder / "summary.json").read_text())["tune"]

@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from app.algorithms import ALGORITHMS
 from app.config.ppo import PpoConfig, RolloutConfig
 from app.config.shared import DeepSpeedConfig, OptimizerConfig, WorkersConfig
 from app.errors import WeightPushError
@@ -51,6 +49,7 @@ def test_push(make: Callable[[Path], str], zero_stage: int, tmp_path: Path) -> N
         batch_size=8,
         epochs=1,
         micro_batch_size=2,
+        micro_batch_tokens=40 if zero_stage == 3 else None,
         reuse_forward=zero_stage < 3,
         policy=optimizer,
         critic=optimizer,
@@ -75,7 +74,7 @@ def test_push(make: Callable[[Path], str], zero_stage: int, tmp_path: Path) -> N
         assert len(longest[0].ids) == rollout.max_new_tokens  # a canary that fills the engine's context
         canaries = canaries_of([rollouts[0], *longest])
         before = pool.logprobs(canaries)
-        metrics = learner.update(ALGORITHMS["ppo"](config.algorithm).credit(experience, kl_coef=0.0), seed=0)
+        metrics = learner.update(config.make_algorithm().credit(experience, kl_coef=0.0), seed=0)
         assert metrics["first_step_mismatch"] < LIMIT
         publisher = WeightPublisher(learner, pool, canaries, limit=LIMIT, nccl_tensor_parallel=None)
         with pytest.raises(WeightPushError, match="policy version 1"):
@@ -135,7 +134,7 @@ def check_replaced_engine(pool: VllmRolloutPool, learner: RayLearner, prompts: l
 
 def check_checkpoint(learner: RayLearner, experience: Experience, config: PpoConfig, canaries: list[np.ndarray], folder: Path) -> None:
     """After a restore the next update gives the same weights as it did before."""
-    credited = ALGORITHMS["ppo"](config.algorithm).credit(replace(experience), kl_coef=0.0)
+    credited = config.make_algorithm().credit(experience, kl_coef=0.0)
     learner.save(str(folder / "saved"))
     learner.update(credited, seed=1)
     straight = learner.logprobs(canaries)

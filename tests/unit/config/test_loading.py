@@ -210,3 +210,10 @@ def test_a_missing_file_gets_a_suggestion(tmp_path: Path) -> None:
 def test_every_key_has_a_description() -> None:
     assert [name for name, key in recipe_keys().items() if not key.description and not name.startswith("tune.space")] == []
     assert nearest_key("zzzz") is None
+
+
+def test_exact_runs_sample_and_score_whole_batches(tmp_path: Path) -> None:
+    assert load_recipe(None, ["--run.determinism=exact"]).ppo.score_pieces == 1
+    for option, remedy in (("--ppo.score_pieces=2", "set ppo.score_pieces = 1"), ("--ppo.max_lag=1", "set ppo.max_lag = 0")):
+        with pytest.raises(ConfigError, match=remedy):
+            load_recipe(None, ["--run.determinism=exact", option])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
-from app.models.forward import pad_sequences, padded_batches, sequence_logprobs
+from app.models.forward import hidden_states, pad_sequences, padded_batches, sequence_logprobs
+from app.models.segments import attend_by_segment
 from tests.tiny_models import VOCABULARY, make_llama, make_neox
 
 LENGTHS = (7, 1, 12, 2, 12, 9)
@@ -40,6 +42,29 @@ def test_padded_batches_cover_every_sequence_within_the_budget() -> None:
         longest = max(len(sequences[index]) for index in batch)
         assert longest * len(batch) <= 24 or len(batch) == 1
     assert padded_batches([], max_tokens=8) == []
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_states_without_padding_equal_states_with_it(model: PreTrainedModel, left: bool) -> None:
+    """Values and gradients, whichever side the padding is on, and with a row that is all padding."""
+    ids_BS, attention_BS = pad_sequences(random_sequences())
+    attention_BS = attention_BS.clone()
+    attention_BS[1] = False
+    if left:
+        ids_BS, attention_BS = ids_BS.flip(1), attention_BS.flip(1)
+    packed = copy.deepcopy(model)
+    assert attend_by_segment(packed)
+    gradients = []
+    for each in (model, packed):
+        states = hidden_states(each.base_model, ids_BS, attention_BS)
+        if each is packed:
+            assert (states[~attention_BS] == 0).all()
+        kept = states[attention_BS]
+        gradients.append((kept.detach(), torch.autograd.grad(kept.pow(3).sum(), list(each.base_model.parameters()))))
+    (padded_states, padded_gradients), (packed_states, packed_gradients) = gradients
+    torch.testing.assert_close(packed_states, padded_states, atol=1e-5, rtol=0)
+    for packed_gradient, padded_gradient in zip(packed_gradients, padded_gradients, strict=True):
+        torch.testing.assert_close(packed_gradient, padded_gradient, atol=1e-5 * float(padded_gradient.abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -73,10 +73,9 @@ def test_one_bad_rollout_costs_only_its_own_score() -> None:
     assert scorer.requests == [3, 1, 1, 1]
 
 
-def test_a_dead_service_is_an_error_not_a_batch_of_nan() -> None:
-    scorer = FakeScorer(poisoned=frozenset({1, 2, 3}))
-    with pytest.raises(ScoringError, match="restart it"):
-        RewardModelReward(scorer).score(ROLLOUTS).result()
+def test_a_dead_service_fails_every_score_with_its_reason() -> None:
+    scores = RewardModelReward(FakeScorer(poisoned=frozenset({1, 2, 3}))).score(ROLLOUTS).result()
+    assert scores == [Failed("reward replica died: restart it")] * 3
 
 
 def test_other_errors_pass_through() -> None:

@@ -254,11 +254,11 @@ def test_a_metric_of_the_update_that_is_not_finite_stops_after_it_is_recorded(tm
 
 
 def test_lag_is_bounded() -> None:
-    prompt = Prompt("a", "", np.zeros(1, np.int32))
-    rollout = Rollout(prompt, 0, np.zeros(2, np.int32), np.zeros(2, np.float32), FinishReason.STOP, np.array([3, 4], np.int32))
-    check_lag([rollout], version=5, max_lag=2)
-    with pytest.raises(StaleRolloutError):
-        check_lag([rollout], version=6, max_lag=2)
+    prompt, nothing = Prompt("a", "", np.zeros(1, np.int32)), np.zeros(2, np.float32)
+    old, new = (Rollout(prompt, 0, np.zeros(2, np.int32), nothing, FinishReason.STOP, np.array(versions)) for versions in ([3, 4], [6, 6]))
+    check_lag([old, new], version=5, max_lag=2)
+    with pytest.raises(StaleRolloutError, match="policy version 3, the learner is at 6"):
+        check_lag([new, old], version=6, max_lag=2)
 
 
 GRPO = {"algorithm": {"name": "grpo"}, "samples_per_prompt": 2}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +11,11 @@ import pytest
 
 from app.config.ppo import RolloutConfig
 from app.config.shared import WorkersConfig
+from app.errors import EngineDiedError, RolloutError
+from app.experience import Prompt
 from app.workers import rollout
 from app.workers.rollout import VllmRolloutPool
+from app.workers.rollout_engine import Sampled
 
 
 @pytest.mark.parametrize("prompts", [1, 2, 7])
@@ -32,3 +35,74 @@ def test_samples_come_back_in_order(prompts: int, engines: int, monkeypatch: pyt
     assert [answer.tolist() for answer in answers] == [[k, 10 + k] for k in range(prompts)]
     assert sum(asked) == prompts
     assert len(asked) == min(engines, prompts), "no engine is called for nothing"
+
+
+class Engine:
+    """Answers each prompt with its own first token, as often as its version says, until it dies after `life` responses."""
+
+    def __init__(self, version: int, life: int = 1000) -> None:
+        self.version, self.life = version, life
+        self.seeds: list[int] = []
+        self.generate = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._generate))
+        self.pid = self.load_buckets = SimpleNamespace(remote=lambda *arguments: arguments)
+
+    def _generate(self, prompts: Sequence[Any], seeds: Sequence[int]) -> Iterator[Any]:
+        self.seeds += seeds
+        for index, prompt in reversed(list(enumerate(prompts))):
+            self.life -= 1
+            if self.life < 0:
+                yield EngineDiedError("gone")
+            ids = np.repeat(prompt[:1], self.version)
+            yield index, Sampled(ids, np.full(len(ids), -1.0, np.float32), np.full(len(ids), self.version, np.int32), "stop")
+
+
+def pool_of(engines: Sequence[Engine], monkeypatch: pytest.MonkeyPatch, restarts: int = 3, *, exact: bool = False) -> VllmRolloutPool:
+    """A pool of the first engines in the list; the others wait to replace those that die."""
+
+    def collect(references: Sequence[Any], **_: Any) -> Sequence[Any]:
+        for reference in references:
+            if isinstance(reference, Exception):
+                raise reference
+        return references
+
+    calls = {"wait": lambda streams, num_returns, timeout: (streams[:num_returns], []), "kill": lambda engine: None}
+    monkeypatch.setattr(rollout, "collect", collect)
+    monkeypatch.setattr(rollout, "ray", SimpleNamespace(**calls))
+    waiting = iter(engines)
+    config = RolloutConfig(engines=WorkersConfig(count=2), max_restarts=restarts)
+    return VllmRolloutPool(lambda k: next(waiting), config, deadline_seconds=1, note=lambda text: None, exact=exact)
+
+
+PROMPTS = [Prompt(str(k), "", np.array([10 + k], np.int32)) for k in range(7)]
+
+
+def test_every_rollout_stands_at_its_prompt_with_the_versions_of_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling = pool_of([Engine(3), Engine(4)], monkeypatch).submit(PROMPTS, seed=1)
+    assert sorted(place for places in sampling.finished() for place in places) == list(range(7))
+    rollouts = sampling.result()
+    assert [rollout.policy_version for rollout in rollouts] == [3, 4, 3, 4, 3, 4, 3]
+    assert [rollout.ids.tolist() for rollout in rollouts] == [[10 + k] * (3 + k % 2) for k in range(7)]
+    assert sampling[2] is rollouts[2]
+
+
+def test_what_a_dead_engine_had_not_finished_is_sampled_again_with_its_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    mortal, heir = Engine(3, life=1), Engine(5)
+    pool = pool_of([mortal, Engine(4), heir], monkeypatch)
+    rollouts = pool.submit(PROMPTS, seed=1).result()
+    assert [rollout.policy_version for rollout in rollouts] == [5, 4, 5, 4, 5, 4, 3]
+    assert [rollout.ids[0] for rollout in rollouts] == [10 + k for k in range(7)]
+    assert heir.seeds == mortal.seeds[:3]
+    assert pool.engines[0] is heir
+
+
+def test_an_exact_run_samples_an_interrupted_batch_again_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    mortal, heir = Engine(3, life=1), Engine(5)
+    rollouts = pool_of([mortal, Engine(4), heir], monkeypatch, exact=True).submit(PROMPTS, seed=1).result()
+    assert [rollout.policy_version for rollout in rollouts] == [5, 4, 5, 4, 5, 4, 5]
+    assert heir.seeds == mortal.seeds
+
+
+def test_engines_are_replaced_so_often_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = pool_of([Engine(3, life=1), Engine(4), Engine(5, life=1), Engine(6)], monkeypatch, restarts=1)
+    with pytest.raises(RolloutError, match="max_restarts"):
+        pool.submit(PROMPTS, seed=1).result()

@@ -1,0 +1,68 @@
+"""The learner without its processes: how rows are dealt, how answers are put together, what the first step is held to."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from app.config.ppo import PpoConfig
+from app.data.batch_order import PassLimit
+from app.errors import LearnerError
+from app.experience import Minibatch, PolicyOutputs, TokenBatch
+from app.workers.learner import LearnerSpec, LearnerWorker, RayLearner, minibatch_rows
+
+
+def test_every_row_is_learnt_from_once_an_epoch() -> None:
+    tokens = tokens_of(12)
+    tokens.prompt_lengths_B[:] = torch.tensor([5, 1, 9, 3, 3, 7, 2, 8, 6, 4, 5, 1])
+
+    def hand(rank: int) -> LearnerWorker:
+        worker = LearnerWorker()
+        worker._rank, worker._world, worker._limit = rank, 2, PassLimit(rows=1)
+        return worker
+
+    for epoch in (0, 1):
+        minibatches = minibatch_rows(12, 3, seed=4, epoch=epoch)
+        assert sorted(torch.cat(minibatches).tolist()) == list(range(12))
+        for rows in minibatches:
+            hands = [hand(rank)._micro_batches(rows, tokens) for rank in (0, 1)]
+            assert sorted(torch.cat([*hands[0], *hands[1]]).tolist()) == sorted(rows.tolist())
+    assert not torch.equal(minibatch_rows(12, 1, seed=4, epoch=0)[0], minibatch_rows(12, 1, seed=4, epoch=1)[0])
+
+
+def tokens_of(rows: int) -> TokenBatch:
+    mask_BT = torch.ones(rows, 2, dtype=torch.bool)
+    return TokenBatch(torch.ones(rows, 3).long(), torch.ones(rows, 3).bool(), torch.ones(rows).long(), mask_BT.sum(1), mask_BT)
+
+
+@pytest.mark.parametrize("critic", [True, False])
+def test_answers_of_the_ranks_come_back_in_row_order(critic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(self: RayLearner, method: str, *args: Any) -> list[Any]:
+        hands = [torch.tensor([3, 0]), torch.tensor([1, 2])]
+        return [(rows, rows[:, None].float().expand(2, 2), -rows[:, None].float().expand(2, 2) if critic else None) for rows in hands]
+
+    monkeypatch.setattr(RayLearner, "_each", answer)
+    monkeypatch.setattr("ray.put", lambda x: x)
+    logprobs_BT, values_BT = RayLearner([], [], deadline_seconds=1).inspect(tokens_of(4))
+    assert logprobs_BT.tolist() == [[0, 0], [1, 1], [2, 2], [3, 3]]
+    assert (None if values_BT is None else values_BT[:, 0].tolist()) == ([0, -1, -2, -3] if critic else None)
+
+
+@pytest.mark.parametrize(("apart", "refused"), [(0.0, False), (9e-4, False), (-2e-3, True), (math.nan, True)])
+def test_the_first_step_must_start_from_the_proximal_log_probs(apart: float, refused: bool) -> None:
+    worker = LearnerWorker()
+    worker._spec, worker._rank = LearnerSpec("", "", "fp32", 1.0, PpoConfig()), 0
+    zeros_BT = torch.zeros(2, 2)
+    tokens = tokens_of(2)
+    tokens.mask_BT[0, 1] = False
+    minibatch = Minibatch(tokens, zeros_BT, zeros_BT, zeros_BT, None, zeros_BT, zeros_BT)
+    logprobs_BT = torch.tensor([[0.0, 77.0], [0.0, apart]])  # what is masked does not matter
+    outputs = PolicyOutputs(logprobs_BT, None, zeros_BT)
+    if refused:
+        with pytest.raises(LearnerError, match=r"turn dropout off"):
+            worker._mismatch(outputs, minibatch)
+    else:
+        assert worker._mismatch(outputs, minibatch) == pytest.approx(abs(apart))

@@ -1,0 +1,57 @@
+"""After a push every engine must compute what the learner computes, and answer under the new version."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from app.errors import WeightPushError
+from app.workers.learner import RayLearner
+from app.workers.rollout import VllmRolloutPool
+from app.workers.weight_transfer import WeightPublisher
+
+CANARIES = [np.arange(4, dtype=np.int32), np.arange(3, dtype=np.int32)]
+
+
+class Sides:
+    """A learner and a pool of engines, of which one is `apart` nats off on the last token of the last canary."""
+
+    def __init__(self, apart: float, engines: int = 2) -> None:
+        self.apart, self.engines = apart, engines
+        self.calls: list[tuple[Any, ...]] = []
+
+    def logprobs(self, sequences: Sequence[Any]) -> list[Any]:
+        return [np.full(len(ids) - 1, -1.0, np.float32) for ids in sequences]
+
+    def weight_buckets(self) -> list[str]:
+        return ["bucket"]
+
+    def load(self, buckets: Sequence[str], version: int) -> None:
+        self.calls.append(("load", buckets, version))
+
+    def each(self, method: str, *args: Any) -> list[Any]:
+        self.calls.append((method, *args))
+        answers = [self.logprobs(CANARIES) for _ in range(self.engines)]
+        answers[-1][-1][-1] += self.apart
+        return answers
+
+
+def publisher(sides: Sides) -> WeightPublisher:
+    return WeightPublisher(cast(RayLearner, sides), cast(VllmRolloutPool, sides), CANARIES, limit=1e-3, nccl_tensor_parallel=None)
+
+
+def test_weights_are_labelled_and_compared() -> None:
+    sides = Sides(apart=5e-4)
+    assert publisher(sides).publish(7)["push/canary_mismatch"] == pytest.approx(5e-4, rel=1e-3)
+    assert sides.calls[0] == ("load", ["bucket"], 7)
+    assert sides.calls[1][0] == "logprobs"
+
+
+@pytest.mark.parametrize("apart", [2e-3, -2e-3, math.nan])
+def test_one_engine_that_disagrees_on_one_token_is_enough(apart: float) -> None:
+    with pytest.raises(WeightPushError, match="policy version 7"):
+        publisher(Sides(apart)).publish(7)
