@@ -3,6 +3,7 @@
 # make setup    the environment alone; every other target makes it when it is missing
 # make unit     unit tests, oracles and doctests (under a minute)
 # make check    formatting, lint, types, import direction
+# make mutants  plants mistakes in the mathematics, one at a time, and sees that the tests notice (minutes)
 # make learn    the demo on three seeds; writes docs/results/
 # make bench    tokens per second and the share of each phase of a PPO iteration
 # make lock     resolve requirements/ anew
@@ -14,7 +15,7 @@ STAMP := $(VENV)/.installed
 UV_COMPILE := $(BIN)/uv pip compile pyproject.toml --extra dev --extra tracking --python-version 3.11 --no-emit-package torch --no-annotate --no-header \
 	--overrides requirements/overrides.txt --constraints requirements/constraints.txt --upgrade --quiet
 
-.PHONY: setup demo test unit check learn bench lock
+.PHONY: setup demo test unit check mutants learn bench lock
 
 setup: $(STAMP)
 
@@ -42,6 +43,9 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+mutants: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.mutation
 
 learn: $(STAMP)
 	for seed in 1 2 3; do $(BIN)/corral pipeline jobs/recipes/tiny/pipeline.toml --run.seed=$$seed --run.dir=runs/learn-$$seed || exit; done

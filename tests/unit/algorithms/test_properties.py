@@ -159,7 +159,13 @@ def test_masked_nan_reaches_nothing(algorithm: Algorithm[Any]) -> None:
     }
     totals = Totals(tokens=int(credited.mask_BT.sum()), sequences=ROWS)
     late = lagging(algorithm, 1)
-    actual = late.loss(models.outputs(minibatch.tokens), replace(minibatch, **holes), totals)
+    outputs = models.outputs(minibatch.tokens)
+    actual = late.loss(outputs, replace(minibatch, **holes), totals)
+    read = [outputs.logprobs_BT, *([outputs.values_BT] if algorithm.has_critic else [])]
+    total = actual.policy if actual.value is None else actual.policy + actual.value
+    # Where the models end, not behind them: a later mask may hide a NaN there.
+    for gradient_BT in torch.autograd.grad(total, read, retain_graph=True):
+        assert gradient_BT[~minibatch.mask_BT].eq(0).all()
     assert_same_step(actual, late.loss(models.outputs(minibatch.tokens), minibatch, totals), models)
 
 
