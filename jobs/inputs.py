@@ -32,6 +32,8 @@ REWARD_COMMANDS = ("ppo", "tune", "serve", "evaluate")
 def check_inputs(recipe: Recipe, command: str) -> None:
     """Whether data, model and reward model are there. Raises DataError, ModelError or ConfigError; asks no hub."""
     _check_data(recipe, command)
+    if command == "tune" and (recipe.ppo.workers.labels or recipe.rollout.engines.labels):
+        raise ConfigError("ppo.workers.labels and rollout.engines.labels have no effect inside a trial's placement group: leave them out")
     if recipe.model.path in BUILT_IN_MODELS and command == "serve":
         raise ConfigError(f"model.path = {recipe.model.path}: `corral serve` needs the folder of an SFT model, such as runs/demo/sft/model")
     if recipe.model.path not in BUILT_IN_MODELS:

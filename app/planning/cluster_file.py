@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,4 +48,4 @@ def _machine(path: Path, name: str, entry: Mapping[str, Any]) -> Machine:
             f"--cluster {path}: node type {name}: unknown machine {kind}: known are {', '.join(MACHINES)}; "
             "or write the cluster as NODES x GPUS x KIND, such as 2x8xA100-80GB"
         )
-    return MACHINES[kind]
+    return replace(MACHINES[kind], labels=entry.get("labels", {}))

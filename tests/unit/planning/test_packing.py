@@ -100,6 +100,14 @@ def test_the_shortage_is_what_the_nearest_node_lacks() -> None:
         assign([Request("learner", 1, 1)], [])
 
 
+def test_labels_choose_the_nodes() -> None:
+    nodes = [NodeResources(96, 8, labels={"market-type": "on-demand"}), NodeResources(96, 8, labels={"market-type": "spot", "zone": "a"})]
+    engine = Request("engine", 8, 1, 1, labels={"market-type": "spot"})
+    assert {slot.node for slot in assign([Request("learner", 2, 1, 1), engine], nodes) if slot.role == "engine"} == {1}
+    with pytest.raises(PlacementError, match=r"needs a node with market-type=spot.*node 0: market-type=on-demand; node 1: no label"):
+        assign([engine], [nodes[0], NodeResources(96, 8)])
+
+
 def test_long_clusters_are_cut_short() -> None:
     with pytest.raises(PlacementError, match="and 12 nodes more"):
         assign([Request("engine", 1, 1, 16)], [MACHINE] * 20)
