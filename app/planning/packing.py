@@ -180,7 +180,7 @@ def _shortage(request: Request, index: int, nodes: Sequence[FreeNode], stage: st
     scarce = max(lacking, key=ORDER.index, default=ORDER[2])
     needs = {
         "labels": f"a node with {_written(request.labels)}",
-        "GPU": f"{request.gpus:g} GPUs on one node",
+        "GPU": f"{request.gpus:g} GPU{'s' if request.gpus > 1 else ''} on one node",
         "CPU": f"{request.cpus:g} CPUs on one node",
         "memory": f"{request.memory / 2**30:.3g} GiB of memory on one node",
     }

@@ -86,7 +86,7 @@ def test_an_engine_never_spans_nodes() -> None:
 
 
 def test_a_fraction_never_shares_with_a_whole_process() -> None:
-    with pytest.raises(PlacementError, match=r"reward 1 of 1 needs 0.5 GPUs"):
+    with pytest.raises(PlacementError, match=r"reward 1 of 1 needs 0.5 GPU on"):
         assign([Request("learner", 2, 1, 1), Request("reward", 1, 1, 0.5)], [NodeResources(8, 2)])
 
 
