@@ -34,6 +34,7 @@ def check_inputs(recipe: Recipe, command: str) -> None:
     _check_data(recipe, command)
     if command == "tune" and (recipe.ppo.workers.labels or recipe.rollout.engines.labels):
         raise ConfigError("ppo.workers.labels and rollout.engines.labels have no effect inside a trial's placement group: leave them out")
+    _check_colocation(recipe)
     if recipe.model.path in BUILT_IN_MODELS and command == "serve":
         raise ConfigError(f"model.path = {recipe.model.path}: `corral serve` needs the folder of an SFT model, such as runs/demo/sft/model")
     if recipe.model.path not in BUILT_IN_MODELS:
@@ -49,6 +50,18 @@ def check_inputs(recipe: Recipe, command: str) -> None:
         raise ConfigError(
             f"reward.path is not set and `corral {command}` needs a reward model: "
             "give the folder that `corral rm` or `corral pipeline` left as DIR/rm/model"
+        )
+
+
+def _check_colocation(recipe: Recipe) -> None:
+    """Engine k sits on the GPU of learner k, so it needs one, and no other."""
+    learners, engines = recipe.ppo.workers, recipe.rollout.engines
+    if not recipe.rollout.colocate or not engines.gpus:
+        return
+    if engines.count > learners.count or not 0 < learners.gpus <= 1 or engines.gpus > 1:
+        raise ConfigError(
+            f"rollout.colocate puts engine k on the one GPU of learner k, here {engines.count} engines x {engines.gpus:g} GPUs on "
+            f"{learners.count} learners x {learners.gpus:g}: set rollout.engines.count <= ppo.workers.count and at most 1 GPU each"
         )
 
 

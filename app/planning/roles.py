@@ -165,9 +165,9 @@ class Roles:
             roles.append(_role(name, f"scoring.{name}", workers, parts, resting, _process(workers), turn="scoring"))
         return tuple(roles)
 
-    def ppo(self, copies: int = 1) -> tuple[Role, ...]:
+    def ppo(self, copies: int = 1, *, colocated: bool = False) -> tuple[Role, ...]:
         """Learners and engines of `copies` PPO runs at a time, and the one scoring service of them all."""
-        actors = (self.learner(), self.engines(colocated=self.recipe.rollout.colocate))
+        actors = (self.learner(), self.engines(colocated=colocated))
         return (*(replace(role, count=role.count * copies) for role in actors), *self.scorers())
 
 

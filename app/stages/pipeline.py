@@ -24,6 +24,7 @@ from app.stages.sft import train_sft
 from app.tracking import RunTracker
 from app.workers.memory import PeakMemory, raylet_pids
 from app.workers.rollout import VllmRolloutPool
+from app.workers.shared_gpus import PlacedRecipe, shared_gpus
 
 STAGES = ("sft", "rm", "ppo")
 
@@ -41,6 +42,7 @@ class Pipeline:
         self._parents: dict[str, str] = {"data": corpus.sha256}
         self._open = ExitStack()
         self._pool: VllmRolloutPool | None = None
+        self._placed = PlacedRecipe(recipe)  # of the engines that are open
         self._memory = PeakMemory(raylet_pids())
 
     def __enter__(self) -> Pipeline:
@@ -88,16 +90,18 @@ class Pipeline:
         """PPO from the SFT model against the reward model; returns the folder of the PPO model."""
 
         def train() -> dict[str, Any]:
+            pool = self.engines(sft_path)
             return train_ppo(
-                self.recipe,
+                self._placed.recipe,
                 self.run,
                 self.tracker,
                 self.prepared.template,
                 self.prompts,
                 policy_path=sft_path,
                 reward_path=reward_path,
-                pool=self.engines(sft_path),
+                pool=pool,
                 start_scoring=start_scoring,
+                learner_placement=self._placed.learners,
             )
 
         return self._once("ppo", train)
@@ -106,7 +110,9 @@ class Pipeline:
         """The run's rollout engines, started with the SFT model; they may still be loading."""
         if self._pool is None:
             eos_id = self.prepared.template.eos_id
-            self._pool = self._open.enter_context(open_pool(self.recipe, sft_path, self.prompts.all, eos_id))
+            self._placed = self._open.enter_context(shared_gpus(self.recipe))
+            pool = open_pool(self._placed.recipe, sft_path, self.prompts.all, eos_id, self._placed.engines)
+            self._pool = self._open.enter_context(pool)
         return self._pool
 
     def close_engines(self) -> None:

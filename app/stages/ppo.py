@@ -105,10 +105,11 @@ def train_ppo(
     reward_path: str,
     pool: VllmRolloutPool,
     start_scoring: StartScoring,
+    learner_placement: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Train, export `DIR/ppo/model` and compare it with the policy it started from. Goes on from the newest checkpoint.
 
-    pool: engines that hold the policy in `policy_path`, or are still loading it.
+    pool: engines that hold the policy in `policy_path`, or are still loading it; learner_placement: see `start_learner`.
     Raises Interrupted with a checkpoint saved when the run is asked to stop, and what `actor_learner_loop` raises.
     """
     folder = run.stage("ppo")
@@ -116,7 +117,7 @@ def train_ppo(
         raise ConfigError("evaluation needs at least two held-out prompts: raise data.val_split")
     gold = gold_of(recipe)
     with (
-        start_learner(recipe, policy_path, reward_path) as learner,
+        start_learner(recipe, policy_path, reward_path, learner_placement) as learner,
         start_scoring(reward_path, policy_path) as scorer,
     ):
         pool.ready()

@@ -23,6 +23,7 @@ def cluster() -> Iterator[None]:
     ray.init(
         address="local",
         num_cpus=8,
+        num_gpus=4,  # logical ones: nothing here computes on them
         labels={"market-type": "on-demand"},
         object_store_memory=200 * 2**20,
         logging_level="ERROR",

@@ -38,7 +38,7 @@ def test_a_process_waits_for_a_node_with_its_labels() -> None:
 def test_the_check_before_a_start_reads_the_nodes_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     nodes = local_ray.cluster_nodes()
-    assert [(node.cpus, node.gpus, node.labels["market-type"]) for node in nodes] == [(8.0, 0, "on-demand")]
+    assert [(node.cpus, node.gpus, node.labels["market-type"]) for node in nodes] == [(8.0, 4, "on-demand")]
     recipe = with_values(Recipe(), {"model.path": "runs/x/sft/model", "rollout.engines.labels": {"market-type": "on-demand"}})
     check_feasible(recipe, "samples", PLENTY, nodes)
     with pytest.raises(PlacementError, match="engine 1 of 1 needs a node with market-type=spot"):
