@@ -35,6 +35,9 @@ REWARD_COMMANDS = ("ppo", "tune", "evaluate")
 def check_inputs(recipe: Recipe, command: str) -> None:
     """Whether data, model and reward model are there. Raises DataError, ModelError or ConfigError; asks no hub."""
     _check_data(recipe, command)
+    if command == "tune" and (recipe.ppo.workers.labels or recipe.rollout.engines.labels):
+        raise ConfigError("ppo.workers.labels and rollout.engines.labels have no effect inside a trial's placement group: leave them out")
+    _check_colocation(recipe)
     if recipe.model.path not in BUILT_IN_MODELS:
         _check_model(recipe.model.path, trained=command not in BASE_MODEL_COMMANDS, writes=command != "rm")
     _check_lengths(recipe, command)
@@ -84,6 +87,18 @@ def _check_lengths(recipe: Recipe, command: str) -> None:
     if command != "sft":
         longest = recipe.data.max_prompt_length + recipe.rollout.max_new_tokens
         require_context(context, longest, "data.max_prompt_length + rollout.max_new_tokens")
+
+
+def _check_colocation(recipe: Recipe) -> None:
+    """Engine k sits on the GPU of learner k, so it needs one, and no other."""
+    learners, engines = recipe.ppo.workers, recipe.rollout.engines
+    if not recipe.rollout.colocate or not engines.gpus:
+        return
+    if engines.count > learners.count or not 0 < learners.gpus <= 1 or engines.gpus > 1:
+        raise ConfigError(
+            f"rollout.colocate puts engine k on the one GPU of learner k, here {engines.count} engines x {engines.gpus:g} GPUs on "
+            f"{learners.count} learners x {learners.gpus:g}: set rollout.engines.count <= ppo.workers.count and at most 1 GPU each"
+        )
 
 
 def _finds_own_reward_model(recipe: Recipe, command: str) -> bool:

@@ -44,8 +44,11 @@ def cluster_nodes() -> tuple[NodeResources, ...]:
     if not uses_cluster():
         return (NodeResources(local_cpus(), local_gpus()),)
     join_cluster()
-    offers = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return tuple(NodeResources(offer.get("CPU", 0.0), int(offer.get("GPU", 0.0))) for offer in offers)
+    return tuple(
+        NodeResources(node["Resources"].get("CPU", 0.0), int(node["Resources"].get("GPU", 0.0)), labels=node["Labels"])
+        for node in ray.nodes()
+        if node["Alive"]
+    )
 
 
 def uses_cluster() -> bool:

@@ -49,6 +49,8 @@ class WorkersConfig(Config):
     """GPUs that each process reserves (fractions share a GPU)."""
     threads: int = Field(1, ge=1)
     """Compute threads of each process."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Ray node labels that a node must have to get such a process, for example `market-type = "spot"` for rollout engines."""
 
 
 class OptimizerConfig(Config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from app.errors import ConfigError
 from app.planning.hardware import MACHINES, Cluster, Machine
 
 TYPE_KEYS = ("InstanceType", "machineType")  # AWS, GCP
+DEFAULT_MAX_WORKERS = 2  # Ray's
 
 
 def cluster_from_file(path: Path) -> Cluster:
-    """Head and workers of a cluster file, as many as it may grow to.
+    """Head and workers of a cluster file: those that it starts with, then those that it may grow to.
 
     Raises ConfigError for a file that is none, and for machines that the table does not know.
     """
@@ -30,13 +32,15 @@ def cluster_from_file(path: Path) -> Cluster:
             "write them as NODES x GPUS x KIND, such as 2x8xA100-80GB"
         )
     head = document.get("head_node_type")
+    workers = {name: entry for name, entry in types.items() if name != head}
     nodes = [_machine(path, name, entry) for name, entry in types.items() if name == head]
-    room = int(document.get("max_workers", 2))
-    for name, entry in types.items():
-        workers = 0 if name == head else min(room, int(entry.get("max_workers", entry.get("min_workers", 0))))
-        nodes += [_machine(path, name, entry)] * workers
-        room -= workers
-    return Cluster(str(path), tuple(nodes), elastic=True)
+    growing: list[Machine] = []
+    for name, entry in workers.items():
+        first = int(entry.get("min_workers", 0))
+        nodes += [_machine(path, name, entry)] * first
+        growing += [_machine(path, name, entry)] * (int(entry.get("max_workers", first)) - first)
+    room = int(document.get("max_workers", DEFAULT_MAX_WORKERS)) - (len(nodes) - 1)
+    return Cluster(str(path), (*nodes, *growing[: max(0, room)]), elastic=True)
 
 
 def _machine(path: Path, name: str, entry: Mapping[str, Any]) -> Machine:
@@ -47,4 +51,4 @@ def _machine(path: Path, name: str, entry: Mapping[str, Any]) -> Machine:
             f"--cluster {path}: node type {name}: unknown machine {kind}: known are {', '.join(MACHINES)}; "
             "or write the cluster as NODES x GPUS x KIND, such as 2x8xA100-80GB"
         )
-    return MACHINES[kind]
+    return replace(MACHINES[kind], labels=entry.get("labels", {}))

@@ -7,8 +7,8 @@ in USD, with the day they were read; `--price` replaces them, and a machine with
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from datetime import date
 
 from app.errors import ConfigError
@@ -65,6 +65,7 @@ class Machine:
     network: float = 12.5e9
     price: float | None = None
     read: date | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 def _machine(

@@ -9,15 +9,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from app.errors import PlacementError
 
 Strategy = Literal["pack", "spread"]
-Resource = Literal["GPU", "CPU", "memory"]
-ORDER: tuple[Resource, ...] = ("GPU", "CPU", "memory")
+Resource = Literal["labels", "GPU", "CPU", "memory"]
+ORDER: tuple[Resource, ...] = ("labels", "GPU", "CPU", "memory")
 ROUNDING = 1e-6
 SHOWN_NODES = 8
 
@@ -29,11 +29,12 @@ class NodeResources:
     cpus: float
     gpus: int = 0
     memory: float = math.inf
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Request:
-    """The processes of one role, and what each of them takes. shares: the role whose GPUs it sits on."""
+    """The processes of one role, and what each of them takes. shares: the role whose GPUs it sits on; labels: of its nodes."""
 
     role: str
     count: int
@@ -42,6 +43,7 @@ class Request:
     memory: float = 0.0
     strategy: Strategy = "spread"
     shares: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def own_gpus(self) -> float:
@@ -66,6 +68,7 @@ class FreeNode:
     cpus: float
     memory: float
     gpus: list[float]
+    labels: Mapping[str, str]
     begun: set[int] = field(default_factory=set)
 
     @property
@@ -83,6 +86,8 @@ class FreeNode:
 
     def lacks(self, request: Request) -> Resource | None:
         """The first resource that this node has too little of for one process."""
+        if not request.labels.items() <= self.labels.items():
+            return "labels"
         if self.gpus_for(request.own_gpus) is None:
             return "GPU"
         if self.cpus + ROUNDING < request.cpus:
@@ -105,9 +110,14 @@ class FreeNode:
         return chosen
 
     def left(self, resource: Resource) -> str:
-        return {"GPU": f"{len(self.whole)} whole GPUs", "CPU": f"{self.cpus:.3g} CPUs", "memory": f"{self.memory / 2**30:.3g} GiB"}[
-            resource
-        ]
+        """In words."""
+        shown = {
+            "labels": _written(self.labels) or "no label",
+            "GPU": f"{len(self.whole)} whole GPUs",
+            "CPU": f"{self.cpus:.3g} CPUs",
+            "memory": f"{self.memory / 2**30:.3g} GiB",
+        }
+        return shown[resource]
 
 
 def assign(requests: Sequence[Request], nodes: Sequence[NodeResources], stage: str = "") -> tuple[Slot, ...]:
@@ -125,17 +135,19 @@ def assign(requests: Sequence[Request], nodes: Sequence[NodeResources], stage: s
             raise error from None
 
 
-def _packed_first(request: Request) -> tuple[bool, bool, float]:
-    """Owners before those that share with them; whole GPUs before fractions; then by what has to lie together."""
-    return request.shares is not None, 0 < request.gpus < 1, -request.gpus * (request.count if request.strategy == "pack" else 1)
+def _packed_first(request: Request) -> tuple[bool, bool, bool, float]:
+    """Owners before those that share with them; whole GPUs before fractions; those that not every node will do for; then by what has
+    to lie together."""
+    gang = request.gpus * (request.count if request.strategy == "pack" else 1)
+    return request.shares is not None, 0 < request.gpus < 1, not request.labels, -gang
 
 
-def _largest_first(request: Request) -> tuple[bool, bool, float]:
-    return request.shares is not None, 0 < request.gpus < 1, -request.gpus
+def _largest_first(request: Request) -> tuple[bool, bool, bool, float]:
+    return request.shares is not None, 0 < request.gpus < 1, not request.labels, -request.gpus
 
 
 def _assign(requests: Sequence[Request], order: Sequence[Request], nodes: Sequence[NodeResources], stage: str) -> tuple[Slot, ...]:
-    free = [FreeNode(index, node.cpus, node.memory, [1.0] * node.gpus) for index, node in enumerate(nodes)]
+    free = [FreeNode(index, node.cpus, node.memory, [1.0] * node.gpus, node.labels) for index, node in enumerate(nodes)]
     slots: dict[str, list[Slot]] = {}
     for request in order:
         placed: list[Slot] = []
@@ -165,9 +177,10 @@ def _choose(request: Request, able: Sequence[FreeNode], used: Sequence[int]) -> 
 def _shortage(request: Request, index: int, nodes: Sequence[FreeNode], stage: str) -> str:
     """The resource that the nearest node lacks, and what is left of it everywhere."""
     lacking: list[Resource] = [node.lacks(request) or "GPU" for node in nodes]
-    scarce = max(lacking, key=ORDER.index, default=ORDER[1])
+    scarce = max(lacking, key=ORDER.index, default=ORDER[2])
     needs = {
-        "GPU": f"{request.gpus:g} GPUs on one node",
+        "labels": f"a node with {_written(request.labels)}",
+        "GPU": f"{request.gpus:g} GPU{'s' if request.gpus > 1 else ''} on one node",
         "CPU": f"{request.cpus:g} CPUs on one node",
         "memory": f"{request.memory / 2**30:.3g} GiB of memory on one node",
     }
@@ -175,3 +188,7 @@ def _shortage(request: Request, index: int, nodes: Sequence[FreeNode], stage: st
     more = f"; and {len(nodes) - SHOWN_NODES} nodes more" if len(nodes) > SHOWN_NODES else ""
     where = f"stage {stage}: " if stage else ""
     return f"{where}{request.role} {index + 1} of {request.count} needs {needs[scarce]}, and there is left: {left or 'no node'}{more}"
+
+
+def _written(labels: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in labels.items())

@@ -57,12 +57,13 @@ def placement(recipe: Recipe, command: str, gpu_memory: int | None = None) -> tu
     rm = _reward_model(recipe, roles)
     before_ppo = (*before_rm, *rm) if before_rm and recipe.reward.path is None else before_rm
     trials = min(recipe.tune.concurrent, recipe.tune.trials)
+    ppo = _ppo(recipe, "ppo", roles.ppo(colocated=recipe.rollout.colocate))
     stages = {
         "sft": (sft,),
         "rm": (*before_rm, *rm),
-        "ppo": (*before_ppo, _ppo(recipe, "ppo", roles.ppo())),
-        "pipeline": (sft, *rm, _ppo(recipe, "ppo", roles.ppo())),
-        "tune": (*before_ppo, _ppo(recipe, "tune", roles.ppo(trials))),
+        "ppo": (*before_ppo, ppo),
+        "pipeline": (sft, *rm, ppo),
+        "tune": (*before_ppo, _ppo(recipe, "tune", roles.ppo(trials))),  # a trial's engines have GPUs of their own
         "serve": (StagePlacement("serve", roles.served()),),
         "evaluate": (StagePlacement("evaluation", (roles.engines(), *roles.scorers())),),
         "samples": (StagePlacement("samples", (roles.engines(),)),),

@@ -127,7 +127,7 @@ def make_plan(recipe: Recipe, command: str, cluster: Cluster, workload: Workload
 
 def _plan_stage(recipe: Recipe, stage: StagePlacement, cluster: Cluster, workload: Workload) -> StagePlan:
     try:
-        slots = stage.slots(tuple(NodeResources(node.cpus, node.gpus) for node in cluster.nodes))
+        slots = stage.slots(tuple(NodeResources(node.cpus, node.gpus, labels=node.labels) for node in cluster.nodes))
     except PlacementError as error:
         return StagePlan(stage, (), (), (f"{error}: lower its count or take a larger cluster",), None)
     devices = (*_gpus(stage, slots, cluster), *_hosts(stage, slots, cluster))

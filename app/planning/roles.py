@@ -6,6 +6,7 @@ Sizes come from the `config.json` of a local model, or from a model's name.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -50,6 +51,7 @@ class Role:
     cpus: float
     gpus: float
     threads: int
+    labels: Mapping[str, str]
     working: Parts
     resting: Parts
     host: Parts
@@ -74,7 +76,7 @@ class Role:
     @property
     def request(self) -> Request:
         """Its processes for `app.planning.packing`; memory is no resource that Ray reserves."""
-        return Request(self.name, self.count, self.cpus, self.gpus, strategy=self.strategy, shares=self.shares)
+        return Request(self.name, self.count, self.cpus, self.gpus, strategy=self.strategy, shares=self.shares, labels=self.labels)
 
 
 @dataclass(frozen=True)
@@ -187,9 +189,9 @@ class Roles:
             )
         return tuple(roles)
 
-    def ppo(self, copies: int = 1) -> tuple[Role, ...]:
+    def ppo(self, copies: int = 1, *, colocated: bool = False) -> tuple[Role, ...]:
         """Learners and engines of `copies` PPO runs at a time, and the one scoring service of them all."""
-        actors = (self.learner(), self.engines(colocated=self.recipe.rollout.colocate))
+        actors = (self.learner(), self.engines(colocated=colocated))
         return (*(replace(role, count=role.count * copies) for role in actors), *self.scorers())
 
 
@@ -198,4 +200,4 @@ def _process(workers: WorkersConfig) -> Parts:
 
 
 def _role(name: str, key: str, workers: WorkersConfig, working: Parts, resting: Parts, host: Parts, **more: Any) -> Role:
-    return Role(name, key, workers.count, workers.cpus, workers.gpus, workers.threads, working, resting, host, **more)
+    return Role(name, key, workers.count, workers.cpus, workers.gpus, workers.threads, workers.labels, working, resting, host, **more)

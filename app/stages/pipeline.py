@@ -25,6 +25,7 @@ from app.stages.sft import train_sft
 from app.tracking import RunTracker
 from app.workers.memory import PeakMemory, raylet_pids
 from app.workers.rollout import VllmRolloutPool
+from app.workers.shared_gpus import PlacedRecipe, shared_gpus
 
 STAGES = ("sft", "rm", "ppo")
 
@@ -42,6 +43,7 @@ class Pipeline:
         self._parents: dict[str, str] = {"data": corpus.sha256}
         self._open = ExitStack()
         self._pool: VllmRolloutPool | None = None
+        self._placed = PlacedRecipe(recipe)  # of the engines that are open
         self._memory = PeakMemory(raylet_pids())
 
     def __enter__(self) -> Pipeline:
@@ -89,16 +91,18 @@ class Pipeline:
         """PPO from the SFT model against the reward model; returns the folder of the PPO model."""
 
         def train() -> dict[str, Any]:
+            pool = self.engines(sft_path)
             return train_ppo(
-                self.recipe,
+                self._placed.recipe,
                 self.run,
                 self.tracker,
                 self.prepared.template,
                 self.prompts,
                 policy_path=sft_path,
                 reward_path=reward_path,
-                pool=self.engines(sft_path),
+                pool=pool,
                 start_scoring=start_scoring,
+                learner_placement=self._placed.learners,
             )
 
         return self._once("ppo", train)
@@ -107,7 +111,10 @@ class Pipeline:
         """The run's rollout engines, started with the SFT model; they may still be loading."""
         if self._pool is None:
             eos_id = self.prepared.template.eos_id
-            self._pool = self._open.enter_context(open_pool(self.recipe, sft_path, self.prompts.all, eos_id, note=self.tracker.note))
+            self._placed = self._open.enter_context(shared_gpus(self.recipe))
+            placed = self._placed
+            pool = open_pool(placed.recipe, sft_path, self.prompts.all, eos_id, placed.engines, note=self.tracker.note)
+            self._pool = self._open.enter_context(pool)
         return self._pool
 
     def close_engines(self) -> None:

@@ -119,10 +119,11 @@ def train_ppo(
     reward_path: str,
     pool: VllmRolloutPool,
     start_scoring: StartScoring,
+    learner_placement: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Train, export `DIR/ppo/model` and compare it with the policy it started from. Goes on from the newest checkpoint.
 
-    pool: engines that hold the policy in `policy_path`, or are still loading it.
+    pool: engines that hold the policy in `policy_path`, or are still loading it; learner_placement: see `start_learner`.
     Raises Interrupted with a checkpoint saved when the run is asked to stop, and what `actor_learner_loop` raises.
     """
     folder = run.stage("ppo")
@@ -130,7 +131,7 @@ def train_ppo(
         raise ConfigError("evaluation needs at least two held-out prompts: raise data.val_split")
     gold = gold_of(recipe)
     with (
-        start_learner(recipe, policy_path, reward_path) as learner,
+        start_learner(recipe, policy_path, reward_path, learner_placement) as learner,
         start_scoring(reward_path, policy_path) as scorer,
         reward_scorers(recipe.reward, scorer, reward_path, policy_path, start_scoring) as scorers,
         open_reward(recipe.reward, scorers, template.decode, deadline_seconds=recipe.run.deadline_seconds) as reward,

@@ -27,4 +27,5 @@ def process_environment(workers: WorkersConfig, **more: str) -> dict[str, str]:
 
 def process_options(workers: WorkersConfig, **more: str) -> dict[str, Any]:
     """Ray options of one process of a role: its resources and its environment (`more` are further variables)."""
-    return {"num_cpus": workers.cpus, "num_gpus": workers.gpus, "runtime_env": {"env_vars": process_environment(workers, **more)}}
+    options = {"num_cpus": workers.cpus, "num_gpus": workers.gpus, "runtime_env": {"env_vars": process_environment(workers, **more)}}
+    return {**options, "label_selector": dict(workers.labels)} if workers.labels else options

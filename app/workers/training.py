@@ -85,7 +85,9 @@ def _trainer(job: TrainingJob, folder: Path) -> TorchTrainer:
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
     return TorchTrainer(
         partial(train_worker, job),  # as train_loop_config the job would be unpickled, with all its imports, by the controller too
-        scaling_config=ray.train.ScalingConfig(num_workers=workers.count, use_gpu=workers.gpus > 0, resources_per_worker=resources),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers.count, use_gpu=workers.gpus > 0, resources_per_worker=resources, label_selector=dict(workers.labels) or None
+        ),
         run_config=ray.train.RunConfig(
             name=CHECKPOINTS,
             storage_path=str(folder),

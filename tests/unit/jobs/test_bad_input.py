@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 
+from app.config.loading import with_values
+from app.config.recipe import Recipe
+from app.errors import ConfigError
+from jobs.inputs import check_inputs
 from jobs.main import main
 
 RECIPES = Path(__file__).resolve().parents[3] / "jobs" / "recipes"
@@ -220,3 +224,25 @@ def test_a_tracking_service_without_its_package_is_refused(refused: Refused, tmp
     error = refused("pipeline", TINY, f"--run.dir={tmp_path / 'run'}", '--tracking.also=["wandb"]')
     assert "tracking.also = wandb: its package is not installed; run: pip install wandb" in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "values", "message"),
+    [
+        ("ppo", {"rollout.engines.count": 3}, "3 engines x 1 GPUs on 2 learners x 1"),
+        ("ppo", {"rollout.engines.gpus": 2}, "2 engines x 2 GPUs"),
+        ("ppo", {"ppo.workers.gpus": 0}, "on 2 learners x 0"),
+        ("tune", {"rollout.engines.labels": {"market-type": "spot"}}, "labels have no effect inside a trial's placement group"),
+    ],
+)
+def test_gpus_that_cannot_be_shared_as_asked(command: str, values: dict[str, Any], message: str) -> None:
+    paired = {
+        "ppo.workers.count": 2,
+        "ppo.workers.gpus": 1,
+        "rollout.engines.count": 2,
+        "rollout.engines.gpus": 1,
+        "rollout.colocate": True,
+    }
+    check_inputs(with_values(Recipe(), paired), "ppo")
+    with pytest.raises(ConfigError, match=message):
+        check_inputs(with_values(Recipe(), paired | values), command)

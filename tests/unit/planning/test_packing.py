@@ -86,7 +86,7 @@ def test_an_engine_never_spans_nodes() -> None:
 
 
 def test_a_fraction_never_shares_with_a_whole_process() -> None:
-    with pytest.raises(PlacementError, match=r"reward 1 of 1 needs 0.5 GPUs"):
+    with pytest.raises(PlacementError, match=r"reward 1 of 1 needs 0.5 GPU on"):
         assign([Request("learner", 2, 1, 1), Request("reward", 1, 1, 0.5)], [NodeResources(8, 2)])
 
 
@@ -98,6 +98,14 @@ def test_the_shortage_is_what_the_nearest_node_lacks() -> None:
         assign([Request("learner", 1, 1, 1, memory=2 * 2**30)], nodes)
     with pytest.raises(PlacementError, match="no node"):
         assign([Request("learner", 1, 1)], [])
+
+
+def test_labels_choose_the_nodes() -> None:
+    nodes = [NodeResources(96, 8, labels={"market-type": "on-demand"}), NodeResources(96, 8, labels={"market-type": "spot", "zone": "a"})]
+    engine = Request("engine", 8, 1, 1, labels={"market-type": "spot"})
+    assert {slot.node for slot in assign([Request("learner", 2, 1, 1), engine], nodes) if slot.role == "engine"} == {1}
+    with pytest.raises(PlacementError, match=r"needs a node with market-type=spot.*node 0: market-type=on-demand; node 1: no label"):
+        assign([engine], [nodes[0], NodeResources(96, 8)])
 
 
 def test_long_clusters_are_cut_short() -> None:

@@ -49,9 +49,9 @@ def test_engines_with_gpus_wait_for_the_reward_models_workers() -> None:
 
 def test_concurrent_trials_share_one_scoring_service() -> None:
     recipe = with_values(EIGHT_GPUS, {"tune.trials": 4, "tune.concurrent": 2})
-    assert describe(recipe, "tune")["needs"]["GPU"] == 2 * 6 + 2
+    assert describe(recipe, "tune")["needs"]["GPU"] == 2 * (6 + 6) + 2
     fewer_trials = with_values(recipe, {"tune.trials": 1})
-    assert describe(fewer_trials, "tune")["needs"]["GPU"] == 6 + 2
+    assert describe(fewer_trials, "tune")["needs"]["GPU"] == 6 + 6 + 2
 
 
 def test_the_embedded_model_brings_the_stages_before() -> None:

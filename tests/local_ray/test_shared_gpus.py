@@ -1,0 +1,69 @@
+"""Learner k and engine k on one GPU, by Ray's own scheduling of logical GPUs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import ray
+
+from app.config.loading import with_values
+from app.config.recipe import Recipe
+from app.config.shared import WorkersConfig
+from app.errors import DeadlineError
+from app.workers.processes import process_options
+from app.workers.shared_gpus import shared_gpus
+
+PAIRED = Recipe.model_validate(
+    {
+        "ppo": {"batch_size": 48, "workers": {"count": 3, "cpus": 0.5, "gpus": 1, "labels": {"market-type": "on-demand"}}},
+        "rollout": {"engines": {"count": 2, "cpus": 0.25, "gpus": 1}, "colocate": True},
+    }
+)
+
+
+class Process:
+    def gpus(self) -> list[str]:
+        return list(ray.get_runtime_context().get_accelerator_ids()["GPU"])
+
+
+def start(workers: WorkersConfig, strategies: Sequence[Any]) -> list[Any]:
+    actor = ray.remote(Process)
+    return [actor.options(**process_options(workers), scheduling_strategy=strategy).remote() for strategy in strategies]
+
+
+def free_gpus(expected: float) -> float:
+    """GPUs that Ray would give now, once it has counted those of processes that just ended."""
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("GPU", 0.0) != expected and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return float(ray.available_resources().get("GPU", 0.0))
+
+
+def test_rank_and_engine_are_on_one_gpu_and_give_it_back() -> None:
+    with shared_gpus(PAIRED) as placed:
+        learners = start(placed.recipe.ppo.workers, placed.learners)
+        engines = start(placed.recipe.rollout.engines, placed.engines)
+        of_learners, of_engines = (
+            ray.get([process.gpus.remote() for process in processes], timeout=60) for processes in (learners, engines)
+        )
+        assert free_gpus(1.0) == 1.0
+    assert of_engines == of_learners[:2]
+    assert sorted(len(gpus) for gpus in of_learners) == [1, 1, 1] and len({gpus[0] for gpus in of_learners}) == 3
+    assert free_gpus(4.0) == 4.0
+
+
+def test_gpus_that_never_come_free_end_in_an_error() -> None:
+    with shared_gpus(PAIRED), pytest.raises(DeadlineError, match=r"not free within 0\.2 s"):
+        with shared_gpus(with_values(PAIRED, {"run.deadline_seconds": 0.2})):
+            pass
+    assert free_gpus(4.0) == 4.0
+
+
+def test_without_colocation_nothing_is_reserved() -> None:
+    recipe = with_values(PAIRED, {"rollout.colocate": False})
+    with shared_gpus(recipe) as placed:
+        assert placed.recipe is recipe and not placed.learners and not placed.engines
+        assert ray.available_resources()["GPU"] == 4.0

@@ -1,0 +1,103 @@
+"""`cluster.yaml` and its variants in `deploy/` under Ray's own loader, without a cloud."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from app.config.loading import load_recipe
+from app.errors import ConfigError
+from app.planning.cluster_file import cluster_from_file
+from app.planning.hardware import MACHINES
+from app.planning.memory import GIB
+from app.planning.placement import check_feasible
+from app.planning.plan import make_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHIA = sorted((ROOT / "jobs" / "recipes" / "pythia").glob("[!b]*.toml"))
+CLOUDS = ("cluster.yaml", "deploy/gcp.yaml")
+ALL = (*CLOUDS, "deploy/on_premise.yaml")
+
+
+@cache
+def loaded(name: str) -> dict[str, Any]:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config: dict[str, Any] = prepare_config(yaml.safe_load((ROOT / name).read_text()))
+    validate_config(config)
+    return config
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_a_cpu_head_and_workers_with_eight_gpus(name: str) -> None:
+    cluster = loaded(name)
+    gpus = {kind: node["resources"].get("GPU", 0) for kind, node in cluster["available_node_types"].items()}
+    assert gpus.pop(cluster["head_node_type"]) == 0
+    assert set(gpus.values()) == {8}
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_resources_are_those_of_the_machines(name: str) -> None:
+    for node in loaded(name)["available_node_types"].values():
+        machine = MACHINES[node["node_config"].get("InstanceType") or node["node_config"]["machineType"]]
+        assert node["resources"].get("CPU") == machine.cpus
+        assert node["resources"].get("GPU", 0) == machine.gpus
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+@pytest.mark.parametrize("recipe", PYTHIA, ids=lambda path: path.stem)
+def test_the_pythia_recipes_fit(name: str, recipe: Path) -> None:
+    command = recipe.stem.split("-")[0]
+    types = loaded(name)["available_node_types"].values()
+    have = {kind: float(sum(node["resources"].get(kind, 0) * node.get("min_workers", 1) for node in types)) for kind in ("CPU", "GPU")}
+    check_feasible(load_recipe(recipe), command, have | {"memory": 1100.0 * GIB})
+    plan = make_plan(load_recipe(recipe), command, cluster_from_file(ROOT / name))
+    assert plan.fits and len(plan.cluster.nodes) == 2  # the head and the one worker that stays up
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_spot_machines_are_for_those_that_ask_for_them(name: str) -> None:
+    types = loaded(name)["available_node_types"]
+    spot = types["rollout_spot"]
+    assert (spot["min_workers"], spot["max_workers"], spot["labels"]) == (0, 0, {"market-type": "spot"})
+    assert types["a100x8"]["labels"] == {"market-type": "on-demand"}
+    config = spot["node_config"]
+    assert config.get("InstanceMarketOptions", {}).get("MarketType") == "spot" or config["scheduling"][0]["provisioningModel"] == "SPOT"
+
+
+def test_engines_on_spot_and_learners_on_demand(tmp_path: Path) -> None:
+    text = (ROOT / "cluster.yaml").read_text()
+    raised = text.replace("    min_workers: 0\n    max_workers: 0\n", "    min_workers: 1\n    max_workers: 1\n")
+    (tmp_path / "cluster.yaml").write_text(raised)
+    labels = ["--ppo.workers.labels.market-type=on-demand", "--rollout.engines.labels.market-type=spot", "--rollout.colocate=false"]
+    recipe = load_recipe(ROOT / "jobs" / "recipes" / "pythia" / "ppo-12b.toml", labels)
+    (stage,) = make_plan(recipe, "ppo", cluster_from_file(tmp_path / "cluster.yaml")).stages
+    nodes = {role: {slot.node for slot in stage.slots if slot.role == role} for role in ("learner", "engine")}
+    assert stage.fits and len(nodes["learner"]) == len(nodes["engine"]) == 1 and nodes["learner"] != nodes["engine"]
+    (shortage,) = make_plan(recipe, "ppo", cluster_from_file(ROOT / "cluster.yaml")).stages[0].shortages
+    assert "engine 1 of 6 needs a node with market-type=spot" in shortage
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_nodes_authenticate_and_install_the_gpu_lock(name: str) -> None:
+    cluster = loaded(name)
+    for command in (cluster["head_start_ray_commands"][-1], cluster["worker_start_ray_commands"][-1]):
+        assert "RAY_AUTH_MODE=token" in command
+    assert "~/.ray/auth_token" in cluster["file_mounts"].values()
+    pin = re.search(r'"(torch==[\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    setup = "\n".join(cluster["setup_commands"])
+    assert pin is not None
+    assert pin[1] in setup
+    assert "requirements/cuda.txt" in setup
+
+
+def test_machines_of_ones_own_are_all_kept() -> None:
+    (node,) = loaded("deploy/on_premise.yaml")["available_node_types"].values()
+    assert node["min_workers"] == node["max_workers"] == 2
+    with pytest.raises(ConfigError, match="2x8xA100-80GB"):
+        cluster_from_file(ROOT / "deploy" / "on_premise.yaml")
