@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from app.errors import CorralError
 from jobs import serving_inputs
@@ -42,11 +42,7 @@ class Service:
         if self.doors.chat:
             from serve.chat import chat_application, chat_target
 
-            model = self.recipe.model
-            application = chat_application(
-                self.doors.chat, token=self.token, precision=model.precision, trust_remote_code=model.trust_remote_code
-            )
-            targets.append(chat_target(application))
+            targets.append(chat_target(chat_application(self.doors, token=self.token, **self._loading)))
         return targets
 
     def scoring(self, *, closed: bool = False) -> serve.RunTarget:
@@ -54,15 +50,12 @@ class Service:
         from serve.deploying import target
         from serve.scoring import scoring_application
 
-        model = self.recipe.model
-        application = scoring_application(
-            self.models,
-            doors=None if closed else self.doors,
-            token=self.token,
-            precision=model.precision,
-            trust_remote_code=model.trust_remote_code,
-        )
+        application = scoring_application(self.models, doors=None if closed else self.doors, token=self.token, **self._loading)
         return target(application, APPLICATION, None if closed else "/")
+
+    @property
+    def _loading(self) -> dict[str, Any]:
+        return {"precision": self.recipe.model.precision, "trust_remote_code": self.recipe.model.trust_remote_code}
 
 
 def check(recipe: Recipe, doors: ServingConfig | None = None) -> Service:

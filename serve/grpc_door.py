@@ -50,8 +50,8 @@ class GrpcDoor:
         self._max_bytes = max_bytes
         self._server: grpc.aio.Server | None = None
 
-    async def start(self, host: str, port: int) -> None:
-        """Raises ConfigError when it cannot listen there."""
+    async def start(self, host: str, port: int) -> int:
+        """The port, which is a free one for 0. Raises ConfigError when it cannot listen there."""
         asyncio.get_running_loop().set_exception_handler(_without_idle_polls)
         server = grpc.aio.server(
             options=[
@@ -65,11 +65,12 @@ class GrpcDoor:
         server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)])
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            server.add_insecure_port(address)
+            bound: int = server.add_insecure_port(address)
         except RuntimeError as error:
             raise ConfigError(f"serving.grpc_port = {port}: cannot listen on {address} ({first_line(error)}); choose another") from error
         await server.start()
         self._server = server
+        return bound
 
     async def stop(self, grace_seconds: float) -> None:
         """Take no new calls, and give those in flight `grace_seconds`."""
@@ -95,7 +96,7 @@ class GrpcDoor:
         async def answer(data: bytes, context: Any) -> bytes:
             metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
             entry = Entry("grpc", name, metadata.get("x-request-id", ""), status=grpc.StatusCode.CANCELLED.name)
-            trailers = [("x-request-id", entry.request_id)] if entry.request_id else []
+            trailers: tuple[tuple[str, str], ...] = (("x-request-id", entry.request_id),) if entry.request_id else ()
             try:
                 if name not in OPEN_METHODS:
                     self._credentials.check(metadata.get("authorization"))
@@ -107,7 +108,9 @@ class GrpcDoor:
                 code = codes(error).grpc
                 entry.status, entry.reason = code.name, str(error)
                 pause = retry_after(error)
-                await context.abort(code, str(error)[:LONGEST_REASON], [*trailers, *([("retry-after", pause)] if pause else [])])
+                if pause:
+                    trailers += (("retry-after", pause),)
+                await context.abort(code, str(error)[:LONGEST_REASON], trailers)
                 raise  # not reached: abort raises what ends the call
             finally:
                 entry.write()

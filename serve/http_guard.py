@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -26,6 +26,15 @@ GONE = "499"
 """Status in the log of a request whose caller went away before the answer."""
 
 
+Content = Callable[[int, str], dict[str, Any]]
+"""The JSON of an answer that says why there is none, from its status and the reason."""
+
+
+def plain(status: int, reason: str) -> dict[str, Any]:
+    """What clients of the Open Inference Protocol understand."""
+    return {"error": reason}
+
+
 class ClientGoneError(Exception):
     """The caller closed the connection before the whole body had arrived."""
 
@@ -33,8 +42,9 @@ class ClientGoneError(Exception):
 class Guard:
     """ASGI middleware. The application behind it gets the whole body, decompressed, and an `Entry` of the log in its state."""
 
-    def __init__(self, app: ASGIApp, *, credentials: Credentials, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, credentials: Credentials, max_bytes: int, content: Content = plain) -> None:
         self._app = app
+        self._content = content
         self._credentials = credentials
         self._max_bytes = max_bytes
 
@@ -57,7 +67,7 @@ class Guard:
             body = await read_body(receive, headers, self._max_bytes)
             await self._app(_without_encoding(scope), _replaying(body, receive), noting)
         except ScoringError as error:
-            await failure(error, entry)(scope, receive, noting)
+            await failure(error, entry, self._content)(scope, receive, noting)
         except ClientGoneError:
             return None
         finally:
@@ -65,7 +75,7 @@ class Guard:
         return None
 
 
-def failure(error: ScoringError, entry: Entry | None = None) -> JSONResponse:
+def failure(error: ScoringError, entry: Entry | None = None, content: Content = plain) -> JSONResponse:
     """The answer that says why there is none."""
     if entry:
         entry.reason = str(error)
@@ -75,7 +85,8 @@ def failure(error: ScoringError, entry: Entry | None = None) -> JSONResponse:
     pause = retry_after(error)
     if pause:
         headers["Retry-After"] = pause
-    return JSONResponse({"error": str(error)}, codes(error).http, headers)
+    status = codes(error).http
+    return JSONResponse(content(status, str(error)), status, headers)
 
 
 async def read_body(receive: Receive, headers: Headers, max_bytes: int) -> bytes:

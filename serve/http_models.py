@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, Tag
 
 from app.config.serving import ServingConfig
 from app.errors import ScoringError
@@ -92,7 +92,7 @@ def described_parameters(description: ModelDescription) -> dict[str, str]:
 class IndexRequest(BaseModel):
     """Which models of the repository are listed."""
 
-    ready: bool = False
+    ready: StrictBool = False
     """Only those that can answer."""
 
 
@@ -122,22 +122,35 @@ class ChatMessage(BaseModel):
     content: str
 
 
-class ScoreRequest(BaseModel):
-    """Conversations or token ids to be scored by one model."""
+class ScoreIds(BaseModel):
+    """Token ids to be scored by one model."""
 
     model_config = _SHARED
     model: str
     """A model's name."""
-    messages: list[Annotated[list[ChatMessage], Field(min_length=1)]] | None = Field(None, min_length=1)
-    """Conversations; each is rendered by the model's chat template."""
-    ids: list[Annotated[list[TokenId], Field(min_length=1)]] | None = Field(None, min_length=1)
-    """Token ids of each sequence; or `messages`."""
+    ids: list[Annotated[list[TokenId], Field(min_length=1)]] = Field(min_length=1)
+    """Token ids of each sequence."""
 
-    @model_validator(mode="after")
-    def _one_of_both(self) -> ScoreRequest:
-        if (self.messages is None) == (self.ids is None):
-            raise ValueError("give either messages or ids")
-        return self
+
+class ScoreConversations(BaseModel):
+    """Conversations to be scored by one model."""
+
+    model_config = _SHARED
+    model: str
+    """A model's name."""
+    messages: list[Annotated[list[ChatMessage], Field(min_length=1)]] = Field(min_length=1)
+    """Each conversation is rendered by the model's chat template."""
+
+
+def _what_is_sent(body: object) -> str:
+    """So that a mistake is told in the terms of what was meant."""
+    return "ids" if isinstance(body, ScoreIds) or (isinstance(body, dict) and "ids" in body) else "messages"
+
+
+ScoreRequest = Annotated[
+    Annotated[ScoreIds, Tag("ids")] | Annotated[ScoreConversations, Tag("messages")],
+    Discriminator(_what_is_sent),
+]
 
 
 class ScoreAnswer(BaseModel):
