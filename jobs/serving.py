@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from app.errors import CorralError
 from jobs import serving_inputs
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 APPLICATION = "scoring"
 
+CLOSE_SECONDS = 120.0
+"""Longest wait for requests in flight when the service stops."""
+
 
 @dataclass(frozen=True)
 class Service:
@@ -35,19 +38,24 @@ class Service:
 
     def targets(self) -> list[serve.RunTarget]:
         """The applications, not yet deployed."""
-        from serve.deploying import target
-        from serve.scoring import scoring_application
-
-        settings = {"precision": self.recipe.model.precision, "trust_remote_code": self.recipe.model.trust_remote_code}
-        targets = []
-        if self.models:
-            application = scoring_application(self.models, doors=self.doors, token=self.token, **settings)
-            targets.append(target(application, APPLICATION, "/"))
+        targets = [self.scoring()] if self.models else []
         if self.doors.chat:
             from serve.chat import chat_application, chat_target
 
-            targets.append(chat_target(chat_application(self.doors, token=self.token, **settings)))
+            targets.append(chat_target(chat_application(self.doors, token=self.token, **self._loading)))
         return targets
+
+    def scoring(self, *, closed: bool = False) -> serve.RunTarget:
+        """The scoring application; `closed`: without its doors."""
+        from serve.deploying import target
+        from serve.scoring import scoring_application
+
+        application = scoring_application(self.models, doors=None if closed else self.doors, token=self.token, **self._loading)
+        return target(application, APPLICATION, None if closed else "/")
+
+    @property
+    def _loading(self) -> dict[str, Any]:
+        return {"precision": self.recipe.model.precision, "trust_remote_code": self.recipe.model.trust_remote_code}
 
 
 def check(recipe: Recipe, doors: ServingConfig | None = None) -> Service:
@@ -88,9 +96,9 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     from jobs import interrupts, local_ray
 
     with local_ray.running_ray(Path(recipe.run.dir).absolute() / "logs"):
-        from serve.deploying import deploy, deployed
+        from serve.deploying import deploy, deployed, http_door
 
-        start = {"proxy_location": "HeadOnly", "http_options": {"host": service.doors.host, "port": service.doors.http_port}}
+        start = http_door(service.doors.host, service.doors.http_port)
         deadline = recipe.run.deadline_seconds
         with deployed(service.targets(), deadline_seconds=deadline, stop_serve=local_ray.uses_cluster(), start=start):
 
@@ -125,6 +133,14 @@ def wait(update: Callable[[], None], *, started: Callable[[], None]) -> None:
         signal.signal(signal.SIGHUP, previous)
 
 
+def close(service: Service) -> None:
+    """Close the doors while the models still answer what came in through them; Serve would stop all of an application at a time."""
+    from serve.deploying import deploy
+
+    if service.models:
+        deploy([service.scoring(closed=True)], CLOSE_SECONDS)
+
+
 def announce(service: Service) -> None:
     """One line per model, as the service itself describes it, and how to stop. Raises ScoringError when a model does not answer."""
     from ray import serve
@@ -134,6 +150,8 @@ def announce(service: Service) -> None:
     for name in service.models:
         handle = serve.get_deployment_handle(name, APPLICATION)
         model = handle.describe.remote().result(timeout_s=service.recipe.run.deadline_seconds)
+        if model.refused:
+            sys.stderr.write(f"corral: {name}: {model.refused}\n")
         weights = f"version {model.identity.version}, weights {model.identity.weights_hash[:12]}"
         sys.stdout.write(f"{name}: {model.kind} model, {weights}, {http}/v2/models/{name}, grpc {grpc}\n")
     for name in service.doors.chat:

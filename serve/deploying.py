@@ -21,11 +21,21 @@ POLL_SECONDS = 1.0
 """Each look at Serve's status takes the caller about 0.2 s of computing: it pickles the router class of every deployment."""
 
 NO_DOORS: Mapping[str, Any] = {"proxy_location": "Disabled"}
+"""How Serve is started for applications that are reached by handles alone."""
 LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
 class ServeGoneError(Exception):
     """Serve was stopped by the job that had started it, while this one was deploying."""
+
+
+def http_door(host: str, port: int) -> Mapping[str, Any]:
+    """How Serve is started with its HTTP proxy, on the head node. A dead proxy is noticed within 2 s (by default 10)."""
+    return {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": host, "port": port},
+        "controller_options": {"runtime_env": {"env_vars": {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2"}}},
+    }
 
 
 def target(application: serve.Application, name: str, route_prefix: str | None = None) -> serve.RunTarget:
@@ -61,8 +71,9 @@ def deployed(
                     started_serve = start_serve(start) or started_serve
             yield
         finally:
-            for name in names:
-                serve.delete(name)
+            if serve_is_running():
+                for name in names:
+                    serve.delete(name)
     finally:
         if stop_serve and started_serve and not serve.status().applications:
             serve.shutdown()
