@@ -26,6 +26,7 @@ from app.models.load import check_model_folder, load_config, seen_from_anywhere,
 from app.workers.processes import process_environment
 from app.workers.rollout_engine import DTYPES, ENGINE_VARIABLES, cpu_settings
 from serve import access_log
+from serve.byte_budget import LONGEST_REQUESTS, ByteBudget
 from serve.credentials import Credentials
 from serve.deploying import LOGGING, target
 from serve.http_guard import Guard
@@ -177,7 +178,8 @@ def _front(config: ServingConfig, credentials: Credentials) -> FastAPI:
     )
     for kind in (HTTPException, OpenAIHTTPException, RequestValidationError, Exception):
         front.add_exception_handler(kind, _refusal)
-    front.add_middleware(Guard, credentials=credentials, max_bytes=config.max_request_bytes, content=_content)
+    budget = ByteBudget(LONGEST_REQUESTS * config.max_request_bytes)
+    front.add_middleware(Guard, credentials=credentials, max_bytes=config.max_request_bytes, budget=budget, content=_content)
     return front
 
 

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from app.config.serving import ServingConfig
 from app.errors import NotReadyError, ScoringError
 from serve.access_log import Entry
+from serve.byte_budget import ByteBudget
 from serve.credentials import Credentials
 from serve.description import server_version
 from serve.gateway import Gateway
@@ -51,7 +52,7 @@ class Target:
     version: str
 
 
-def http_app(gateway: Gateway, config: ServingConfig, credentials: Credentials) -> FastAPI:
+def http_app(gateway: Gateway, config: ServingConfig, credentials: Credentials, budget: ByteBudget) -> FastAPI:
     """The application: routes, the errors' answers, and the `Guard` in front."""
     app = FastAPI(title="Corral scoring", version=server_version(), description=openapi_note(config), redoc_url=None, responses=FAILURES)
     add_server_routes(app, gateway)
@@ -83,7 +84,7 @@ def http_app(gateway: Gateway, config: ServingConfig, credentials: Credentials) 
     app.add_exception_handler(HTTPException, no_route)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(Exception, broken)
-    app.add_middleware(Guard, credentials=credentials, max_bytes=config.max_request_bytes)
+    app.add_middleware(Guard, credentials=credentials, max_bytes=config.max_request_bytes, budget=budget)
     _document(app, gateway.names)
     return app
 
