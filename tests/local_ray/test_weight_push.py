@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -134,8 +135,11 @@ def check_replaced_engine(pool: VllmRolloutPool, learner: RayLearner, prompts: l
 
 def check_checkpoint(learner: RayLearner, experience: Experience, config: PpoConfig, canaries: list[np.ndarray], folder: Path) -> None:
     """After a restore the next update gives the same weights as it did before."""
+    proximal_BT, values_BT = learner.inspect(experience.tokens)
+    experience = replace(experience, behaviour_BT=proximal_BT, proximal_BT=proximal_BT, values_BT=values_BT)
     credited = config.make_algorithm().credit(experience, kl_coef=0.0)
     learner.save(str(folder / "saved"))
+    learner.load(str(folder / "saved"))  # forgets the forward passes that `inspect` left open
     learner.update(credited, seed=1)
     straight = learner.logprobs(canaries)
     learner.load(str(folder / "saved"))
