@@ -56,7 +56,9 @@ def test_serve_until_stopped(finished: Path, tmp_path: Path) -> None:
     assert address, log.read_text()
     score = {"model": "reward", "ids": [[5, 6, 7]]}
     before = httpx.post(f"{address[1]}/score", json=score).raise_for_status().json()
-    models = {name: f'serving.models.{name}.path = "{finished / folder / "model"}"' for name, folder in (("reward", "rm"), ("reference", "sft"))}
+    models = {
+        name: f'serving.models.{name}.path = "{finished / folder / "model"}"' for name, folder in (("reward", "rm"), ("reference", "sft"))
+    }
     recipe.write_text("\n".join([*models.values(), 'serving.models.reward.version = "2"']))
     process.send_signal(signal.SIGHUP)
     wait_for("reward: reward model, version 2", log, process)
