@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.errors import CorralError
+from app.errors import CorralError, ScoringError, first_line
 from jobs import serving_inputs
 from jobs.command import Tool
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from app.config.serving import ServedModelConfig, ServingConfig
 
 APPLICATION = "scoring"
+
+ANSWER_SECONDS = 60.0
+"""How long a model that is up may take to say what it is."""
 
 CLOSE_SECONDS = 120.0
 """Longest wait for requests in flight when the service stops."""
@@ -96,16 +99,17 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     from jobs import interrupts, local_ray
 
     with local_ray.running_ray(Path(recipe.run.dir).absolute() / "logs"):
-        from serve.deploying import deploy, deployed, http_door
+        from serve.deploying import deployed, http_door
 
         start = http_door(service.doors.host, service.doors.http_port)
         deadline = recipe.run.deadline_seconds
-        with deployed(service.targets(), deadline_seconds=deadline, stop_serve=local_ray.uses_cluster(), start=start):
+        with deployed(service.targets(), deadline_seconds=deadline, stop_serve=local_ray.uses_cluster(), start=start) as running:
 
             def update() -> None:
-                changed = check(serving_inputs.serving_recipe(arguments, overrides), service.doors)
-                deploy(changed.targets(), deadline)
-                announce(changed)
+                nonlocal service
+                service = check(serving_inputs.serving_recipe(arguments, overrides), service.doors)
+                running.update(service.targets(), deadline)
+                announce(service)
 
             try:
                 wait(update, started=lambda: announce(service))
@@ -144,12 +148,16 @@ def close(service: Service) -> None:
 def announce(service: Service) -> None:
     """One line per model, as the service itself describes it, and how to stop. Raises ScoringError when a model does not answer."""
     from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
 
     host = f"[{service.doors.host}]" if ":" in service.doors.host else service.doors.host
     http, grpc = f"http://{host}:{service.doors.http_port}", f"{host}:{service.doors.grpc_port}"
     for name in service.models:
-        handle = serve.get_deployment_handle(name, APPLICATION)
-        model = handle.describe.remote().result(timeout_s=service.recipe.run.deadline_seconds)
+        try:
+            model = serve.get_deployment_handle(name, APPLICATION).describe.remote().result(timeout_s=ANSWER_SECONDS)
+        except (RayError, RayServeException, TimeoutError) as error:
+            raise ScoringError(f"model {name} does not answer ({first_line(error)}); see the logs of its replica") from error
         if model.refused:
             sys.stderr.write(f"corral: {name}: {model.refused}\n")
         weights = f"version {model.identity.version}, weights {model.identity.weights_hash[:12]}"
