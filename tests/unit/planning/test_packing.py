@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.errors import PlacementError
@@ -129,6 +129,7 @@ REQUESTS = st.lists(
 )
 
 
+@settings(max_examples=60)
 @given(REQUESTS, NODES)
 def test_nothing_is_given_twice(requests: list[Request], nodes: list[NodeResources]) -> None:
     try:
@@ -149,6 +150,7 @@ def test_nothing_is_given_twice(requests: list[Request], nodes: list[NodeResourc
     assert Counter(slot.role for slot in slots) == {request.role: request.count for request in requests}
 
 
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 8), min_size=1, max_size=8), st.integers(0, 64))
 def test_single_gpu_processes_fit_exactly_when_there_are_enough(gpus: list[int], wanted: int) -> None:
     nodes = [NodeResources(100, count) for count in gpus]
