@@ -123,8 +123,8 @@ class FreeNode:
 def assign(requests: Sequence[Request], nodes: Sequence[NodeResources], stage: str = "") -> tuple[Slot, ...]:
     """A slot for every process, in the order of `requests`.
 
-    Packed roles come first, so that they find whole nodes; where that leaves no node whole enough for a process with many GPUs, those
-    come first. Raises PlacementError that names the role, what one of its processes lacks and what every node still has.
+    Packed roles come first, so that they find whole nodes; where that leaves no node whole enough for a process with many GPUs or
+    CPUs, those come first. Raises PlacementError that names the role, what one of its processes lacks and what every node still has.
     """
     try:
         return _assign(requests, sorted(requests, key=_packed_first), nodes, stage)
@@ -142,8 +142,8 @@ def _packed_first(request: Request) -> tuple[bool, bool, bool, float]:
     return request.shares is not None, 0 < request.gpus < 1, not request.labels, -gang
 
 
-def _largest_first(request: Request) -> tuple[bool, bool, bool, float]:
-    return request.shares is not None, 0 < request.gpus < 1, not request.labels, -request.gpus
+def _largest_first(request: Request) -> tuple[bool, bool, bool, float, float]:
+    return request.shares is not None, 0 < request.gpus < 1, not request.labels, -request.gpus, -request.cpus
 
 
 def _assign(requests: Sequence[Request], order: Sequence[Request], nodes: Sequence[NodeResources], stage: str) -> tuple[Slot, ...]:

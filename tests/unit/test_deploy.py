@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from jsonschema import Draft202012Validator, ValidationError
+from jsonschema import ValidationError
 
 from app.config.loading import load_recipe, with_values
 from app.config.recipe import Recipe
@@ -58,11 +58,6 @@ def test_there_is_one_manifest_of_each_kind() -> None:
 def test_manifests_have_only_fields_of_the_crds(name: str) -> None:
     document = KUBERAY[name]
     MANIFESTS[document["kind"]].validate(document)
-
-
-def test_the_schema_is_one() -> None:
-    for validator in MANIFESTS.values():
-        Draft202012Validator.check_schema(validator.schema)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -84,8 +84,10 @@ BATCHES = st.builds(Batch, rows=st.integers(1, 16), length=st.integers(8, 4096),
 CONFIGS = st.builds(DeepSpeedConfig, zero_stage=st.sampled_from([1, 2, 3]), gradient_checkpointing=st.booleans())
 WIDTHS = st.sampled_from([2, 4])
 RANKS = st.sampled_from([1, 2, 4, 8, 16, 64])
+FEW = settings(max_examples=40)
 
 
+@FEW
 @given(NAMES, CONFIGS, BATCHES, WIDTHS, RANKS)
 def test_more_layers_sequence_or_rows_take_more(name: str, ds: DeepSpeedConfig, batch: Batch, width: int, ranks: int) -> None:
     shape = SHAPES[name]
@@ -99,6 +101,7 @@ def test_more_layers_sequence_or_rows_take_more(name: str, ds: DeepSpeedConfig, 
     assert total(activations(twice, ds, width)) > total(activations(trained, ds, width))
 
 
+@FEW
 @given(NAMES, CONFIGS, BATCHES, WIDTHS, RANKS, st.booleans())
 def test_more_ranks_and_higher_stages_take_less(name: str, ds: DeepSpeedConfig, batch: Batch, width: int, ranks: int, on_gpu: bool) -> None:
     base = total(plan(SHAPES[name], ds, batch, width=width, ranks=ranks, on_gpu=on_gpu))
@@ -108,6 +111,7 @@ def test_more_ranks_and_higher_stages_take_less(name: str, ds: DeepSpeedConfig, 
         assert total(plan(SHAPES[name], higher, batch, width=width, ranks=ranks, on_gpu=on_gpu)) <= base
 
 
+@FEW
 @given(NAMES, BATCHES, st.sampled_from([4, 8, 16]))
 def test_parameters_are_sharded_by_stage_3_alone(name: str, batch: Batch, ranks: int) -> None:
     weights = {
@@ -118,12 +122,14 @@ def test_parameters_are_sharded_by_stage_3_alone(name: str, batch: Batch, ranks:
     assert weights[3] == weights[2] // ranks
 
 
+@FEW
 @given(NAMES, CONFIGS, BATCHES, RANKS)
 def test_recomputing_activations_never_takes_more(name: str, ds: DeepSpeedConfig, batch: Batch, ranks: int) -> None:
     with_, without = (ds.model_copy(update={"gradient_checkpointing": value}) for value in (True, False))
     assert total(plan(SHAPES[name], with_, batch, ranks=ranks)) <= total(plan(SHAPES[name], without, batch, ranks=ranks)) * 1.001
 
 
+@FEW
 @given(NAMES, BATCHES, RANKS)
 def test_offloading_moves_the_optimizer_to_the_host(name: str, batch: Batch, ranks: int) -> None:
     shape = SHAPES[name]
@@ -165,6 +171,7 @@ def test_what_is_not_trained_has_no_gradients() -> None:
     assert adapters == 39_976_960  # what peft counts for r = 16 on all linear layers of Llama-7B
 
 
+@FEW
 @given(NAMES, st.integers(1, 8), st.integers(16, 4096), st.integers(8, 80))
 def test_an_engine_fills_what_it_is_given(name: str, parallel: int, context: int, gib: int) -> None:
     given_bytes = gib * GIB

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.errors import PlacementError
@@ -80,6 +80,12 @@ def test_a_large_engine_gets_a_whole_node_where_the_learners_would_break_it() ->
     assert len({slot.node for slot in slots if slot.role == "learner"}) == 2
 
 
+def test_a_large_process_without_gpus_gets_the_node_that_alone_has_room() -> None:
+    requests = [Request("learner", 2, 1, strategy="pack"), Request("engine", 1, 4)]
+    slots = assign(requests, [NodeResources(4), NodeResources(2)])
+    assert [(slot.role, slot.node) for slot in slots] == [("learner", 1), ("learner", 1), ("engine", 0)]
+
+
 def test_an_engine_never_spans_nodes() -> None:
     with pytest.raises(PlacementError, match=r"stage ppo: engine 1 of 1 needs 8 GPUs on one node.*node 0: 4 whole GPUs; node 1: 4 whole"):
         assign([Request("engine", 1, 1, 8)], [NodeResources(96, 4)] * 2, "ppo")
@@ -129,6 +135,7 @@ REQUESTS = st.lists(
 )
 
 
+@settings(max_examples=60)
 @given(REQUESTS, NODES)
 def test_nothing_is_given_twice(requests: list[Request], nodes: list[NodeResources]) -> None:
     try:
@@ -149,6 +156,7 @@ def test_nothing_is_given_twice(requests: list[Request], nodes: list[NodeResourc
     assert Counter(slot.role for slot in slots) == {request.role: request.count for request in requests}
 
 
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 8), min_size=1, max_size=8), st.integers(0, 64))
 def test_single_gpu_processes_fit_exactly_when_there_are_enough(gpus: list[int], wanted: int) -> None:
     nodes = [NodeResources(100, count) for count in gpus]
