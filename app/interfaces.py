@@ -24,7 +24,8 @@ class RolloutPool(Protocol):
     """Rollout engines that hold one policy."""
 
     def submit(self, prompts: Sequence[Prompt], *, seed: int) -> Pending[list[Rollout]]:
-        """Start sampling one response per prompt; the same seed and prompts sample the same responses.
+        """Start sampling one response per prompt; the same seed and prompts sample the same responses. A prompt that is given several
+        times is sampled as often, each time differently.
 
         Results come in the order of `prompts`. Raises RolloutError when an engine fails."""
         ...
