@@ -38,7 +38,8 @@ class RolloutPool(Protocol):
     """Rollout engines that hold one policy."""
 
     def submit(self, prompts: Sequence[Prompt], *, seed: int) -> Sampling:
-        """Start sampling one response per prompt; the same seed, prompts and weights sample the same responses."""
+        """Start sampling one response per prompt; the same seed, prompts and weights sample the same responses. A prompt that is given
+        several times is sampled as often, each time differently."""
         ...
 
     def logprobs(self, sequences: Sequence[IntArray]) -> list[FloatArray]:

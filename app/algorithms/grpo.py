@@ -19,7 +19,8 @@ class GrpoConfig(Config):
     """Advantages relative to the group of samples of a prompt (Shao et al. 2024)."""
 
     divide_by_std: bool = True
-    """Divide by the group's standard deviation; false leaves (score - group mean), which gives no prompt more weight (Liu et al. 2025, https://arxiv.org/abs/2503.20783)."""
+    """Divide by the group's standard deviation; false leaves (score - group mean), which gives no prompt more weight than its scores
+    do (Liu et al. 2025, https://arxiv.org/abs/2503.20783)."""
     mean_over: Literal["sequences", "tokens"] = "sequences"
     """What the loss averages: each sequence's mean over its tokens, or all tokens alike (Yu et al. 2025)."""
 

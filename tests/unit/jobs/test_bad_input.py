@@ -181,6 +181,11 @@ def test_models_that_cannot_do_what_a_command_needs(refused: Refused, data: Call
         assert "ranked" in error, "the model was accepted: the data is read after it is checked"
     for command in ("ppo", "tune"):
         assert "PPO's critic" in refused(command, TINY, f"--model.path={whole}", f"--reward.path={encoder}", run)
+    from app.config.loading import load_recipe
+    from jobs.inputs import check_inputs
+
+    without_critic = ["--ppo.algorithm.name=rloo", "--ppo.samples_per_prompt=2"]
+    check_inputs(load_recipe(TINY, [f"--model.path={whole}", f"--reward.path={encoder}", *without_critic]), "ppo")
     assert not (tmp_path / "run").exists()
 
 
