@@ -38,6 +38,7 @@ LOGPROB_TESTS = ("tests/oracle/test_literal_logprobs.py", "tests/unit/numerics/t
 LOOP_TESTS = ("tests/unit/stages/test_actor_learner.py",)
 LOSS_TESTS = ("tests/oracle/test_literal_losses.py", "tests/unit/numerics/test_policy_loss.py")
 MASKED_TESTS = ("tests/unit/numerics/test_masked.py",)
+ENGINE = "app/workers/rollout_engine.py"
 PROPERTIES = ("tests/unit/algorithms/test_properties.py",)
 REWARD_TESTS = ("tests/oracle/test_literal_rewards.py",)
 SHAPING_TESTS = ("tests/unit/algorithms/test_shaping.py",)
@@ -389,10 +390,18 @@ MUTANTS = (
     ),
     Mutant(
         "version",
+        ENGINE,
+        "versions[span.start : span.end] = int(span.version)",
+        "versions[:] = int(span.version)",
+        "tokens of old weights claim to be of the newest",
+        ("tests/unit/workers/test_rollout_engine.py",),
+    ),
+    Mutant(
+        "version",
         ROLLOUT,
-        "_rollout(prompt, sample, answers[i % count][0], answers[i % count][1][i // count])",
-        "_rollout(prompt, sample, answers[0][0], answers[i % count][1][i // count])",
-        "all rollouts claim the first engine's version",
+        "place = share.places[index]",
+        "place = share.places[-1 - index]",
+        "responses of one engine stand at each other's prompts",
         ("tests/unit/workers/test_rollout_pool.py",),
     ),
     Mutant(
