@@ -22,7 +22,7 @@ RATE_MEMORY = 0.8
 
 SHORTEST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.05, 60.0
 
-LENGTH_RATIO, SHORT_ROW = 2, 32
+LENGTH_RATIO, SHORT_ROW = 1.5, 32
 """Rows share a batch where the longer is at most this many times as long as the shorter; rows of up to `SHORT_ROW` tokens cost so
 little that all of them do."""
 

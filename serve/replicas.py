@@ -63,6 +63,7 @@ class ModelReplica:
         self._precision, self._trust_remote_code = precision, trust_remote_code
         self._loaded = self._load(config.path, config.version)
         self._refused = ""
+        self._broken: Exception | None = None
         self._counters: Counter[str] = Counter()
         self._metrics = ReplicaMetrics(name)
         self._cache = AnswerCache(config.batching.cache_entries)
@@ -106,7 +107,10 @@ class ModelReplica:
         return {**self._counters, "pid": os.getpid()}
 
     async def check_health(self) -> None:
-        """Serve replaces a replica that does not answer this in time."""
+        """Serve replaces a replica that fails this, or does not answer it in time. Raises what broke the device: nothing more is computed
+        on one that has failed."""
+        if self._broken is not None:
+            raise self._broken
 
     async def reconfigure(self, settings: Mapping[str, str]) -> None:
         """Take other weights: load them beside the old ones, then switch between two batches.
@@ -174,6 +178,9 @@ class ModelReplica:
         try:
             check_sequences(sequences, output, loaded.model, self._name)  # other weights may have come since `infer` looked
             found = iter(loaded.model.answers(sequences, self._config.batching.max_batch_tokens, output=output, on_padding=on_padding))
+        except torch.AcceleratorError as error:
+            self._broken = error
+            raise
         except ScoringError as error:
             if len(works) == 1:
                 return [error]

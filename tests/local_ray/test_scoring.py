@@ -272,7 +272,7 @@ def test_start_and_stop_beside_a_running_service(scorer: ServeScorer, folders: F
         pass
     with pytest.raises(ScoringError, match="one label"), start_scoring(CONFIG, **{**paths, "reward_path": folders.reference}, name="wrong"):
         pass
-    greedy = CONFIG.model_copy(update={"reference": WorkersConfig(cpus=1000), "timeout_seconds": 5})
+    greedy = CONFIG.model_copy(update={"reference": WorkersConfig(cpus=1000), "timeout_seconds": 1})
     with pytest.raises(DeadlineError, match="reference"), start_scoring(greedy, **paths, name="greedy", deadline_seconds=1):
         pass
     assert set(serve.status().applications) == {"scoring"}

@@ -77,8 +77,8 @@ def test_rows_of_very_different_length_do_not_pad_each_other() -> None:
     async def scenario() -> None:
         model = Model()
         batches = batcher(model, max_tokens=10_000, wait_seconds=0.05, max_waiting=10_000)
-        await asyncio.gather(*map(batches.submit, (10, 300, 64, 160, 149)))
-        assert model.batches == [[10, 64], [300, 160], [149]]
+        await asyncio.gather(*map(batches.submit, (10, 300, 48, 200, 199)))
+        assert model.batches == [[10, 48], [300, 200], [199]]
 
     asyncio.run(scenario())
 

@@ -79,6 +79,20 @@ def test_an_answer_that_is_not_finite_is_an_error_of_its_own_request(tmp_path: P
     assert np.isfinite(answers[0].values).all()
 
 
+def test_a_replica_whose_device_has_failed_is_not_healthy(language_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    replica = ModelReplica("reference", ServedModelConfig(path=language_model))
+
+    def fail(*arguments: object, **more: object) -> None:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    asyncio.run(replica.check_health())
+    monkeypatch.setattr(replica._loaded.model, "answers", fail)
+    (answer,) = infer(replica, request(sequences()))
+    assert isinstance(answer, torch.AcceleratorError)
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        asyncio.run(replica.check_health())
+
+
 def test_other_weights_are_taken_in_place_and_named_by_every_answer(language_model: str, other_model: str) -> None:
     config = ServedModelConfig(path=language_model, batching=BatchingConfig(cache_entries=8))
     replica, rows = ModelReplica("reference", config), sequences()
