@@ -16,8 +16,11 @@ import psutil
 import pytest
 import ray
 import torch
+import yaml
+from click.testing import CliRunner
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from ray.serve.scripts import cli as serve_command
 from ray.util.state import list_actors
 
 from app.config.loading import load_recipe
@@ -27,6 +30,7 @@ from app.models.forward import pad_sequences, sequence_logprobs
 from app.models.load import load_causal_lm
 from app.workers.processes import process_options
 from app.workers.rollout import engine_options
+from jobs.main import main
 from jobs.serving import APPLICATION, Service, close
 from jobs.serving_inputs import opened_doors
 from serve import deploying
@@ -253,3 +257,34 @@ def test_a_serve_that_its_starter_stops_is_started_again(policies: Policies, mon
         assert len(calls) == 2
         assert by_handle(serve.get_deployment_handle("policy", "late"))().version == "1"
     assert not deploying.serve_is_running(), "who started Serve in the end also stops it"
+
+
+def test_a_config_file_is_deployed_and_its_user_config_swaps_in_place(policies: Policies, tmp_path: Path) -> None:
+    """`corral serve build`, then Ray's `serve deploy` of the file and of an edited one."""
+    file = tmp_path / "service.yaml"
+    options = ["--model", f"policy={policies.paths['1']}", "--serving.models.policy.workers.cpus=0.1", "--http-port=0", "--grpc-port=0"]
+    assert main(["serve", "build", *options, "-o", str(file)]) == 0
+    document = yaml.safe_load(file.read_text())
+    door = document["http_options"]
+    assert door["host"] == "127.0.0.1"
+    deploying.start_serve(deploying.http_door(**door))  # else the dashboard's process does, which does not find this working copy
+    try:
+        grpc_port = document["applications"][0]["args"]["serving.grpc_port"]
+        ways_in = (by_http(door["port"]), by_grpc(grpc_port))
+
+        def deployed_version(version: str) -> int:
+            command = ["deploy", str(file), "--address", f"http://{ray._private.worker.get_dashboard_url()}"]
+            result = CliRunner().invoke(serve_command, command)
+            assert result.exit_code == 0, result.output
+            wait_for(lambda: APPLICATION in serve.status().applications and serve.status().applications[APPLICATION].status == "RUNNING")
+            answers = [ask() for ask in ways_in]
+            assert {answer.version for answer in answers} == {version}
+            check_answers(answers, policies.logprobs)
+            return int(serve.get_deployment_handle("policy", APPLICATION).stats.remote().result()["pid"])
+
+        process = deployed_version("1")
+        document["applications"][0]["deployments"][0]["user_config"] = {"path": policies.paths["2"], "version": "2"}
+        file.write_text(yaml.safe_dump(document))
+        assert deployed_version("2") == process, "the replica was replaced"
+    finally:
+        serve.shutdown()
