@@ -27,6 +27,7 @@ from ray.util.state import list_actors
 from app.config.loading import load_recipe
 from app.config.serving import BatchingConfig, ServedModelConfig, ServingConfig
 from app.config.shared import WorkersConfig
+from app.errors import ConfigError
 from app.models.forward import pad_sequences, sequence_logprobs
 from app.models.load import load_causal_lm
 from app.workers.processes import process_options
@@ -255,6 +256,9 @@ def test_a_serve_that_its_starter_stops_is_started_again(policies: Policies, mon
     with pytest.raises(ServeGoneError):
         deploy(targets, DEADLINE)
     deploying.start_serve(NO_DOORS)
+    doors = http_door("127.0.0.1", 8000)
+    with pytest.raises(ConfigError, match="no HTTP port"), deployed(targets, deadline_seconds=DEADLINE, stop_serve=True, start=doors):
+        pass
     genuine, calls = deploying.deploy, []
 
     def after_the_starter_has_gone(*arguments: Any) -> None:
