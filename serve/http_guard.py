@@ -17,8 +17,8 @@ from serve.byte_budget import ByteBudget
 from serve.credentials import Credentials
 from serve.failures import codes, retry_after
 
-OPEN_PATHS = frozenset({"/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"})
-"""Answered without a token: whether the service lives, and what requests look like."""
+OPEN_PATHS = frozenset({"/v2/health/live", "/v2/health/ready"})
+"""Answered without a token. The OpenAPI page is not: it names the models."""
 
 BODY_SECONDS = 60.0
 """How long a body may take to arrive."""
