@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import BadRequestError, ScoringError, ScoringTimeoutError, TooLongError, UnauthorizedError
 from serve.access_log import Entry
-from serve.byte_budget import ByteBudget
+from serve.byte_budget import LONGEST_REQUESTS, ByteBudget
 from serve.credentials import Credentials
 from serve.failures import codes, retry_after
 
@@ -27,6 +27,15 @@ GONE = "499"
 """Status in the log of a request whose caller went away before the answer."""
 
 
+Content = Callable[[int, str], dict[str, Any]]
+"""The JSON of an answer that says why there is none, from its status and the reason."""
+
+
+def plain(status: int, reason: str) -> dict[str, Any]:
+    """What clients of the Open Inference Protocol understand."""
+    return {"error": reason}
+
+
 class ClientGoneError(Exception):
     """The caller closed the connection before the whole body had arrived."""
 
@@ -34,11 +43,14 @@ class ClientGoneError(Exception):
 class Guard:
     """ASGI middleware. The application behind it gets the whole body, decompressed, and an `Entry` of the log in its state."""
 
-    def __init__(self, app: ASGIApp, *, credentials: Credentials, max_bytes: int, budget: ByteBudget) -> None:
+    def __init__(
+        self, app: ASGIApp, *, credentials: Credentials, max_bytes: int, budget: ByteBudget | None = None, content: Content = plain
+    ) -> None:
         self._app = app
+        self._content = content
         self._credentials = credentials
         self._max_bytes = max_bytes
-        self._budget = budget
+        self._budget = budget or ByteBudget(LONGEST_REQUESTS * max_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -60,7 +72,7 @@ class Guard:
                 body = await read_body(receive, headers, self._max_bytes, take)
                 await self._app(_without_encoding(scope), _replaying(body, receive), noting)
         except ScoringError as error:
-            await failure(error, entry)(scope, receive, noting)
+            await failure(error, entry, self._content)(scope, receive, noting)
         except ClientGoneError:
             return None
         finally:
@@ -68,7 +80,7 @@ class Guard:
         return None
 
 
-def failure(error: ScoringError, entry: Entry | None = None) -> JSONResponse:
+def failure(error: ScoringError, entry: Entry | None = None, content: Content = plain) -> JSONResponse:
     """The answer that says why there is none."""
     if entry:
         entry.reason = str(error)
@@ -78,7 +90,8 @@ def failure(error: ScoringError, entry: Entry | None = None) -> JSONResponse:
     pause = retry_after(error)
     if pause:
         headers["Retry-After"] = pause
-    return JSONResponse({"error": str(error)}, codes(error).http, headers)
+    status = codes(error).http
+    return JSONResponse(content(status, str(error)), status, headers)
 
 
 async def read_body(receive: Receive, headers: Headers, max_bytes: int, take: Callable[[int], None]) -> bytes:
