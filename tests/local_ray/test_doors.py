@@ -315,7 +315,7 @@ def test_bombs_take_no_memory(service: Service) -> None:
         assert client.post("/v2/models/reward/infer", json={"inputs": [tensor([[5, 6]])]}).status_code == 200
 
 
-def test_fuzzed_by_its_own_page(service: Service) -> None:
+def test_fuzzed_by_its_own_page(service: Service, tmp_path: Path) -> None:
     command = [client_python("schemathesis").with_name("schemathesis"), "run", f"{service.http}/openapi.json"]
     # The page cannot say that a tensor's data fits its shape: what it allows may be refused all the same.
     options = [
@@ -328,7 +328,7 @@ def test_fuzzed_by_its_own_page(service: Service) -> None:
         "--phases",
         "examples,coverage,fuzzing",
     ]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
     assert httpx.get(f"{service.http}/v2/health/ready").status_code == 200
 
