@@ -21,10 +21,9 @@ from app.errors import BadRequestError, ConfigError, ScoringError, first_line
 from serve.access_log import Entry
 from serve.byte_budget import ByteBudget
 from serve.credentials import Credentials
-from serve.description import EXTENSIONS, SERVER, server_version
+from serve.description import EXTENSIONS, SERVER, ModelMetadata, model_config, repository_index, server_version
 from serve.failures import codes, retry_after
 from serve.gateway import Gateway
-from serve.http_models import ModelMetadata, model_config, repository_index
 from serve.protocol import open_inference_pb2 as pb
 from serve.protocol.grpc_codec import decode_request, encode_response
 

@@ -13,12 +13,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import BadRequestError, ScoringError, ScoringTimeoutError, TooLongError, UnauthorizedError
 from serve.access_log import Entry
-from serve.byte_budget import ByteBudget
+from serve.byte_budget import LONGEST_REQUESTS, ByteBudget
 from serve.credentials import Credentials
 from serve.failures import codes, retry_after
 
-OPEN_PATHS = frozenset({"/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"})
-"""Answered without a token: whether the service lives, and what requests look like."""
+OPEN_PATHS = frozenset({"/v2/health/live", "/v2/health/ready"})
+"""Answered without a token. The OpenAPI page is not: it names the models."""
 
 BODY_SECONDS = 60.0
 """How long a body may take to arrive."""
@@ -43,12 +43,14 @@ class ClientGoneError(Exception):
 class Guard:
     """ASGI middleware. The application behind it gets the whole body, decompressed, and an `Entry` of the log in its state."""
 
-    def __init__(self, app: ASGIApp, *, credentials: Credentials, max_bytes: int, budget: ByteBudget, content: Content = plain) -> None:
+    def __init__(
+        self, app: ASGIApp, *, credentials: Credentials, max_bytes: int, budget: ByteBudget | None = None, content: Content = plain
+    ) -> None:
         self._app = app
         self._content = content
         self._credentials = credentials
         self._max_bytes = max_bytes
-        self._budget = budget
+        self._budget = budget or ByteBudget(LONGEST_REQUESTS * max_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

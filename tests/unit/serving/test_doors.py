@@ -245,8 +245,10 @@ def test_a_deadline_cancels_the_call(client: TestClient, models: dict[str, FakeM
 
 def test_an_answer_is_of_one_version(client: TestClient, models: dict[str, FakeModel]) -> None:
     assert ask(client).json()["model_version"] == "1"
+    models["reward"].swap("2 ü")
+    answer = ask(client)
+    assert (answer.json()["model_version"], answer.headers["corral-model-version"]) == ("2 ü", "2%20%C3%BC")
     models["reward"].swap("2")
-    assert ask(client).json()["model_version"] == "2"
     body = {"inputs": [{"name": "input_ids", "datatype": "INT32", "shape": [1, 1], "data": [1]}]}
     assert client.post("/v2/models/reward/versions/1/infer", json=body).status_code == 404
     assert client.post("/v2/models/reward/versions/2/infer", json=body).json()["model_version"] == "2"
@@ -254,8 +256,7 @@ def test_an_answer_is_of_one_version(client: TestClient, models: dict[str, FakeM
 
 def test_the_token(models: dict[str, FakeModel], capsys: pytest.CaptureFixture[str]) -> None:
     client = http_client(models, TOKEN)
-    for path in ("/v2/health/live", "/v2/health/ready", "/openapi.json"):
-        assert client.get(path).status_code == 200
+    assert [client.get(path).status_code for path in ("/v2/health/live", "/v2/health/ready", "/openapi.json")] == [200, 200, 401]
     for header in (None, "Bearer", "Bearer wrong", "Basic " + TOKEN, "Bearer ü"):
         answer = client.get("/v2", headers={} if header is None else {"Authorization": header.encode()})
         assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
