@@ -191,7 +191,10 @@ class Roles:
 
     def ppo(self, copies: int = 1, *, colocated: bool = False) -> tuple[Role, ...]:
         """Learners and engines of `copies` PPO runs at a time, and the one scoring service of them all."""
-        actors = (self.learner(), self.engines(colocated=colocated))
+        learner, engine = self.learner(), self.engines(colocated=colocated)
+        if engine.shares:  # a pair reserves what both ask for, and a whole GPU at most
+            learner = replace(learner, gpus=min(1.0, learner.gpus + engine.gpus))
+        actors = (learner, engine)
         return (*(replace(role, count=role.count * copies) for role in actors), *self.scorers())
 
 

@@ -18,12 +18,11 @@ from jobs import local_ray
 PLENTY = {"CPU": 8.0, "GPU": 0.0}
 
 
-class Process:
-    def pid(self) -> int:
-        return os.getpid()
-
-
 def test_a_process_waits_for_a_node_with_its_labels() -> None:
+    class Process:  # local, so that it travels as a whole: workers cannot import test modules
+        def pid(self) -> int:
+            return os.getpid()
+
     actor = ray.remote(Process)
     here = actor.options(**process_options(WorkersConfig(cpus=0.1, labels={"market-type": "on-demand"}))).remote()
     nowhere = actor.options(**process_options(WorkersConfig(cpus=0.1, labels={"market-type": "spot"}))).remote()

@@ -24,12 +24,11 @@ PAIRED = Recipe.model_validate(
 )
 
 
-class Process:
-    def gpus(self) -> list[str]:
-        return list(ray.get_runtime_context().get_accelerator_ids()["GPU"])
-
-
 def start(workers: WorkersConfig, strategies: Sequence[Any]) -> list[Any]:
+    class Process:  # local, so that it travels as a whole: workers cannot import test modules
+        def gpus(self) -> list[str]:
+            return list(ray.get_runtime_context().get_accelerator_ids()["GPU"])
+
     actor = ray.remote(Process)
     return [actor.options(**process_options(workers), scheduling_strategy=strategy).remote() for strategy in strategies]
 

@@ -79,6 +79,25 @@ def test_overlapping_roles_do_not_take_turns() -> None:
     assert "activations" in overlapping.devices[0].parts["learner"] and "activations" not in stage.devices[0].parts["learner"]
 
 
+def test_everything_on_one_gpu_in_turns() -> None:
+    values = {
+        "model.precision": "bf16",
+        "ppo.workers.gpus": 0.4,
+        "rollout.engines.gpus": 0.4,
+        "rollout.colocate": True,
+        "rollout.gpu_memory_utilization": 0.4,
+        "scoring.reward.gpus": 0.1,
+        "scoring.reference.gpus": 0.1,
+    }
+    recipe = with_values(load_recipe(ROOT / "jobs" / "recipes" / "smollm2" / "ppo.toml"), values)
+    (stage,) = plan(recipe, "1x1xL4-24GB").stages
+    assert {slot.gpus for slot in stage.slots} == {(0,)}
+    assert stage.fits and [device.name for device in stage.devices] == ["node 0 GPU 0", "node 0 host memory"]
+    greedy = with_values(recipe, {"scoring.reward.gpus": 0.2})
+    (shortage,) = plan(greedy, "1x1xL4-24GB").stages[0].shortages
+    assert "reference 1 of 1 needs 0.1 GPU" in shortage
+
+
 RUNS = {"ppo-12b": "ppo", "sft-12b": "sft", "sft-6.9b": "sft", "sft-70m": "sft", "rm-1.4b": "rm", "rm-6.9b": "rm"}
 
 
