@@ -69,7 +69,7 @@ def shape_scores(
     """
     if config.delta:
         scores_B = above_baseline(scores_B, baselines_B, has_baseline_B)
-    if config.scale == "running" or not moments.count:
+    if config.scale == "running" or (config.scale == "reference" and not moments.count):
         moments = moments.updated(scores_B)
     shaped_B = clip_scores(scores_B / scale_of(config, moments), config.clip)
     shaped_B = penalise_missing_eos(

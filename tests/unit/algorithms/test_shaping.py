@@ -87,6 +87,10 @@ def test_reference_scale_is_that_of_the_first_batch() -> None:
     assert (first, second, after) == ([1.0, -1.0], [2.0, 20.0], moments)
 
 
+def test_without_a_scale_nothing_is_kept() -> None:
+    assert shape(RewardShapingConfig(), [2.0, -2.0]) == ([2.0, -2.0], Moments())
+
+
 def test_mean_is_never_subtracted() -> None:
     assert shape(RewardShapingConfig(scale="running"), [10.0, 12.0])[0] == [10.0, 12.0]
 

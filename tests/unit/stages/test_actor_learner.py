@@ -124,7 +124,7 @@ def test_synchronous_order(tmp_path: Path) -> None:
         *("sample@1", "update", "publish 2"),
         *("sample@2", "update", "publish 3"),
     ]
-    assert state == LoopState(step=3, version=3, prompt_cursor=12, kl_coef=0.05, scores=state.scores)
+    assert state == LoopState(step=3, version=3, prompt_cursor=12, kl_coef=0.05)
     assert [saved["step"] for saved in world.saved] == [2, 3]
 
 
