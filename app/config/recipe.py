@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,14 +46,18 @@ class Recipe(Config):
     def _exact_defaults(cls, given: Any) -> Any:
         run = given.get("run") if isinstance(given, Mapping) else None
         exact = isinstance(run, Mapping) and run.get("determinism") == "exact"
-        return merge({"ppo": {"score_pieces": 1}}, given) if exact else given
+        return merge({"ppo": {"score_pieces": 1}, "scoring": {"alone": True}}, given) if exact else given
 
     @model_validator(mode="after")
     def _exact_runs_share_nothing(self) -> Recipe:
         if self.run.determinism == "exact":
-            for name, given, needed in (("ppo.max_lag", self.ppo.max_lag, 0), ("ppo.score_pieces", self.ppo.score_pieces, 1)):
+            for name, given, needed in (
+                ("ppo.max_lag", self.ppo.max_lag, 0),
+                ("ppo.score_pieces", self.ppo.score_pieces, 1),
+                ("scoring.alone", self.scoring.alone, True),
+            ):
                 if given != needed:
-                    raise ValueError(f'{name} = {given} is not for run.determinism = "exact": set {name} = {needed}')
+                    raise ValueError(f'{name} = {given} is not for run.determinism = "exact": set {name} = {json.dumps(needed)}')
         return self
 
     @model_validator(mode="after")

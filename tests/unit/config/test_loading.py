@@ -213,7 +213,8 @@ def test_every_key_has_a_description() -> None:
 
 
 def test_exact_runs_sample_and_score_whole_batches(tmp_path: Path) -> None:
-    assert load_recipe(None, ["--run.determinism=exact"]).ppo.score_pieces == 1
+    exact = load_recipe(None, ["--run.determinism=exact"])
+    assert (exact.ppo.score_pieces, exact.scoring.alone) == (1, True)
     for option, remedy in (("--ppo.score_pieces=2", "set ppo.score_pieces = 1"), ("--ppo.max_lag=1", "set ppo.max_lag = 0")):
         with pytest.raises(ConfigError, match=remedy):
             load_recipe(None, ["--run.determinism=exact", option])
