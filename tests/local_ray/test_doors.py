@@ -363,7 +363,13 @@ def test_deaths(service: Service) -> None:
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
 
-    for victim, unharmed in (("ServeController", (over_grpc, over_http)), ("Proxy", (over_grpc,)), ("scoring:reward", ()), ("scoring:doors", ())):
+    unharmed_by: dict[str, tuple[Callable[[], float], ...]] = {
+        "ServeController": (over_grpc, over_http),
+        "Proxy": (over_grpc,),
+        "scoring:reward": (),
+        "scoring:doors": (),
+    }
+    for victim, unharmed in unharmed_by.items():
         kill(victim)
         for _ in range(20):
             for way in unharmed:
