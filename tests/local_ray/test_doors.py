@@ -328,7 +328,7 @@ def test_fuzzed_by_its_own_page(service: Service, tmp_path: Path) -> None:
         "--phases",
         "examples,coverage,fuzzing",
     ]
-    done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-4000:]
     assert httpx.get(f"{service.http}/v2/health/ready").status_code == 200
 
