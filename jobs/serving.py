@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from app.errors import CorralError
+from app.errors import CorralError, ScoringError, first_line
 from jobs import serving_inputs
 from jobs.command import Tool
 
@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from app.config.serving import ServedModelConfig, ServingConfig
 
 APPLICATION = "scoring"
+
+ANSWER_SECONDS = 60.0
+"""How long a model that is up may take to say what it is."""
+
+CLOSE_SECONDS = 120.0
+"""Longest wait for requests in flight when the service stops."""
 
 
 @dataclass(frozen=True)
@@ -35,19 +41,24 @@ class Service:
 
     def targets(self) -> list[serve.RunTarget]:
         """The applications, not yet deployed."""
-        from serve.deploying import target
-        from serve.scoring import scoring_application
-
-        settings = {"precision": self.recipe.model.precision, "trust_remote_code": self.recipe.model.trust_remote_code}
-        targets = []
-        if self.models:
-            application = scoring_application(self.models, doors=self.doors, token=self.token, **settings)
-            targets.append(target(application, APPLICATION, "/"))
+        targets = [self.scoring()] if self.models else []
         if self.doors.chat:
             from serve.chat import chat_application, chat_target
 
-            targets.append(chat_target(chat_application(self.doors.chat, token=self.token, **settings)))
+            targets.append(chat_target(chat_application(self.doors, token=self.token, **self._loading)))
         return targets
+
+    def scoring(self, *, closed: bool = False) -> serve.RunTarget:
+        """The scoring application; `closed`: without its doors."""
+        from serve.deploying import target
+        from serve.scoring import scoring_application
+
+        application = scoring_application(self.models, doors=None if closed else self.doors, token=self.token, **self._loading)
+        return target(application, APPLICATION, None if closed else "/")
+
+    @property
+    def _loading(self) -> dict[str, Any]:
+        return {"precision": self.recipe.model.precision, "trust_remote_code": self.recipe.model.trust_remote_code}
 
 
 def check(recipe: Recipe, doors: ServingConfig | None = None) -> Service:
@@ -61,7 +72,7 @@ def check(recipe: Recipe, doors: ServingConfig | None = None) -> Service:
     if recipe.serving.chat:
         from serve.chat import check_chat_models
 
-        check_chat_models(recipe.serving.chat)
+        check_chat_models(recipe.serving.chat, recipe.model.precision, recipe.model.trust_remote_code)
     token = bearer_token(recipe.serving)
     check_feasible(recipe, "serve", local_ray.cluster_resources())
     if doors is None:
@@ -88,16 +99,17 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     from jobs import interrupts, local_ray
 
     with local_ray.running_ray(Path(recipe.run.dir).absolute() / "logs"):
-        from serve.deploying import deploy, deployed
+        from serve.deploying import deployed, http_door
 
-        start = {"proxy_location": "HeadOnly", "http_options": {"host": service.doors.host, "port": service.doors.http_port}}
+        start = http_door(service.doors.host, service.doors.http_port)
         deadline = recipe.run.deadline_seconds
-        with deployed(service.targets(), deadline_seconds=deadline, stop_serve=local_ray.uses_cluster(), start=start):
+        with deployed(service.targets(), deadline_seconds=deadline, stop_serve=local_ray.uses_cluster(), start=start) as running:
 
             def update() -> None:
-                changed = check(serving_inputs.serving_recipe(arguments, overrides), service.doors)
-                deploy(changed.targets(), deadline)
-                announce(changed)
+                nonlocal service
+                service = check(serving_inputs.serving_recipe(arguments, overrides), service.doors)
+                running.update(service.targets(), deadline)
+                announce(service)
 
             try:
                 wait(update, started=lambda: announce(service))
@@ -105,7 +117,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
                 sys.stdout.write("stopping: requests in flight are answered first\n")
                 sys.stdout.flush()
                 with interrupts.shielded():
-                    drain()
+                    close(service)
     return 0
 
 
@@ -125,15 +137,29 @@ def wait(update: Callable[[], None], *, started: Callable[[], None]) -> None:
         signal.signal(signal.SIGHUP, previous)
 
 
+def close(service: Service) -> None:
+    """Close the doors while the models still answer what came in through them; Serve would stop all of an application at a time."""
+    from serve.deploying import deploy
+
+    if service.models:
+        deploy([service.scoring(closed=True)], CLOSE_SECONDS)
+
+
 def announce(service: Service) -> None:
     """One line per model, as the service itself describes it, and how to stop. Raises ScoringError when a model does not answer."""
     from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
 
     host = f"[{service.doors.host}]" if ":" in service.doors.host else service.doors.host
     http, grpc = f"http://{host}:{service.doors.http_port}", f"{host}:{service.doors.grpc_port}"
     for name in service.models:
-        handle = serve.get_deployment_handle(name, APPLICATION)
-        model = handle.describe.remote().result(timeout_s=service.recipe.run.deadline_seconds)
+        try:
+            model = serve.get_deployment_handle(name, APPLICATION).describe.remote().result(timeout_s=ANSWER_SECONDS)
+        except (RayError, RayServeException, TimeoutError) as error:
+            raise ScoringError(f"model {name} does not answer ({first_line(error)}); see the logs of its replica") from error
+        if model.refused:
+            sys.stderr.write(f"corral: {name}: {model.refused}\n")
         weights = f"version {model.identity.version}, weights {model.identity.weights_hash[:12]}"
         sys.stdout.write(f"{name}: {model.kind} model, {weights}, {http}/v2/models/{name}, grpc {grpc}\n")
     for name in service.doors.chat:

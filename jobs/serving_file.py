@@ -45,7 +45,7 @@ def config_file(service: Service) -> dict[str, Any]:
     model = service.recipe.model
     served = {name: config.model_copy(update={"path": seen_from_anywhere(config.path)}) for name, config in service.models.items()}
     doors = service.doors.model_dump(mode="json", exclude={"models", "chat"}, exclude_none=True)
-    arguments = {
+    arguments: dict[str, Any] = {
         "model.precision": model.precision,
         "model.trust_remote_code": model.trust_remote_code,
         **{f"serving.{key}": value for key, value in doors.items()},

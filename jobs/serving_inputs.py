@@ -11,7 +11,7 @@ from app.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from app.config.recipe import Recipe
-    from app.config.serving import ModelKind, ServedModelConfig, ServingConfig
+    from app.config.serving import ServedModelConfig, ServingConfig
 
 SECTIONS = ("run", "model", "reward", "rollout.temperature", "scoring", "serving")
 OPTIONS = {"host": "serving.host", "http_port": "serving.http_port", "grpc_port": "serving.grpc_port", "token_file": "serving.token_file"}
@@ -52,6 +52,7 @@ def checked_models(models: Mapping[str, ServedModelConfig], trust_remote_code: b
     another kind than it is said to be, ConfigError for a temperature that would change nothing."""
     from app.models.heads import check_reward_model
     from app.models.load import check_model_folder
+    from app.models.scoring import kind_of
     from jobs.inputs import BUILT_IN_MODELS
 
     checked = {}
@@ -59,7 +60,7 @@ def checked_models(models: Mapping[str, ServedModelConfig], trust_remote_code: b
         if model.path in BUILT_IN_MODELS:
             raise ConfigError(f"model {name} = {model.path}: `corral serve` needs a model's folder, such as runs/demo/sft/model")
         check_model_folder(model.path, chat_template=False)
-        kind = model_kind(name, model.path)
+        kind = kind_of(model.path)
         if model.kind not in (None, kind):
             raise ModelError(f"model {name}: {model.path} is a {_NOUN[kind]}, not a {_NOUN[model.kind]}: leave kind out, or change path")
         if kind == "reward":
@@ -71,17 +72,6 @@ def checked_models(models: Mapping[str, ServedModelConfig], trust_remote_code: b
 
 
 _NOUN = {"reward": "reward model", "reference": "language model"}
-
-
-def model_kind(name: str, path: str) -> ModelKind:
-    """What the folder holds. Raises ModelError for what neither scores nor writes."""
-    from app.models.load import scores_text, writes_text
-
-    if scores_text(path):
-        return "reward"
-    if writes_text(path):
-        return "reference"
-    raise ModelError(f"model {name}: {path} is an encoder without a score head; train a reward model from it with `corral rm`")
 
 
 def opened_doors(config: ServingConfig) -> ServingConfig:

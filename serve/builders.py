@@ -35,7 +35,7 @@ def chat(arguments: dict[str, Any]) -> serve.Application:
 
     recipe = _recipe(arguments)
     return chat_application(
-        recipe.serving.chat,
+        recipe.serving,
         token=bearer_token(recipe.serving),
         precision=recipe.model.precision,
         trust_remote_code=recipe.model.trust_remote_code,

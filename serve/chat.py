@@ -5,28 +5,31 @@ Importing ray.serve.llm loads vLLM, which takes long: it is imported where an ap
 
 from __future__ import annotations
 
-import hmac
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from ray import serve
 from ray.llm._internal.common.callbacks.base import CallbackBase
-from starlette.middleware.base import RequestResponseEndpoint
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse
 from transformers import PretrainedConfig
 
-from app.config.serving import DOORS, ChatModelConfig
+from app.config.serving import DOORS, ChatModelConfig, ServingConfig
 from app.errors import ConfigError, ModelError
 from app.models.context import context_of
 from app.models.heads import Precision
 from app.models.load import check_model_folder, load_config, seen_from_anywhere, writes_text
 from app.workers.processes import process_environment
 from app.workers.rollout import DTYPES, ENGINE_VARIABLES, cpu_settings
+from serve import access_log
+from serve.credentials import Credentials
 from serve.deploying import LOGGING, target
+from serve.http_guard import Guard
+from serve.scoring import versioned
 
 APPLICATION, ROUTE = "chat", "/v1"
 DTYPE_BYTES: Mapping[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -52,27 +55,29 @@ def check_chat_models(models: Mapping[str, ChatModelConfig], precision: Precisio
 
 
 def chat_application(
-    models: Mapping[str, ChatModelConfig], *, token: str | None = None, precision: Precision = "fp32", trust_remote_code: bool = False
+    config: ServingConfig, *, token: str | None = None, precision: Precision = "fp32", trust_remote_code: bool = False
 ) -> serve.Application:
-    """The application, not yet deployed, to run at ROUTE: `/v1/models`, `/v1/chat/completions` and `/v1/completions` for all models.
+    """The application of `config.chat`, not yet deployed, to run at ROUTE: `/v1/models`, `/v1/chat/completions`, `/v1/completions`.
 
     token: the bearer token that requests must carry (the clients' `api_key`).
     """
     with _own_logging():
         from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
-        from ray.serve.llm import build_llm_deployment
         from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 
-        configs = {name: _llm_config(name, model, precision, trust_remote_code) for name, model in models.items()}
-        engines = {name: build_llm_deployment(config, override_serve_options={"name": name}) for name, config in configs.items()}
+        engines = {name: _llm_config(name, model, precision, trust_remote_code) for name, model in config.chat.items()}
+        servers = {name: _server(name, engine, (config.chat[name], precision, trust_remote_code)) for name, engine in engines.items()}
+    credentials = Credentials.of(token)
     door = serve.deployment(
-        make_fastapi_ingress(OpenAiIngress, endpoint_map=_ENDPOINTS, app=_front(token)),
+        make_fastapi_ingress(OpenAiIngress, endpoint_map=_ENDPOINTS, app=_front(config, credentials)),
         name=DOORS,
         num_replicas=1,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": 0},
     )
-    return door.bind(llm_deployments=engines, model_cards={name: to_model_metadata(name, config) for name, config in configs.items()})
+    cards = {name: to_model_metadata(name, engine) for name, engine in engines.items()}
+    settled = (sorted(map(repr, cards.values())), config.max_request_bytes, config.access_log, credentials)
+    return versioned(door, settled).bind(llm_deployments=servers, model_cards=cards)
 
 
 def chat_target(application: serve.Application) -> serve.RunTarget:
@@ -140,6 +145,14 @@ def _llm_config(name: str, model: ChatModelConfig, precision: Precision, trust_r
     )
 
 
+def _server(name: str, engine: Any, settled: object) -> serve.Application:
+    """The deployment of an engine, named as its model."""
+    from ray.serve.llm.deployment import LLMServer
+
+    options = LLMServer.get_deployment_options(engine) | {"name": name}
+    return versioned(serve.deployment(**options)(LLMServer), settled).bind(engine)
+
+
 def _length(model: ChatModelConfig) -> int:
     """Tokens of the longest conversation."""
     return min(model.max_model_len, context_of(model.path) or model.max_model_len)
@@ -155,31 +168,39 @@ def _cache_bytes(config: PretrainedConfig, tokens: int, precision: Precision) ->
     return int(tokens * text.num_hidden_layers * 2 * heads * size * DTYPE_BYTES[precision])
 
 
-def _front(token: str | None) -> FastAPI:
-    """The door's web application: errors in OpenAI's form, and the token asked for where there is one."""
+def _front(config: ServingConfig, credentials: Credentials) -> FastAPI:
+    """The door's web application: the scorers' guard in front, and errors in OpenAI's form."""
     from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
 
-    front = FastAPI(title="Corral chat", description="OpenAI's chat protocol over vLLM engines.")
-    for kind in (HTTPException, OpenAIHTTPException, RequestValidationError):
+    front = FastAPI(
+        title="Corral chat", description="OpenAI's chat protocol over vLLM engines.", lifespan=partial(_logged, config.access_log)
+    )
+    for kind in (HTTPException, OpenAIHTTPException, RequestValidationError, Exception):
         front.add_exception_handler(kind, _refusal)
-    if token is not None:
-        expected = f"Bearer {token}".encode()
-
-        @front.middleware("http")
-        async def authorise(request: Request, go_on: RequestResponseEndpoint) -> Response:
-            given = request.headers.get("authorization", "").encode()
-            return await go_on(request) if hmac.compare_digest(given, expected) else _error(401, "the request carries no valid token")
-
+    front.add_middleware(Guard, credentials=credentials, max_bytes=config.max_request_bytes, content=_content)
     return front
+
+
+@asynccontextmanager
+async def _logged(file: str | None, front: FastAPI) -> AsyncIterator[None]:
+    access_log.open_log(file)
+    yield
 
 
 def _refusal(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         return _error(400, f"{'.'.join(map(str, first['loc'][1:])) or 'body'}: {first['msg']}")
-    return _error(getattr(error, "status_code", 500), str(getattr(error, "message", None) or getattr(error, "detail", error)))
+    message = getattr(error, "message", None) or getattr(error, "detail", None)  # of OpenAI's and FastAPI's exceptions
+    if message is None:
+        return _error(500, f"the service failed ({type(error).__name__}); its log has the reason")
+    return _error(getattr(error, "status_code", 500), str(message))
 
 
 def _error(status: int, message: str) -> JSONResponse:
+    return JSONResponse(_content(status, message), status)
+
+
+def _content(status: int, message: str) -> dict[str, Any]:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status_code=status)
+    return {"error": {"message": message, "type": kind, "param": None, "code": status}}

@@ -11,21 +11,52 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import ActorAlreadyExistsError, RayActorError
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, LoggingConfig
 
-from app.errors import DeadlineError, ScoringError
+from app.errors import ConfigError, DeadlineError, ScoringError
 from app.workers.pending import last_line
 
 POLL_SECONDS = 1.0
 """Each look at Serve's status takes the caller about 0.2 s of computing: it pickles the router class of every deployment."""
 
 NO_DOORS: Mapping[str, Any] = {"proxy_location": "Disabled"}
+"""How Serve is started for applications that are reached by handles alone."""
 LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
-class ServeGoneError(Exception):
+class ServeGoneError(ScoringError):
     """Serve was stopped by the job that had started it, while this one was deploying."""
+
+    def __init__(self) -> None:
+        super().__init__("Ray Serve was stopped by the job that had started it; start the service again")
+
+
+class Deployed:
+    """Applications that run until the end of a `deployed` block."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+
+    def update(self, targets: Sequence[serve.RunTarget], deadline_seconds: float) -> None:
+        """Run these instead: update what stays, start what is new, delete what is no longer there. Raises as `deploy`."""
+        wanted = [each.name for each in targets]
+        left = [name for name in self.names if name not in wanted]
+        self.names = [*left, *wanted]
+        deploy(targets, deadline_seconds)
+        for name in left:
+            serve.delete(name)
+        self.names = wanted
+
+
+def http_door(host: str, port: int) -> Mapping[str, Any]:
+    """How Serve is started with its HTTP proxy, on the head node. A dead proxy is noticed within 2 s (by default 10)."""
+    return {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": host, "port": port},
+        "controller_options": {"runtime_env": {"env_vars": {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2"}}},
+    }
 
 
 def target(application: serve.Application, name: str, route_prefix: str | None = None) -> serve.RunTarget:
@@ -36,19 +67,21 @@ def target(application: serve.Application, name: str, route_prefix: str | None =
 @contextmanager
 def deployed(
     targets: Sequence[serve.RunTarget], *, deadline_seconds: float, stop_serve: bool, start: Mapping[str, Any] = NO_DOORS
-) -> Iterator[None]:
+) -> Iterator[Deployed]:
     """Deploy new applications on the Ray cluster this process is connected to, and delete them on exit.
 
     start: how Serve is started (arguments of `serve.start`) where none runs there. The block begins once every replica is healthy.
     With `stop_serve`, Serve itself is stopped on exit if it was started here and holds no other application; without, the end of a
     Ray of one's own takes it along. Raises ScoringError when a replica cannot start (with its reason) or a name is taken,
-    DeadlineError when the replicas are not there in time.
+    DeadlineError when the replicas are not there in time, ConfigError when a Serve that runs there listens elsewhere.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # Serve tells every start and stop on standard error
     started_serve = start_serve(start)
-    names = [each.name for each in targets]
+    running = Deployed([each.name for each in targets])
     try:
-        for name in names:
+        if not started_serve:
+            _check_http_door(start)
+        for name in running.names:
             if not started_serve and name in serve.status().applications:
                 raise ScoringError(f"the cluster already runs an application {name!r}: choose another name, or `ray.serve.delete` it")
         deadline = time.monotonic() + deadline_seconds
@@ -59,10 +92,11 @@ def deployed(
                     break
                 except ServeGoneError:
                     started_serve = start_serve(start) or started_serve
-            yield
+            yield running
         finally:
-            for name in names:
-                serve.delete(name)
+            if serve_is_running():
+                for name in running.names:
+                    serve.delete(name)
     finally:
         if stop_serve and started_serve and not serve.status().applications:
             serve.shutdown()
@@ -74,6 +108,8 @@ def deploy(targets: Sequence[serve.RunTarget], deadline_seconds: float) -> None:
     Raises ScoringError, DeadlineError, and ServeGoneError when Serve was stopped meanwhile.
     """
     deadline = time.monotonic() + deadline_seconds
+    if not serve_is_running():  # `run_many` would start one, with doors of its own choice
+        raise ServeGoneError
     try:
         serve.run_many(list(targets), wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     except (RayActorError, RayServeException) as error:
@@ -94,6 +130,20 @@ def start_serve(start: Mapping[str, Any]) -> bool:
         serve.start(**start, logging_config=LOGGING)
         return False
     return True
+
+
+def _check_http_door(start: Mapping[str, Any]) -> None:
+    """Serve's HTTP options are those of its first start on a cluster."""
+    wanted = start.get("http_options")
+    if wanted is None:
+        return
+    options = _get_global_client().http_config
+    there = f"{options.host}:{options.port}" if serve.status().proxies else None
+    if there != f"{wanted['host']}:{wanted['port']}":
+        raise ConfigError(
+            f"Ray Serve runs on this cluster already and listens on {there or 'no HTTP port'}: "
+            f"{'take its host and port for serving.host and serving.http_port' if there else 'stop it first'}, or use another cluster"
+        )
 
 
 def serve_is_running() -> bool:

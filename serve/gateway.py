@@ -162,7 +162,7 @@ class Gateway:
             except TimeoutError as error:
                 if isinstance(error, RayError):  # the replica's own
                     raise as_scoring_error(error, model) from error
-                raise ScoringTimeoutError(f"model {model}: no answer within {timeout:g} s; ask again, or for less at a time") from None
+                raise ScoringTimeoutError(f"model {model}: no answer within {timeout:.3g} s; ask again, or for less at a time") from None
             except Exception as error:
                 raise as_scoring_error(error, model) from error
 

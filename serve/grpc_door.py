@@ -19,11 +19,11 @@ from google.protobuf.message import DecodeError, Message
 
 from app.errors import BadRequestError, ConfigError, ScoringError, first_line
 from serve.access_log import Entry
+from serve.byte_budget import ByteBudget
 from serve.credentials import Credentials
-from serve.description import EXTENSIONS, SERVER, server_version
+from serve.description import EXTENSIONS, SERVER, ModelMetadata, model_config, repository_index, server_version
 from serve.failures import codes, retry_after
 from serve.gateway import Gateway
-from serve.http_models import ModelMetadata, model_config, repository_index
 from serve.protocol import open_inference_pb2 as pb
 from serve.protocol.grpc_codec import decode_request, encode_response
 
@@ -44,14 +44,15 @@ Method = Callable[[Any, Entry], Awaitable[Message]]
 class GrpcDoor:
     """Answers the protocol's calls on `host:port` from `start` to `stop`."""
 
-    def __init__(self, gateway: Gateway, credentials: Credentials, *, max_bytes: int) -> None:
+    def __init__(self, gateway: Gateway, credentials: Credentials, budget: ByteBudget, *, max_bytes: int) -> None:
         self._gateway = gateway
         self._credentials = credentials
+        self._budget = budget
         self._max_bytes = max_bytes
         self._server: grpc.aio.Server | None = None
 
-    async def start(self, host: str, port: int) -> None:
-        """Raises ConfigError when it cannot listen there."""
+    async def start(self, host: str, port: int) -> int:
+        """The port, which is a free one for 0. Raises ConfigError when it cannot listen there."""
         asyncio.get_running_loop().set_exception_handler(_without_idle_polls)
         server = grpc.aio.server(
             options=[
@@ -65,11 +66,12 @@ class GrpcDoor:
         server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)])
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            server.add_insecure_port(address)
+            bound: int = server.add_insecure_port(address)
         except RuntimeError as error:
             raise ConfigError(f"serving.grpc_port = {port}: cannot listen on {address} ({first_line(error)}); choose another") from error
         await server.start()
         self._server = server
+        return bound
 
     async def stop(self, grace_seconds: float) -> None:
         """Take no new calls, and give those in flight `grace_seconds`."""
@@ -95,11 +97,13 @@ class GrpcDoor:
         async def answer(data: bytes, context: Any) -> bytes:
             metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
             entry = Entry("grpc", name, metadata.get("x-request-id", ""), status=grpc.StatusCode.CANCELLED.name)
-            trailers = [("x-request-id", entry.request_id)] if entry.request_id else []
+            trailers: tuple[tuple[str, str], ...] = (("x-request-id", entry.request_id),) if entry.request_id else ()
             try:
                 if name not in OPEN_METHODS:
                     self._credentials.check(metadata.get("authorization"))
-                reply = await method(_parse(request_class, data), entry)
+                with self._budget.holding() as take:
+                    take(len(data))
+                    reply = await method(_parse(request_class, data), entry)
                 context.set_trailing_metadata(trailers)
                 entry.status = grpc.StatusCode.OK.name
                 return reply.SerializeToString()
@@ -107,7 +111,9 @@ class GrpcDoor:
                 code = codes(error).grpc
                 entry.status, entry.reason = code.name, str(error)
                 pause = retry_after(error)
-                await context.abort(code, str(error)[:LONGEST_REASON], [*trailers, *([("retry-after", pause)] if pause else [])])
+                if pause:
+                    trailers += (("retry-after", pause),)
+                await context.abort(code, str(error)[:LONGEST_REASON], trailers)
                 raise  # not reached: abort raises what ends the call
             finally:
                 entry.write()

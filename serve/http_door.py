@@ -1,38 +1,45 @@
 """The HTTP door: Open Inference Protocol v2 and `/score`, as a FastAPI application over a `Gateway`."""
 
+# No postponed annotations here: FastAPI evaluates those of the routes, which name arguments of the functions around them.
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
+from urllib.parse import quote
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
 
 from app.config.serving import ServingConfig
 from app.errors import NotReadyError, ScoringError
 from serve.access_log import Entry
+from serve.byte_budget import ByteBudget
 from serve.credentials import Credentials
-from serve.description import server_version
+from serve.description import IndexEntry, ModelMetadata, ServerMetadata, model_config, repository_index, server_version
 from serve.gateway import Gateway
 from serve.http_guard import Guard, failure
 from serve.http_models import (
     Failure,
-    IndexEntry,
     IndexRequest,
-    ModelMetadata,
     ScoreAnswer,
+    ScoreConversations,
+    ScoreIds,
     ScoreRequest,
-    ServerMetadata,
-    model_config,
     openapi_note,
-    repository_index,
 )
 from serve.protocol.json_codec import HEADER_LENGTH, InferBody, decode_request, encode_response
 
 FAILURES: dict[int | str, dict[str, Any]] = {code: {"model": Failure} for code in (400, 401, 404, 413, 422, 429, 500, 503, 504)}
 
-INFER_BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": InferBody.model_json_schema()}}}}
-"""The route reads the body itself, since tensors may follow the JSON; this is what the OpenAPI page shows."""
+BINARY = {"schema": {"type": "string", "format": "binary"}}
+INFER_BODY = {
+    "required": True,
+    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/InferBody"}}, "application/octet-stream": BINARY},
+}
+INFER_ANSWER = {"description": "Outputs of the model", "content": {"application/json": {}, "application/octet-stream": BINARY}}
+"""The route reads and writes its bodies itself, since tensors may follow the JSON; this is what the OpenAPI page shows."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Target:
     version: str
 
 
-def http_app(gateway: Gateway, config: ServingConfig, credentials: Credentials) -> FastAPI:
+def http_app(gateway: Gateway, config: ServingConfig, credentials: Credentials, budget: ByteBudget) -> FastAPI:
     """The application: routes, the errors' answers, and the `Guard` in front."""
     app = FastAPI(title="Corral scoring", version=server_version(), description=openapi_note(config), redoc_url=None, responses=FAILURES)
     add_server_routes(app, gateway)
@@ -66,11 +73,33 @@ def http_app(gateway: Gateway, config: ServingConfig, credentials: Credentials) 
         """A fault of ours: Starlette raises it again, so that it gets into the log with its trace."""
         return failure(ScoringError(f"the service failed ({type(error).__name__}); its log has the reason"), _entry(request))
 
+    async def no_route(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        _entry(request).reason = error.detail
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
     app.add_exception_handler(ScoringError, scoring_failure)
+    app.add_exception_handler(HTTPException, no_route)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(Exception, broken)
-    app.add_middleware(Guard, credentials=credentials, max_bytes=config.max_request_bytes)
+    app.add_middleware(Guard, credentials=credentials, max_bytes=config.max_request_bytes, budget=budget)
+    _document(app, gateway.names)
     return app
+
+
+def _document(app: FastAPI, names: list[str]) -> None:
+    """The OpenAPI page: the bodies that routes read themselves, and which models there are."""
+    page = app.openapi()
+    schemas = page["components"]["schemas"]
+    body = InferBody.model_json_schema(ref_template="#/components/schemas/{model}")
+    schemas.update({**body.pop("$defs"), "InferBody": body})
+    for schema in (ScoreIds, ScoreConversations):
+        schemas[schema.__name__]["properties"]["model"]["enum"] = names
+    for path in page["paths"].values():
+        for operation in path.values():
+            for parameter in operation.get("parameters", ()):
+                if parameter["name"] == "model":
+                    parameter["schema"]["enum"] = names
 
 
 def _entry(request: Request, model: str = "") -> Entry:
@@ -83,12 +112,12 @@ def _entry(request: Request, model: str = "") -> Entry:
 def add_server_routes(app: FastAPI, gateway: Gateway) -> None:
     """The service as a whole."""
 
-    @app.get("/v2/health/live")
+    @app.get("/v2/health/live", response_class=Response)
     async def live() -> Response:
         """Whether the service takes requests."""
         return Response()
 
-    @app.get("/v2/health/ready")
+    @app.get("/v2/health/ready", response_class=Response)
     async def ready() -> Response:
         """Whether every model can answer."""
         for name in gateway.names:
@@ -114,7 +143,7 @@ async def _require_ready(gateway: Gateway, target: Target) -> None:
 def add_model_routes(app: FastAPI, gateway: Gateway, prefix: str, target: Callable[..., Target]) -> None:
     """One model: under its name, and once more under name and version. `target` reads a path's parameters."""
 
-    @app.get(f"{prefix}/ready")
+    @app.get(f"{prefix}/ready", response_class=Response)
     async def ready(at: Annotated[Target, Depends(target)]) -> Response:
         """Whether the model can answer."""
         await _require_ready(gateway, at)
@@ -130,7 +159,7 @@ def add_model_routes(app: FastAPI, gateway: Gateway, prefix: str, target: Callab
         """The model's configuration, as Triton writes it."""
         return model_config(await gateway.describe(at.model, at.version), gateway.max_sequences)
 
-    @app.post(f"{prefix}/infer", openapi_extra=INFER_BODY)
+    @app.post(f"{prefix}/infer", response_class=Response, responses={200: INFER_ANSWER}, openapi_extra={"requestBody": INFER_BODY})
     async def infer(request: Request, at: Annotated[Target, Depends(target)]) -> Response:
         """Scores or log-probs of `input_ids` (with `attention_mask`) or `text`. Tensors may follow the JSON as bytes: then the header
         Inference-Header-Content-Length says where it ends."""
@@ -139,7 +168,7 @@ def add_model_routes(app: FastAPI, gateway: Gateway, prefix: str, target: Callab
         response = await gateway.infer(decoded, entry.request_id)
         entry.answered(response)
         body, header_length = encode_response(response)
-        headers = {"Corral-Model-Version": response.identity.version, "Corral-Weights-Hash": response.identity.weights_hash}
+        headers = {"Corral-Model-Version": quote(response.identity.version), "Corral-Weights-Hash": response.identity.weights_hash}
         if header_length is None:
             return Response(body, media_type="application/json", headers=headers)
         return Response(body, media_type="application/octet-stream", headers={**headers, HEADER_LENGTH: str(header_length)})
@@ -152,10 +181,10 @@ def add_score_route(app: FastAPI, gateway: Gateway) -> None:
     async def score(body: ScoreRequest, request: Request) -> ScoreAnswer:
         """Scores (of a reward model) or log-probs (of a reference policy) of conversations or token ids."""
         entry = _entry(request, body.model)
-        if body.ids is not None:
+        if isinstance(body, ScoreIds):
             response = await gateway.score_ids(body.model, body.ids, entry.request_id)
         else:
-            conversations = [[message.model_dump() for message in messages] for messages in body.messages or ()]
+            conversations = [[message.model_dump() for message in messages] for messages in body.messages]
             response = await gateway.score_conversations(body.model, conversations, entry.request_id)
         entry.answered(response)
         return ScoreAnswer.of(response)

@@ -7,6 +7,7 @@ between two batches, so that every answer is wholly of one version.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections import Counter
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from app.config.serving import OUTPUTS, Output, ServedModelConfig
-from app.errors import BadRequestError, ScoringError, TooLongError
+from app.errors import BadRequestError, ModelError, ScoringError, TooLongError, first_line
 from app.experience import IntArray
 from app.models.heads import Precision
 from app.models.scoring import Answer, ScoringModel, kind_of
@@ -26,6 +27,8 @@ from app.workers.scoring_messages import ModelDescription, ModelIdentity, Scorin
 from serve.answer_cache import AnswerCache
 from serve.batching import Batch, Batcher
 from serve.replica_metrics import ReplicaMetrics
+
+logger = logging.getLogger("ray.serve")
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class ModelReplica:
         self._precision, self._trust_remote_code = precision, trust_remote_code
         self._loaded = self._load(config.path, config.version)
         self._broken: Exception | None = None
+        self._refused = ""
         self._counters: Counter[str] = Counter()
         self._metrics = ReplicaMetrics(name)
         self._cache = AnswerCache(config.batching.cache_entries)
@@ -95,7 +99,7 @@ class ModelReplica:
         """What is loaded now."""
         model = self._loaded.model
         return ModelDescription(
-            self._loaded.identity, model.kind, model.vocabulary, model.context, model.path, self._config.timeout_seconds
+            self._loaded.identity, model.kind, model.vocabulary, model.context, model.path, self._config.timeout_seconds, self._refused
         )
 
     async def stats(self) -> dict[str, int]:
@@ -109,10 +113,18 @@ class ModelReplica:
             raise self._broken
 
     async def reconfigure(self, settings: Mapping[str, str]) -> None:
-        """Take other weights: load them beside the old ones, then switch between two batches."""
+        """Take other weights: load them beside the old ones, then switch between two batches.
+
+        What cannot be loaded leaves the old ones in place, and `describe` tells why: if this raised, Serve would stop the replica.
+        """
         path, version = settings["path"], settings["version"]
+        self._refused = ""
         if (path, version) != (self._loaded.model.path, self._loaded.identity.version):
-            self._loaded = await asyncio.get_running_loop().run_in_executor(None, self._load, path, version)
+            try:
+                self._loaded = await asyncio.get_running_loop().run_in_executor(None, self._load, path, version)
+            except (ModelError, RuntimeError) as error:  # RuntimeError: no memory for both, or weights of other shapes
+                self._refused = f"version {version} of {path} is not served: {first_line(error)}"
+                logger.error(self._refused)
 
     def _load(self, path: str, version: str) -> _Loaded:
         config = self._config

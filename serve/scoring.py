@@ -56,7 +56,7 @@ def scoring_application(
         return _model(root, first, precision, trust_remote_code, *others)
     from serve.doors import doors_application  # the doors' libraries are not needed where there are none
 
-    return doors_application(replicas, doors, token)
+    return doors_application(replicas, doors, token, trust_remote_code)
 
 
 def _model(

@@ -13,6 +13,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,9 @@ from app.evaluation.progress import progress
 from app.evaluation.reply_records import Reply, open_replies, read_replies, source_digest
 from app.models.scoring import kind_of
 
-KEY = b"corral.scores"
-"""Metadata of the parquet file: JSON of the plan, see `Job.plan`, and of `Counts`."""
+KEY, WEIGHTS = b"corral.scores", b"weights_hash"
+"""Metadata of the parquet file: JSON of `Job.plan`, of `Counts` and, as `weights`, of each model's weights_hash, which the scoring
+service's answers carry too; and of a part: that hash alone."""
 MANIFEST, REPLIES = "manifest.json", "replies.arrow"
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 ROW_COLUMNS = pa.schema(
@@ -88,7 +91,7 @@ class Job:
             "encoding": {"template": data.template, "max_length": data.max_length},
             "computing": {"precision": recipe.model.precision, "max_batch_tokens": recipe.scoring.max_batch_tokens},
             "file": {"texts": self.texts, "part_rows": self.part_rows},
-            "models": {name: {"kind": kind_of(path), "hash": tree_hash(Path(path))} for name, path in self.models.items()},
+            "models": {name: {"kind": kind_of(path), "folder_hash": tree_hash(Path(path))} for name, path in self.models.items()},
         }
 
 
@@ -119,7 +122,7 @@ def score_replies(job: Job) -> dict[str, Any]:
         with progress("scores", len(job.models) * len(records), _done(job, len(records))) as advance:
             for number, (name, path) in enumerate(job.models.items()):
                 _score_parts(job, number, path, plan["models"][name]["kind"], records, advance)
-        _assemble(job, plan | {"counts": counts}, records)
+        _assemble(job, plan, counts, records)
     except KeyboardInterrupt as error:
         raise Interrupted(f"stopped; {job.work} holds what is scored, and the same command goes on from there") from error
     shutil.rmtree(job.work)
@@ -139,7 +142,7 @@ def stored(file: Path) -> dict[str, Any]:
 
 
 def summary(file: Path) -> dict[str, Any]:
-    """Counts, and per model: kind, hash, and of every number per reply (`score`, or `logprob_sum` and `logprob_mean`) the mean and the
+    """Counts, and per model: kind, hashes, and of every number per reply (`score`, or `logprob_sum` and `logprob_mean`) the mean and the
     standard deviation (of the population) over all replies and by file, and how many were truncated."""
     plan = stored(file)
     table = pq.read_table(file, columns=[name for name in pq.read_schema(file).names if name not in TEXT_COLUMNS.names])
@@ -151,6 +154,7 @@ def summary(file: Path) -> dict[str, Any]:
         tokens, truncated = columns.pop("tokens"), columns.pop("truncated")
         models[name or "model"] = {
             **model,
+            "weights_hash": plan["weights"][name],
             "tokens": int(tokens.sum()),
             "truncated": int(truncated.sum()),
             **{field: _spread(values) for field, values in columns.items()},
@@ -205,7 +209,8 @@ def _score_parts(job: Job, number: int, path: str, kind: ModelKind, records: Rec
         return
     encoder, model = ReplyEncoder.of(path, job.recipe), load_scorer(path, job.recipe, kind)
     for file, rows in missing:
-        encoded = [encoder.encode(reply.messages, [reply.text])[0] for reply in records[rows]]
+        replies = groupby(records[rows], key=attrgetter("messages"))
+        encoded = [one for messages, same in replies for one in encoder.encode(messages, [reply.text for reply in same])]
         answers = model.answers([one.ids for one in encoded], job.recipe.scoring.max_batch_tokens, advance)
         if kind == "reward":
             numbers: list[Sequence[Any]] = [[answer[0] for answer in answers]]
@@ -213,14 +218,19 @@ def _score_parts(job: Job, number: int, path: str, kind: ModelKind, records: Rec
             of_replies = [answer[-one.reply_tokens :].astype(np.float64) for one, answer in zip(encoded, answers, strict=True)]
             numbers = [[values.sum() for values in of_replies], [values.mean() for values in of_replies]]
         columns = [*numbers, [len(one.ids) for one in encoded], [one.truncated for one in encoded]]
-        _write(file, SCORES[kind], [pa.table(columns, schema=SCORES[kind])])
+        schema = SCORES[kind].with_metadata({WEIGHTS: model.weights_hash})
+        _write(file, schema, [pa.table(columns, schema=schema)])
 
 
-def _assemble(job: Job, metadata: Mapping[str, Any], records: Records[Reply]) -> None:
+def _assemble(job: Job, plan: Mapping[str, Any], counts: Mapping[str, int], records: Records[Reply]) -> None:
     """The finished file, one row group per part."""
     fields = [*ROW_COLUMNS, *(TEXT_COLUMNS if job.texts else ())]
-    for name, model in metadata["models"].items():
+    weights = {}
+    for number, (name, model) in enumerate(plan["models"].items()):
+        first, _ = next(_parts(job, number, len(records)))
+        weights[name] = pq.read_schema(first).metadata[WEIGHTS].decode()
         fields += [field.with_name(_column(field.name, name)) for field in SCORES[model["kind"]]]
+    metadata = {**plan, "weights": weights, "counts": counts}
     schema = pa.schema(fields, {KEY: json.dumps(metadata)})
 
     def tables() -> Iterator[pa.Table]:

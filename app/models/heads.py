@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -216,7 +217,7 @@ def _load_classifier(
         model, report = AutoModelForSequenceClassification.from_pretrained(
             path, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"{path}: no reward model can be made of it ({first_line(error)}); give another folder") from error
     return model, {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
 

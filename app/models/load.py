@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -203,7 +204,7 @@ def load_causal_lm(
     config = load_config(path, trust_remote_code)
     try:
         model = AutoModelForCausalLM.from_pretrained(str(path), config=config, dtype=DTYPES[precision], trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"model {path}: cannot be loaded ({first_line(error)}); check model.path or the network") from error
     return model.eval()
 

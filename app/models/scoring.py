@@ -16,18 +16,22 @@ import torch
 from transformers import PreTrainedModel
 
 from app.config.serving import OUTPUTS, ModelKind, Output
-from app.errors import ScoringError
+from app.errors import ModelError, ScoringError
 from app.experience import IntArray
 from app.models.forward import LOGITS_PER_CHUNK, pad_sequences, padded_batches, positions, sequence_logprobs
 from app.models.heads import Precision, load_reward_model, reward_offset, sequence_scores
-from app.models.load import load_causal_lm, writes_text
+from app.models.load import load_causal_lm, scores_text, writes_text
 
 Answer = np.ndarray[Any, np.dtype[Any]]
 
 
 def kind_of(path: str) -> ModelKind:
     """What a folder is served as: a language model gives log-probs, a reward model scores. Raises ModelError."""
-    return "reference" if writes_text(path) else "reward"
+    if scores_text(path):
+        return "reward"
+    if writes_text(path):
+        return "reference"
+    raise ModelError(f"{path}: an encoder without a score head; train a reward model from it with `corral rm`")
 
 
 WHERE_IT_CAME_FROM = ("_name_or_path", "transformers_version")

@@ -47,7 +47,8 @@ class ScoringAnswer:
 class ModelDescription:
     """What a served model is. context: longest sequence, None where the model has no limit; vocabulary: ids are below it.
 
-    path: folder of the weights and the tokenizer; timeout_seconds: deadline of one request.
+    path: folder of the weights and the tokenizer; timeout_seconds: deadline of one request; refused: why the replica could not take
+    the weights that it was last asked to, empty where it did.
     """
 
     identity: ModelIdentity
@@ -56,3 +57,4 @@ class ModelDescription:
     context: int | None
     path: str = ""
     timeout_seconds: float = 60.0
+    refused: str = ""

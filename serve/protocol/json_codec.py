@@ -46,10 +46,13 @@ class OutputTensor(BaseModel):
     parameters: dict[str, Parameter] = Field(default_factory=dict)
 
 
+_EXAMPLE: Any = {"inputs": [{"name": "input_ids", "datatype": "INT32", "shape": [1, 3], "data": [5, 6, 7]}]}
+
+
 class InferBody(BaseModel):
     """The JSON of an inference request."""
 
-    model_config = _SHARED
+    model_config = {**_SHARED, "json_schema_extra": {"examples": [_EXAMPLE]}}
     id: str = ""
     parameters: dict[str, Parameter] = Field(default_factory=dict)
     inputs: list[InputTensor]

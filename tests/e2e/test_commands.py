@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.e2e.command import MINIMAL, ROOT, SHRUNKEN, interrupt, run, start, wait_for
@@ -43,11 +45,26 @@ def test_search_over_ppo_with_these_models(finished: Path, tmp_path: Path) -> No
 
 
 def test_serve_until_stopped(finished: Path, tmp_path: Path) -> None:
-    log = tmp_path / "log"
+    """What PPO scores with, the reward model then swapped for another version by a hangup, behind the address that is printed."""
+    log, recipe = tmp_path / "log", tmp_path / "serve.toml"
     log.touch()
-    models = given_models(finished)
-    process = start(["serve", MINIMAL, f"--run.dir={tmp_path / 'run'}", *models], log)
-    wait_for("Ctrl-C stops it", log, process)
+    recipe.write_text("")
+    ports = ["--http-port=0", "--grpc-port=0"]
+    process = start(["serve", str(recipe), f"--run.dir={tmp_path / 'run'}", *ports, *given_models(finished)], log)
+    wait_for("Ctrl-C stops", log, process)
+    address = re.search(r"reward: reward model, version 1, weights \w{12}, (http://\S+)/v2/models/reward,", log.read_text())
+    assert address, log.read_text()
+    score = {"model": "reward", "ids": [[5, 6, 7]]}
+    before = httpx.post(f"{address[1]}/score", json=score).raise_for_status().json()
+    models = {
+        name: f'serving.models.{name}.path = "{finished / folder / "model"}"' for name, folder in (("reward", "rm"), ("reference", "sft"))
+    }
+    recipe.write_text("\n".join([*models.values(), 'serving.models.reward.version = "2"']))
+    process.send_signal(signal.SIGHUP)
+    wait_for("reward: reward model, version 2", log, process)
+    after = httpx.post(f"{address[1]}/score", json=score).raise_for_status().json()
+    assert (before["version"], after["version"]) == ("1", "2")
+    assert before["rewards"] == after["rewards"]
     assert interrupt(process, signal.SIGTERM) == 0, log.read_text()
 
 

@@ -120,7 +120,7 @@ def test_scoring_goes_on_where_it_was_killed(tmp_path: Path, capsys: pytest.Capt
     model = make_neox(tmp_path / "lm")
     models = [f"--model=rm={make_reward_model(tmp_path / 'rm', model)}", f"--model=ref={model}"]
     source, output, parts = tmp_path / "answers.jsonl", tmp_path / "scores.parquet", tmp_path / "scores.parquet.parts"
-    source.write_text("".join(json.dumps({"instruction": f"q{k}", "response": "so " * (k % 30) + "yes"}) + "\n" for k in range(1500)))
+    source.write_text("".join(json.dumps({"instruction": f"q{k}", "response": "so " * (k % 30) + "yes"}) + "\n" for k in range(900)))
     command = ["score", str(source), *models, LENGTH, "--part-rows=10", "--json"]
     process = start([*command, f"--output={output}"], tmp_path / "log")
     while len(list(parts.glob("0-*.parquet"))) < 20:
@@ -129,8 +129,9 @@ def test_scoring_goes_on_where_it_was_killed(tmp_path: Path, capsys: pytest.Capt
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not output.exists()
-    assert 20 <= len(list(parts.glob("[01]-*.parquet"))) < 300
+    assert 20 <= len(list(parts.glob("[01]-*.parquet"))) < 180
 
+    capsys.readouterr()
     summaries = []
     for file in (output, tmp_path / "straight.parquet"):
         assert main([*command, f"--output={file}"]) == 0
@@ -138,5 +139,5 @@ def test_scoring_goes_on_where_it_was_killed(tmp_path: Path, capsys: pytest.Capt
     assert output.read_bytes() == (tmp_path / "straight.parquet").read_bytes()
     assert summaries[0].pop("output") == str(output) and summaries[1].pop("output")
     assert summaries[0] == summaries[1]
-    assert (summaries[0]["replies"], set(summaries[0]["models"])) == (1500, {"rm", "ref"})
+    assert (summaries[0]["replies"], set(summaries[0]["models"])) == (900, {"rm", "ref"})
     assert not parts.exists()

@@ -20,7 +20,7 @@ def cluster() -> Iterator[None]:
 
     folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # Ray's sockets need a short path
     os.environ["RAY_TMPDIR"] = folder
-    ray.init(address="local", num_cpus=8, object_store_memory=200 * 2**20, logging_level="ERROR", log_to_driver=False)
+    ray.init(address="local", num_cpus=8, num_gpus=4, object_store_memory=200 * 2**20, logging_level="ERROR", log_to_driver=False)
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)

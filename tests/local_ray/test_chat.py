@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import socket
+import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import httpx
+import numpy as np
 import openai
 import pytest
-from ray import serve
+import torch
+from ray.util.state import list_actors
 
+from app.config.loading import load_recipe
 from app.config.serving import ChatModelConfig
 from app.config.shared import WorkersConfig
 from app.errors import ConfigError, ModelError
-from serve.chat import chat_application, chat_target, check_chat_models
+from app.models.forward import pad_sequences
+from app.models.heads import load_reward_model, sequence_scores
+from jobs.serving import Service, check
+from serve.chat import check_chat_models
+from serve.deploying import deploy, deployed
 from tests.tiny_models import CONTEXT, make_bert, make_llama, make_reward_model
 
-TOKEN = "open sesame"
+TOKEN, OFFSET, DEADLINE = "open-sesame", 0.25, 200.0
 QUESTION = [{"role": "user", "content": "Hello"}]
 PROMPT_TOKENS = len("Hello") + 3  # the roles' two tokens and the end of the user's turn
 
@@ -27,22 +36,41 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def address(folder: str) -> Iterator[str]:
-    """Where the model `pet` answers."""
-    models = {"pet": ChatModelConfig(path=folder, kv_cache_gib=0.1, workers=WorkersConfig(cpus=0.5))}
-    check_chat_models(models)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run_many([chat_target(chat_application(models, token=TOKEN))])
-    yield f"http://127.0.0.1:{port}/v1"
-    serve.shutdown()
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("logs") / "access.log"
+
+
+@pytest.fixture(scope="module")
+def service(folder: str, log: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """What `corral serve` runs for the model `pet` to chat with beside the reward model `judge`."""
+    token = tmp_path_factory.mktemp("secrets") / "token"
+    token.write_text(TOKEN)
+    words = {
+        "models.judge.path": make_reward_model(tmp_path_factory.mktemp("models") / "judge", folder, reward_offset=OFFSET),
+        "models.judge.workers.cpus": 0.1,
+        "chat.pet.path": folder,
+        "chat.pet.workers.cpus": 0.5,
+        "chat.pet.kv_cache_gib": 0.1,
+        "token_file": token,
+        "access_log": log,
+        "http_port": 0,
+        "grpc_port": 0,
+    }
+    service = check(load_recipe(None, [f"--serving.{key}={value}" for key, value in words.items()]))
+    http = {"host": service.doors.host, "port": service.doors.http_port}
+    start = {"proxy_location": "HeadOnly", "http_options": http}
+    with deployed(service.targets(), deadline_seconds=DEADLINE, stop_serve=True, start=start):
+        yield service
+
+
+@pytest.fixture(scope="module")
+def address(service: Service) -> str:
+    return f"http://{service.doors.host}:{service.doors.http_port}"
 
 
 @pytest.fixture(scope="module")
 def client(address: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=address, api_key=TOKEN, max_retries=0)
+    return openai.OpenAI(base_url=f"{address}/v1", api_key=TOKEN, max_retries=0)
 
 
 def test_models(client: openai.OpenAI) -> None:
@@ -95,8 +123,30 @@ def test_what_is_refused(client: openai.OpenAI, address: str) -> None:
         assert f"maximum context length is {CONTEXT} tokens" in refused(openai.BadRequestError, messages=long, stream=stream)
     assert refused(openai.BadRequestError, temperature="hot").startswith("temperature: ")
     assert "max_tokens" in refused(openai.BadRequestError, max_tokens=-3)
-    with pytest.raises(openai.AuthenticationError, match="no valid token"):
-        openai.OpenAI(base_url=address, api_key="guess", max_retries=0).models.list()
+    with pytest.raises(openai.AuthenticationError, match="Authorization: Bearer TOKEN"):
+        openai.OpenAI(base_url=f"{address}/v1", api_key="guess", max_retries=0).models.list()
+
+
+def test_beside_the_scorers(address: str, folder: str, service: Service, log: Path) -> None:
+    asked = {"model": "judge", "ids": [[5, 6, 7]]}
+    answer = httpx.post(f"{address}/score", json=asked, headers={"authorization": f"Bearer {TOKEN}"})
+    assert answer.status_code == 200, answer.text
+    with torch.no_grad():
+        score = float(sequence_scores(load_reward_model(service.models["judge"].path), *pad_sequences([np.array([5, 6, 7])])))
+    assert answer.json()["rewards"] == pytest.approx([score - OFFSET], abs=1e-5)
+    entries = [(entry["method"], entry["status"]) for entry in map(json.loads, log.read_text().splitlines())]
+    assert {("POST /score", "200"), ("POST /v1/chat/completions", "200"), ("POST /v1/chat/completions", "404")} <= set(entries)
+
+
+def test_an_update_of_other_models_leaves_the_engine_alone(service: Service, client: openai.OpenAI) -> None:
+    def engine() -> list[str]:
+        return [actor.actor_id for actor in list_actors(filters=[("class_name", "=", "ServeReplica:chat:pet"), ("state", "=", "ALIVE")])]
+
+    before = engine()
+    judge = service.models["judge"].model_copy(update={"version": "2"})
+    deploy(replace(service, models={"judge": judge}).targets(), DEADLINE)
+    assert engine() == before and len(before) == 1
+    assert client.chat.completions.create(model="pet", messages=QUESTION, max_tokens=2).usage.completion_tokens > 0
 
 
 def test_what_cannot_be_chatted_with(folder: str, tmp_path: Path) -> None:
