@@ -171,6 +171,7 @@ def throughput(service: Service, arguments: argparse.Namespace, vocabulary: int)
             replay = handle.replay.remote().result(timeout_s=300)
             if number:
                 rounds[way].append(summary(wall, latencies, replay))
+                sys.stderr.write(f"round {number}, {way}: {rounds[way][-1]}\n")
     return {way: {key: statistics.median(one[key] for one in found) for key in found[0]} for way, found in rounds.items()}
 
 
