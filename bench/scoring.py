@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import pickle
 import socket
 import statistics
@@ -31,7 +30,6 @@ from typing import Any
 
 import grpc
 import numpy as np
-import ray
 import torch
 from ray import serve
 
@@ -41,9 +39,10 @@ from app.config.serving import BatchingConfig, ServedModelConfig, ServingConfig
 from app.config.shared import WorkersConfig
 from app.experience import IntArray
 from app.models.forward import pad_sequences, sequence_logprobs
-from app.models.load import load_causal_lm, load_config
+from app.models.load import load_causal_lm, load_config, seen_from_anywhere
 from app.workers.scoring_client import ServeScorer, flatten
 from app.workers.scoring_messages import ScoringAnswer, ScoringRequest
+from jobs.local_ray import running_ray, uses_cluster
 from serve.batching import Batch
 from serve.deploying import deployed, target
 from serve.doors import doors_application
@@ -121,11 +120,8 @@ class Service:
 
 
 @contextmanager
-def running(model: str, threads: int) -> Iterator[Service]:
-    """The service of one model with one replica, on a Ray of its own."""
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="r", dir="/tmp")  # Ray's sockets need a short path
-    ray.init(address="local", num_cpus=8, logging_level="ERROR", log_to_driver=False)
+def running(model: str, threads: int, logs: Path) -> Iterator[Service]:
+    """The service of one model with one replica."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -133,11 +129,8 @@ def running(model: str, threads: int) -> Iterator[Service]:
     config = ServedModelConfig(path=model, kind="reference", workers=workers, batching=BatchingConfig(), timeout_seconds=120)
     replica = serve.deployment(name=REFERENCE, **model_options(config))(RecordingReplica).bind(REFERENCE, config)
     application = doors_application({REFERENCE: replica}, ServingConfig(grpc_port=port))
-    try:
-        with deployed([target(application, APPLICATION)], deadline_seconds=120, stop_serve=False):
-            yield Service(ServeScorer(APPLICATION, ScoringConfig(reference=workers)), port)
-    finally:
-        ray.shutdown()
+    with running_ray(logs), deployed([target(application, APPLICATION)], deadline_seconds=120, stop_serve=uses_cluster()):
+        yield Service(ServeScorer(APPLICATION, ScoringConfig(reference=workers)), port)
 
 
 def rows_of_tokens(count: int, longest: int, vocabulary: int, seed: int) -> list[IntArray]:
@@ -178,6 +171,7 @@ def throughput(service: Service, arguments: argparse.Namespace, vocabulary: int)
             replay = handle.replay.remote().result(timeout_s=300)
             if number:
                 rounds[way].append(summary(wall, latencies, replay))
+                sys.stderr.write(f"round {number}, {way}: {rounds[way][-1]}\n")
     return {way: {key: statistics.median(one[key] for one in found) for key in found[0]} for way, found in rounds.items()}
 
 
@@ -191,8 +185,8 @@ def summary(wall: float, latencies: list[float], replay: dict[str, float]) -> di
         "idle": (wall - served) / wall,
         "tokens_per_second": replay["tokens"] / wall,
         "requests_per_second": len(latencies) / wall,
-        "p50_ms": 1e3 * p50,
-        "p99_ms": 1e3 * p99,
+        "p50_ms": 1e3 * float(p50),
+        "p99_ms": 1e3 * float(p99),
         "rows_per_batch": replay["rows"] / replay["batches"],
         "padding": replay["padding"] / (replay["tokens"] + replay["padding"]),
     }
@@ -259,9 +253,9 @@ def small_model(folder: Path) -> str:
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    model = arguments.model or small_model(folder)
+    model = seen_from_anywhere(arguments.model) if arguments.model else small_model(folder / "model")
     vocabulary = int(load_config(model, False).get_text_config().vocab_size)
-    with running(model, arguments.threads) as service:
+    with running(model, arguments.threads, folder / "logs") as service:
         if arguments.load:
             return load(service, arguments, model, vocabulary)
         return {

@@ -62,8 +62,8 @@ class ModelReplica:
         self._name, self._config = name, config
         self._precision, self._trust_remote_code = precision, trust_remote_code
         self._loaded = self._load(config.path, config.version)
-        self._refused = ""
         self._broken: Exception | None = None
+        self._refused = ""
         self._counters: Counter[str] = Counter()
         self._metrics = ReplicaMetrics(name)
         self._cache = AnswerCache(config.batching.cache_entries)

@@ -328,7 +328,7 @@ def test_fuzzed_by_its_own_page(service: Service, tmp_path: Path) -> None:
         "--phases",
         "examples,coverage,fuzzing",
     ]
-    done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-4000:]
     assert httpx.get(f"{service.http}/v2/health/ready").status_code == 200
 
@@ -363,12 +363,13 @@ def test_deaths(service: Service) -> None:
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
 
-    for victim, unharmed in (
-        ("ServeController", (over_grpc, over_http)),
-        ("Proxy", (over_grpc,)),
-        ("scoring:reward", ()),
-        ("scoring:doors", ()),
-    ):
+    unharmed_by: dict[str, tuple[Callable[[], float], ...]] = {
+        "ServeController": (over_grpc, over_http),
+        "Proxy": (over_grpc,),
+        "scoring:reward": (),
+        "scoring:doors": (),
+    }
+    for victim, unharmed in unharmed_by.items():
         kill(victim)
         for _ in range(20):
             for way in unharmed:
