@@ -72,7 +72,7 @@ def check(recipe: Recipe, doors: ServingConfig | None = None) -> Service:
     if recipe.serving.chat:
         from serve.chat import check_chat_models
 
-        check_chat_models(recipe.serving.chat)
+        check_chat_models(recipe.serving.chat, recipe.model.precision, recipe.model.trust_remote_code)
     token = bearer_token(recipe.serving)
     check_feasible(recipe, "serve", local_ray.cluster_resources())
     if doors is None:

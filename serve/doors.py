@@ -11,6 +11,7 @@ from ray import serve
 
 from app.config.serving import DOORS, ServingConfig
 from serve import access_log
+from serve.byte_budget import LONGEST_REQUESTS, ByteBudget
 from serve.credentials import Credentials
 from serve.gateway import Gateway, Handle
 from serve.grpc_door import GrpcDoor
@@ -34,12 +35,13 @@ class Doors:
         self._config = config
         self._credentials = credentials
         self._gateway = Gateway(handles, config, trust_remote_code)
-        self._grpc = GrpcDoor(self._gateway, credentials, max_bytes=config.max_request_bytes)
+        self._budget = ByteBudget(LONGEST_REQUESTS * config.max_request_bytes)
+        self._grpc = GrpcDoor(self._gateway, credentials, self._budget, max_bytes=config.max_request_bytes)
         await self._grpc.start(config.host, config.grpc_port)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve's hook for an application that is built where it runs."""
-        return http_app(self._gateway, self._config, self._credentials)
+        return http_app(self._gateway, self._config, self._credentials, self._budget)
 
     async def __del__(self) -> None:
         """Serve calls it when a replica is to stop, after the last HTTP request."""
