@@ -50,7 +50,7 @@ def config_file(service: Service) -> dict[str, Any]:
         "model.trust_remote_code": model.trust_remote_code,
         **{f"serving.{key}": value for key, value in doors.items()},
     }
-    applications = []
+    applications: list[dict[str, Any]] = []
     if served:
         models = {name: config.model_dump(mode="json", exclude_none=True) for name, config in served.items()}
         applications.append(
