@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from serve.credentials import Credentials
 from serve.gateway import Gateway, Handle
 from serve.grpc_door import GrpcDoor
 from serve.http_door import http_app
+from serve.scoring import versioned
 
 MAX_ONGOING_REQUESTS = 1024
 """HTTP requests in the doors at a time."""
@@ -60,10 +60,10 @@ def doors_application(
         name=DOORS,
         ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        max_surge_percent=100,  # new doors open before the old ones close
         health_check_period_s=2.0,
         graceful_shutdown_timeout_s=2 * DRAIN_SECONDS,
         graceful_shutdown_wait_loop_s=0.1,
     )(Doors)
-    # without a version of its own every deployment from Python counts as changed code, and Serve would replace its replicas
-    unchanging = repr((sorted(replicas), settled.model_dump_json(), credentials, trust_remote_code))
-    return deployment.options(version=hashlib.sha256(unchanging.encode()).hexdigest(), _internal=True).bind(*arguments)
+    unchanging = (sorted(replicas), settled.model_dump_json(), credentials, trust_remote_code)
+    return versioned(deployment, unchanging).bind(*arguments)
