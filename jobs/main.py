@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -84,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command() -> int:
     """`corral` as a process of its own: `main`, then an exit without a last garbage collection, which takes 2 s once torch is loaded."""
+    # Ray reads it when it is imported: a thread of Serve's that outlives `ray.shutdown` would start another Ray by itself
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     code = main()
     gc.freeze()
     return code

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from jobs import serving_inputs
 from jobs.command import Tool, output_path
 from jobs.serving import APPLICATION, Service, check
+
+if TYPE_CHECKING:
+    from app.config.serving import ChatModelConfig, ServedModelConfig
 
 HEADER = """\
 # For `serve deploy FILE`, on a cluster where Corral can be imported; `corral serve build` wrote it.
@@ -40,45 +44,51 @@ def config_file(service: Service) -> dict[str, Any]:
     """The document, checked against Serve's schema. It listens where `corral serve` would."""
     from ray.serve.schema import ServeDeploySchema
 
-    from app.models.load import seen_from_anywhere
-
-    model = service.recipe.model
-    served = {name: config.model_copy(update={"path": seen_from_anywhere(config.path)}) for name, config in service.models.items()}
-    doors = service.doors.model_dump(mode="json", exclude={"models", "chat"}, exclude_none=True)
-    arguments: dict[str, Any] = {
-        "model.precision": model.precision,
-        "model.trust_remote_code": model.trust_remote_code,
-        **{f"serving.{key}": value for key, value in doors.items()},
-    }
-    applications = []
-    if served:
-        models = {name: config.model_dump(mode="json", exclude_none=True) for name, config in served.items()}
-        applications.append(
-            {
-                "name": APPLICATION,
-                "route_prefix": "/",
-                "import_path": "serve.builders:scoring",
-                "args": {**arguments, "serving.models": models},
-                "deployments": [
-                    {"name": name, "user_config": {"path": config.path, "version": config.version}} for name, config in served.items()
-                ],
-            }
-        )
-    if service.doors.chat:
-        from serve.chat import APPLICATION as CHAT
-        from serve.chat import ROUTE
-
-        models = {name: config.model_dump(mode="json", exclude_none=True) for name, config in service.doors.chat.items()}
-        applications.append(
-            {"name": CHAT, "route_prefix": ROUTE, "import_path": "serve.builders:chat", "args": {**arguments, "serving.chat": models}}
-        )
     document = {
         "proxy_location": "HeadOnly",
         "http_options": {"host": service.doors.host, "port": service.doors.http_port},
-        "applications": applications,
+        "applications": [*_scoring(service), *_chat(service)],
     }
     ServeDeploySchema.model_validate(document)
     return document
+
+
+def _scoring(service: Service) -> list[dict[str, Any]]:
+    models = _entries(service.models)
+    if not models:
+        return []
+    user_configs = [{"name": name, "user_config": {"path": model["path"], "version": model["version"]}} for name, model in models.items()]
+    builder = {"import_path": "serve.builders:scoring", "args": {**_shared_arguments(service), "serving.models": models}}
+    return [{"name": APPLICATION, "route_prefix": "/", **builder, "deployments": user_configs}]
+
+
+def _chat(service: Service) -> list[dict[str, Any]]:
+    models = _entries(service.doors.chat)
+    if not models:
+        return []
+    from serve.chat import APPLICATION as CHAT
+    from serve.chat import ROUTE
+
+    builder = {"import_path": "serve.builders:chat", "args": {**_shared_arguments(service), "serving.chat": models}}
+    return [{"name": CHAT, "route_prefix": ROUTE, **builder}]
+
+
+def _entries(models: Mapping[str, ServedModelConfig | ChatModelConfig]) -> dict[str, dict[str, Any]]:
+    """Every value, also the defaults, so that the file says what there is to edit; paths as seen from anywhere."""
+    from app.models.load import seen_from_anywhere
+
+    entries = {name: model.model_dump(mode="json", exclude_none=True) for name, model in models.items()}
+    return {name: {**entry, "path": seen_from_anywhere(entry["path"])} for name, entry in entries.items()}
+
+
+def _shared_arguments(service: Service) -> dict[str, Any]:
+    model, doors = service.recipe.model, service.doors.model_dump(mode="json", exclude={"models", "chat"}, exclude_none=True)
+    files = {key: str(Path(doors[key]).expanduser().absolute()) for key in ("token_file", "access_log") if key in doors}
+    return {
+        "model.precision": model.precision,
+        "model.trust_remote_code": model.trust_remote_code,
+        **{f"serving.{key}": value for key, value in (doors | files).items()},
+    }
 
 
 TOOL = Tool(

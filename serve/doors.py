@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,10 +10,12 @@ from ray import serve
 
 from app.config.serving import DOORS, ServingConfig
 from serve import access_log
+from serve.byte_budget import LONGEST_REQUESTS, ByteBudget
 from serve.credentials import Credentials
 from serve.gateway import Gateway, Handle
 from serve.grpc_door import GrpcDoor
 from serve.http_door import http_app
+from serve.scoring import versioned
 
 MAX_ONGOING_REQUESTS = 1024
 """HTTP requests in the doors at a time."""
@@ -34,12 +35,13 @@ class Doors:
         self._config = config
         self._credentials = credentials
         self._gateway = Gateway(handles, config, trust_remote_code)
-        self._grpc = GrpcDoor(self._gateway, credentials, max_bytes=config.max_request_bytes)
+        self._budget = ByteBudget(LONGEST_REQUESTS * config.max_request_bytes)
+        self._grpc = GrpcDoor(self._gateway, credentials, self._budget, max_bytes=config.max_request_bytes)
         await self._grpc.start(config.host, config.grpc_port)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve's hook for an application that is built where it runs."""
-        return http_app(self._gateway, self._config, self._credentials)
+        return http_app(self._gateway, self._config, self._credentials, self._budget)
 
     async def __del__(self) -> None:
         """Serve calls it when a replica is to stop, after the last HTTP request."""
@@ -58,10 +60,10 @@ def doors_application(
         name=DOORS,
         ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        max_surge_percent=100,  # new doors open before the old ones close
         health_check_period_s=2.0,
         graceful_shutdown_timeout_s=2 * DRAIN_SECONDS,
         graceful_shutdown_wait_loop_s=0.1,
     )(Doors)
-    # without a version of its own every deployment from Python counts as changed code, and Serve would replace its replicas
-    unchanging = repr((sorted(replicas), settled.model_dump_json(), credentials, trust_remote_code))
-    return deployment.options(version=hashlib.sha256(unchanging.encode()).hexdigest(), _internal=True).bind(*arguments)
+    unchanging = (sorted(replicas), settled.model_dump_json(), credentials, trust_remote_code)
+    return versioned(deployment, unchanging).bind(*arguments)

@@ -19,11 +19,11 @@ from google.protobuf.message import DecodeError, Message
 
 from app.errors import BadRequestError, ConfigError, ScoringError, first_line
 from serve.access_log import Entry
+from serve.byte_budget import ByteBudget
 from serve.credentials import Credentials
-from serve.description import EXTENSIONS, SERVER, server_version
+from serve.description import EXTENSIONS, SERVER, ModelMetadata, model_config, repository_index, server_version
 from serve.failures import codes, retry_after
 from serve.gateway import Gateway
-from serve.http_models import ModelMetadata, model_config, repository_index
 from serve.protocol import open_inference_pb2 as pb
 from serve.protocol.grpc_codec import decode_request, encode_response
 
@@ -44,9 +44,10 @@ Method = Callable[[Any, Entry], Awaitable[Message]]
 class GrpcDoor:
     """Answers the protocol's calls on `host:port` from `start` to `stop`."""
 
-    def __init__(self, gateway: Gateway, credentials: Credentials, *, max_bytes: int) -> None:
+    def __init__(self, gateway: Gateway, credentials: Credentials, budget: ByteBudget, *, max_bytes: int) -> None:
         self._gateway = gateway
         self._credentials = credentials
+        self._budget = budget
         self._max_bytes = max_bytes
         self._server: grpc.aio.Server | None = None
 
@@ -100,7 +101,9 @@ class GrpcDoor:
             try:
                 if name not in OPEN_METHODS:
                     self._credentials.check(metadata.get("authorization"))
-                reply = await method(_parse(request_class, data), entry)
+                with self._budget.holding() as take:
+                    take(len(data))
+                    reply = await method(_parse(request_class, data), entry)
                 context.set_trailing_metadata(trailers)
                 entry.status = grpc.StatusCode.OK.name
                 return reply.SerializeToString()

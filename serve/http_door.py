@@ -1,8 +1,11 @@
 """The HTTP door: Open Inference Protocol v2 and `/score`, as a FastAPI application over a `Gateway`."""
 
+# No postponed annotations here: FastAPI evaluates those of the routes, which name arguments of the functions around them.
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
+from urllib.parse import quote
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -12,23 +15,19 @@ from starlette.exceptions import HTTPException
 from app.config.serving import ServingConfig
 from app.errors import NotReadyError, ScoringError
 from serve.access_log import Entry
+from serve.byte_budget import ByteBudget
 from serve.credentials import Credentials
-from serve.description import server_version
+from serve.description import IndexEntry, ModelMetadata, ServerMetadata, model_config, repository_index, server_version
 from serve.gateway import Gateway
 from serve.http_guard import Guard, failure
 from serve.http_models import (
     Failure,
-    IndexEntry,
     IndexRequest,
-    ModelMetadata,
     ScoreAnswer,
     ScoreConversations,
     ScoreIds,
     ScoreRequest,
-    ServerMetadata,
-    model_config,
     openapi_note,
-    repository_index,
 )
 from serve.protocol.json_codec import HEADER_LENGTH, InferBody, decode_request, encode_response
 
@@ -51,7 +50,7 @@ class Target:
     version: str
 
 
-def http_app(gateway: Gateway, config: ServingConfig, credentials: Credentials) -> FastAPI:
+def http_app(gateway: Gateway, config: ServingConfig, credentials: Credentials, budget: ByteBudget) -> FastAPI:
     """The application: routes, the errors' answers, and the `Guard` in front."""
     app = FastAPI(title="Corral scoring", version=server_version(), description=openapi_note(config), redoc_url=None, responses=FAILURES)
     add_server_routes(app, gateway)
@@ -83,7 +82,7 @@ def http_app(gateway: Gateway, config: ServingConfig, credentials: Credentials) 
     app.add_exception_handler(HTTPException, no_route)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(Exception, broken)
-    app.add_middleware(Guard, credentials=credentials, max_bytes=config.max_request_bytes)
+    app.add_middleware(Guard, credentials=credentials, max_bytes=config.max_request_bytes, budget=budget)
     _document(app, gateway.names)
     return app
 
@@ -169,7 +168,7 @@ def add_model_routes(app: FastAPI, gateway: Gateway, prefix: str, target: Callab
         response = await gateway.infer(decoded, entry.request_id)
         entry.answered(response)
         body, header_length = encode_response(response)
-        headers = {"Corral-Model-Version": response.identity.version, "Corral-Weights-Hash": response.identity.weights_hash}
+        headers = {"Corral-Model-Version": quote(response.identity.version), "Corral-Weights-Hash": response.identity.weights_hash}
         if header_length is None:
             return Response(body, media_type="application/json", headers=headers)
         return Response(body, media_type="application/octet-stream", headers={**headers, HEADER_LENGTH: str(header_length)})

@@ -13,11 +13,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import BadRequestError, ScoringError, ScoringTimeoutError, TooLongError, UnauthorizedError
 from serve.access_log import Entry
+from serve.byte_budget import LONGEST_REQUESTS, ByteBudget
 from serve.credentials import Credentials
 from serve.failures import codes, retry_after
 
-OPEN_PATHS = frozenset({"/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"})
-"""Answered without a token: whether the service lives, and what requests look like."""
+OPEN_PATHS = frozenset({"/v2/health/live", "/v2/health/ready"})
+"""Answered without a token. The OpenAPI page is not: it names the models."""
 
 BODY_SECONDS = 60.0
 """How long a body may take to arrive."""
@@ -42,11 +43,14 @@ class ClientGoneError(Exception):
 class Guard:
     """ASGI middleware. The application behind it gets the whole body, decompressed, and an `Entry` of the log in its state."""
 
-    def __init__(self, app: ASGIApp, *, credentials: Credentials, max_bytes: int, content: Content = plain) -> None:
+    def __init__(
+        self, app: ASGIApp, *, credentials: Credentials, max_bytes: int, budget: ByteBudget | None = None, content: Content = plain
+    ) -> None:
         self._app = app
         self._content = content
         self._credentials = credentials
         self._max_bytes = max_bytes
+        self._budget = budget or ByteBudget(LONGEST_REQUESTS * max_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -64,8 +68,9 @@ class Guard:
         try:
             if scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN_PATHS:
                 self._credentials.check(headers.get("authorization"))
-            body = await read_body(receive, headers, self._max_bytes)
-            await self._app(_without_encoding(scope), _replaying(body, receive), noting)
+            with self._budget.holding() as take:
+                body = await read_body(receive, headers, self._max_bytes, take)
+                await self._app(_without_encoding(scope), _replaying(body, receive), noting)
         except ScoringError as error:
             await failure(error, entry, self._content)(scope, receive, noting)
         except ClientGoneError:
@@ -89,9 +94,9 @@ def failure(error: ScoringError, entry: Entry | None = None, content: Content = 
     return JSONResponse(content(status, str(error)), status, headers)
 
 
-async def read_body(receive: Receive, headers: Headers, max_bytes: int) -> bytes:
-    """The whole body, decompressed. Raises TooLongError before more than `max_bytes` are held, BadRequestError,
-    ScoringTimeoutError and ClientGoneError."""
+async def read_body(receive: Receive, headers: Headers, max_bytes: int, take: Callable[[int], None]) -> bytes:
+    """The whole body, decompressed; `take` is told of all bytes. Raises TooLongError before more than `max_bytes` are held,
+    BadRequestError, OverloadedError, ScoringTimeoutError and ClientGoneError."""
     length = headers.get("content-length", "0")
     if length.isascii() and length.isdigit() and int(length[:20]) > max_bytes:
         raise _too_long(max_bytes)
@@ -107,11 +112,15 @@ async def read_body(receive: Receive, headers: Headers, max_bytes: int) -> bytes
                 size += len(chunks[-1])
                 if size > max_bytes:
                     raise _too_long(max_bytes)
+                take(len(chunks[-1]))
                 if not message.get("more_body"):
                     break
     except TimeoutError:
         raise ScoringTimeoutError(f"the body did not arrive within {BODY_SECONDS:g} s") from None
-    return inflate(b"".join(chunks), headers.get("content-encoding", "identity").lower(), max_bytes)
+    body = b"".join(chunks)
+    inflated = inflate(body, headers.get("content-encoding", "identity").lower(), max_bytes)
+    take(max(0, len(inflated) - len(body)))
+    return inflated
 
 
 def inflate(body: bytes, encoding: str, max_bytes: int) -> bytes:

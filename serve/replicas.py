@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +29,6 @@ from serve.batching import Batch, Batcher
 from serve.replica_metrics import ReplicaMetrics
 
 logger = logging.getLogger("ray.serve")
-
-PASSES_PER_BATCH = 4
-"""Callers share a batch of up to this many forward passes: enough to sort by length, short enough to answer soon."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +62,14 @@ class ModelReplica:
         self._name, self._config = name, config
         self._precision, self._trust_remote_code = precision, trust_remote_code
         self._loaded = self._load(config.path, config.version)
+        self._broken: Exception | None = None
         self._refused = ""
         self._counters: Counter[str] = Counter()
         self._metrics = ReplicaMetrics(name)
         self._cache = AnswerCache(config.batching.cache_entries)
         self._batcher: Batcher[_Work, _Computed] = Batcher(
             self._compute,
-            limit=PASSES_PER_BATCH * config.batching.max_batch_tokens,
+            max_tokens=config.batching.max_batch_tokens,
             wait_seconds=config.batching.wait_seconds,
             max_waiting=config.batching.max_waiting_tokens,
         )
@@ -109,7 +107,10 @@ class ModelReplica:
         return {**self._counters, "pid": os.getpid()}
 
     async def check_health(self) -> None:
-        """Serve replaces a replica that does not answer this in time."""
+        """Serve replaces a replica that fails this, or does not answer it in time. Raises what broke the device: nothing more is computed
+        on one that has failed."""
+        if self._broken is not None:
+            raise self._broken
 
     async def reconfigure(self, settings: Mapping[str, str]) -> None:
         """Take other weights: load them beside the old ones, then switch between two batches.
@@ -148,9 +149,8 @@ class ModelReplica:
             missing = [ids for ids, answer in zip(sequences, known, strict=True) if answer is None]
             self._metrics.cached(len(sequences) - len(missing))
             if missing:
-                tokens = sum(map(len, missing))
-                work, timeout = _Work(missing, request.output), self._config.timeout_seconds
-                computed = await self._batcher.submit(work, tokens, timeout_seconds=timeout, alone=request.alone)
+                work, lengths, timeout = _Work(missing, request.output), [len(ids) for ids in missing], self._config.timeout_seconds
+                computed = await self._batcher.submit(work, lengths, timeout_seconds=timeout, alone=request.alone)
                 for ids, answer in zip(missing, computed.answers, strict=True):
                     self._cache.put(computed.identity.weights_hash, request.output, ids, answer)
                 if computed.identity != identity and len(missing) < len(sequences):
@@ -159,28 +159,33 @@ class ModelReplica:
                 known = [next(fresh) if answer is None else answer for answer in known]
             return ScoringAnswer(np.concatenate([answer for answer in known if answer is not None]), identity)
 
-    def _compute(self, batch: Batch[_Work]) -> list[_Computed | Exception]:
-        """In the batcher's thread: all sequences of all requests, in passes of similar length."""
+    def _compute(self, batch: Batch[_Work]) -> list[_Computed | ScoringError]:
+        """In the batcher's thread: the batch, in one pass where it fits; what one request has wrong fails no other."""
         loaded, began = self._loaded, time.perf_counter()
         padding: list[int] = []
-        answers: list[_Computed | Exception] = [NotImplementedError()] * len(batch.items)
+        answers: dict[int, _Computed | ScoringError] = {}
         for output in {work.output for work in batch.items}:
             places = [place for place, work in enumerate(batch.items) if work.output == output]
-            good = []
-            for place in places:
-                try:
-                    check_sequences(batch.items[place].sequences, output, loaded.model, self._name)  # other weights may have come since
-                    good.append(place)
-                except ScoringError as error:
-                    answers[place] = error
-            flat = [ids for place in good for ids in batch.items[place].sequences]
-            found = iter(
-                loaded.model.answers(flat, self._config.batching.max_batch_tokens, output=output, on_padding=padding.append) if flat else ()
-            )
-            for place in good:
-                answers[place] = _Computed([next(found) for _ in batch.items[place].sequences], loaded.identity)
+            works = [batch.items[place] for place in places]
+            answers.update(zip(places, self._answers_of(works, output, loaded, padding.append), strict=True))
         self._count(batch, padding, time.perf_counter() - began)
-        return answers
+        return [answers[place] for place in range(len(batch.items))]
+
+    def _answers_of(
+        self, works: list[_Work], output: Output, loaded: _Loaded, on_padding: Callable[[int], None]
+    ) -> list[_Computed | ScoringError]:
+        sequences = [ids for work in works for ids in work.sequences]
+        try:
+            check_sequences(sequences, output, loaded.model, self._name)  # other weights may have come since `infer` looked
+            found = iter(loaded.model.answers(sequences, self._config.batching.max_batch_tokens, output=output, on_padding=on_padding))
+        except torch.AcceleratorError as error:
+            self._broken = error
+            raise
+        except ScoringError as error:
+            if len(works) == 1:
+                return [error]
+            return [answer for work in works for answer in self._answers_of([work], output, loaded, on_padding)]
+        return [_Computed([next(found) for _ in work.sequences], loaded.identity) for work in works]
 
     def _count(self, batch: Batch[_Work], padding: list[int], seconds: float) -> None:
         sequences = [ids for work in batch.items for ids in work.sequences]

@@ -148,7 +148,7 @@ class ScoringConfig(Config):
     retries: int = Field(3, ge=0)
     """How often a failed request is sent again."""
     max_in_flight: int = Field(64, ge=1)
-    """Requests that one client has under way at a time; the others wait with the client."""
+    """Requests that one client has under way at a time; further ones wait with the client, until their answers are waited for."""
     hedge_after_seconds: float | None = Field(None, gt=0)
     """Send a request that has no answer after this long a second time, to whichever replica is free, and take the first answer."""
     alone: bool = False

@@ -6,12 +6,14 @@ Shape legend: B sequences of a pass, S tokens of the longest, R = S - 1 predicte
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from app.config.serving import OUTPUTS, ModelKind, Output
 from app.errors import ModelError, ScoringError
@@ -30,6 +32,10 @@ def kind_of(path: str) -> ModelKind:
     if writes_text(path):
         return "reference"
     raise ModelError(f"{path}: an encoder without a score head; train a reward model from it with `corral rm`")
+
+
+WHERE_IT_CAME_FROM = ("_name_or_path", "transformers_version")
+"""Entries of a model's configuration that say nothing about what it computes."""
 
 
 class ScoringModel:
@@ -62,12 +68,11 @@ class ScoringModel:
 
     @cached_property
     def weights_hash(self) -> str:
-        """32 hex digits over names, types and values of all weights as loaded, and the reward offset: about 1 s per GB."""
-        digest = hashlib.blake2b(digest_size=16)
+        """32 hex digits over the configuration and the names, types and values of all weights as loaded: about 1 s per GB."""
+        digest = hashlib.blake2b(_settings(self.model), digest_size=16)
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        digest.update(str(getattr(self.model.config, "reward_offset", 0.0)).encode())
         return digest.hexdigest()
 
     def answers(
@@ -106,3 +111,9 @@ class ScoringModel:
             return [row[: length - 1] for row, length in zip(logprobs_BR, lengths, strict=True)]
         logits_BSV = self.model(input_ids=ids_BS, attention_mask=attention_BS, position_ids=positions(attention_BS), use_cache=False).logits
         return [row[:length].half().cpu().numpy() for row, length in zip(logits_BSV, lengths, strict=True)]
+
+
+def _settings(model: PreTrainedModel) -> bytes:
+    """The model's configuration, as bytes that are the same wherever it was loaded."""
+    config = {key: value for key, value in model.config.to_dict().items() if key not in WHERE_IT_CAME_FROM}
+    return json.dumps(config, sort_keys=True, default=str).encode()

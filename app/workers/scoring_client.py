@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import random
+import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -43,6 +44,7 @@ class ServeScorer:
         self._name = name
         self._config = config
         self._handles: dict[str, DeploymentHandle[Any]] = {}
+        self.under_way = _UnderWay(config.max_in_flight)
 
     def scores(self, sequences: Sequence[IntArray]) -> Pending[list[float]]:
         """Reward-model score (logit - reward_offset) of each sequence [S].
@@ -59,7 +61,7 @@ class ServeScorer:
                     scores[index] = score
             return scores
 
-        return _PendingAnswers(requests, finish, self._config.max_in_flight)
+        return _PendingAnswers(self, requests, finish)
 
     def logprobs(self, sequences: Sequence[IntArray]) -> Pending[list[FloatArray]]:
         """Per sequence [S]: float32 [S-1], entry t = log p(ids[t+1] | ids[..t]) under the reference policy at the
@@ -73,7 +75,7 @@ class ServeScorer:
                 rows.update(zip(request.rows, np.split(answer.values, ends[:-1]), strict=True))
             return [rows[index] for index in range(len(sequences))]
 
-        return _PendingAnswers(requests, finish, self._config.max_in_flight)
+        return _PendingAnswers(self, requests, finish)
 
     def stats(self) -> dict[str, Mapping[str, int]]:
         """Counters of one replica of each deployment, since it started: requests, batches, sequences, tokens, padding, passes (of
@@ -125,7 +127,28 @@ def flatten(sequences: Sequence[IntArray]) -> tuple[IntArray, IntArray]:
     return ids.astype(np.int32), np.array([len(array) for array in arrays], dtype=np.int32)
 
 
-@dataclass
+class _UnderWay:
+    """Requests of one client that are sent and not answered: at most `limit`. Those of a call that nobody holds any more leave it
+    by themselves."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._lock = limit, threading.Lock()
+        self._requests: weakref.WeakSet[_Request] = weakref.WeakSet()
+
+    def has_room(self) -> bool:
+        with self._lock:
+            return len(self._requests) < self._limit
+
+    def enter(self, request: _Request) -> None:
+        with self._lock:
+            self._requests.add(request)
+
+    def leave(self, request: _Request) -> None:
+        with self._lock:
+            self._requests.discard(request)
+
+
+@dataclass(eq=False)
 class _Request:
     """One request of a call: which sequences it carries, and its latest attempts. More than one attempt is a hedge."""
 
@@ -135,24 +158,36 @@ class _Request:
     message: ScoringRequest
     attempts: list[Any] = field(default_factory=list)  # DeploymentResponses under way
     failure: Exception | None = None
+    sent: bool = False
 
     def send(self) -> None:
         """Start an attempt; a failure to start is one more failure of the attempt, told by `wait`."""
-        self.failure = None
+        self.sent, self.failure = True, None
+        self.scorer.under_way.enter(self)
         try:
             self.attempts.append(self.scorer.handle(self.deployment).infer.remote(self.message))
         except (RayError, RayServeException, ScoringError) as error:
             self.failure = error
 
     def wait(self) -> ScoringAnswer:
-        """The answer. Every attempt has `timeout_seconds` from the moment that its caller waits for it."""
+        """The answer. Every attempt has `timeout_seconds` from the moment that its caller waits for it.
+
+        What could not be sent yet is sent now, room or not: two callers that wait for each other's room would wait for ever.
+        """
+        if not self.attempts and self.failure is None:
+            self.send()
+        try:
+            return self._wait()
+        finally:
+            self.failure = None
+            self.scorer.under_way.leave(self)
+
+    def _wait(self) -> ScoringAnswer:
         config = self.scorer.config
         failure: ScoringError | None = None
         for attempt in range(config.retries + 1):
             if attempt:
-                pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
-                pause *= random.uniform(0.5, 1.5)  # callers that failed together do not come back together
-                time.sleep(max(pause, getattr(failure, "retry_after", 0.0)))
+                time.sleep(max(pause_before(attempt), getattr(failure, "retry_after", 0.0)))
                 self.send()
             try:
                 return self._answer(config)
@@ -196,6 +231,11 @@ class _Request:
         return failure
 
 
+def pause_before(attempt: int) -> float:
+    """Seconds to wait before attempt 1, 2, ...: callers that failed together do not come back together."""
+    return min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.5)
+
+
 WORTH_ANOTHER_ATTEMPT = (OverloadedError, ScoringTimeoutError, NotReadyError)
 """Kinds of failure after which the same request may be answered. Any other would come again."""
 
@@ -217,21 +257,33 @@ def as_failure(error: Exception, config: ScoringConfig, deployment: str) -> Scor
 
 
 class _PendingAnswers(Generic[T]):
-    """A call in flight: at most `max_in_flight` of its requests at a time. `finish` puts the answers together."""
+    """A call in flight. `finish` puts the answers of its requests together."""
 
-    def __init__(self, requests: Sequence[_Request], finish: Callable[[Sequence[ScoringAnswer]], T], max_in_flight: int) -> None:
-        self._requests, self._finish, self._max_in_flight = requests, finish, max_in_flight
-        for request in requests[:max_in_flight]:
-            request.send()
+    def __init__(self, scorer: ServeScorer, requests: Sequence[_Request], finish: Callable[[Sequence[ScoringAnswer]], T]) -> None:
+        self._scorer, self._requests, self._finish = scorer, requests, finish
+        self._send_what_fits()
 
     def result(self) -> T:
-        """Raises ScoringError, also when the model was replaced between two answers of the call."""
-        answers = []
-        for request, later in zip_longest(self._requests, self._requests[self._max_in_flight :]):
-            answers.append(request.wait())
-            if later is not None:
-                later.send()
-        if len(versions := {answer.model for answer in answers}) > 1:
-            names = " and ".join(sorted(f"{model.version} ({model.weights_hash[:12]})" for model in versions))
-            raise ScoringError(f"the answers to one call come from versions {names} of {answers[0].model.name}: ask again")
-        return self._finish(answers)
+        """Raises ScoringError, also when the answers still come from several versions of the model after `retries` more attempts."""
+        answers: dict[_Request, ScoringAnswer] = {}
+        for attempt in range(self._scorer.config.retries + 1):
+            if attempt:
+                time.sleep(pause_before(attempt))  # the model is being replaced
+            for request in self._requests:
+                if request not in answers:
+                    answers[request] = request.wait()
+                    self._send_what_fits()
+                    last = answers[request].model
+            if all(answer.model == last for answer in answers.values()):
+                return self._finish([answers[request] for request in self._requests])
+            versions = {answer.model for answer in answers.values()}
+            answers = {request: answer for request, answer in answers.items() if answer.model == last}
+        names = " and ".join(sorted(f"{model.version} ({model.weights_hash[:12]})" for model in versions))
+        raise NotReadyError(f"the answers to one call come from versions {names} of {last.name}: ask again")
+
+    def _send_what_fits(self) -> None:
+        for request in self._requests:
+            if not request.sent:
+                if not self._scorer.under_way.has_room():
+                    return
+                request.send()

@@ -11,6 +11,7 @@ import pytest
 
 # Ray reads these when it is imported.
 os.environ.update(RAY_AUTH_MODE="disabled", RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread of Serve's that outlives the cluster would start another one
 os.environ.pop("RAY_ADDRESS", None)
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -312,7 +315,7 @@ def test_bombs_take_no_memory(service: Service) -> None:
         assert client.post("/v2/models/reward/infer", json={"inputs": [tensor([[5, 6]])]}).status_code == 200
 
 
-def test_fuzzed_by_its_own_page(service: Service) -> None:
+def test_fuzzed_by_its_own_page(service: Service, tmp_path: Path) -> None:
     command = [client_python("schemathesis").with_name("schemathesis"), "run", f"{service.http}/openapi.json"]
     # The page cannot say that a tensor's data fits its shape: what it allows may be refused all the same.
     options = [
@@ -325,6 +328,51 @@ def test_fuzzed_by_its_own_page(service: Service) -> None:
         "--phases",
         "examples,coverage,fuzzing",
     ]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-4000:]
     assert httpx.get(f"{service.http}/v2/health/ready").status_code == 200
+
+
+def kill(name: str) -> None:
+    """SIGKILL for the one process whose actor class holds `name`."""
+    (process,) = {actor.pid for actor in list_actors(filters=[("state", "=", "ALIVE")]) if name in actor.class_name}
+    os.kill(process, signal.SIGKILL)
+
+
+def test_deaths(service: Service) -> None:
+    """The gRPC door needs neither Serve's proxy nor its controller; what dies comes back; no answer is ever wrong."""
+    message = infer_message()
+    expected = direct_answers(service.folders, np.array([[5, 6, 7]]), np.ones((1, 3), int))["rewards"]
+
+    def over_grpc() -> float:
+        with grpc.insecure_channel(service.grpc) as channel:
+            answer = pb.ModelInferResponse.FromString(ask(channel, "ModelInfer", message))
+        return float(np.frombuffer(answer.raw_output_contents[0], np.float32)[0])
+
+    def over_http() -> float:
+        answer = httpx.post(f"{service.http}/score", json={"model": "reward", "ids": [[5, 6, 7]]}, timeout=30)
+        return float(answer.raise_for_status().json()["rewards"][0])
+
+    def comes_back(way: Callable[[], float]) -> None:
+        deadline = time.monotonic() + DEADLINE
+        while True:
+            try:
+                assert way() == pytest.approx(expected[0], abs=1e-5)
+                return
+            except (grpc.RpcError, httpx.HTTPError):
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+
+    unharmed_by: dict[str, tuple[Callable[[], float], ...]] = {
+        "ServeController": (over_grpc, over_http),
+        "Proxy": (over_grpc,),
+        "scoring:reward": (),
+        "scoring:doors": (),
+    }
+    for victim, unharmed in unharmed_by.items():
+        kill(victim)
+        for _ in range(20):
+            for way in unharmed:
+                assert way() == pytest.approx(expected[0], abs=1e-5), victim
+        for way in (over_grpc, over_http):
+            comes_back(way)

@@ -9,7 +9,9 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ import ray
 import torch
 from ray import serve
 from ray.util.state import list_actors
+from transformers import PreTrainedModel
 
 from app.config.ppo import ScoringConfig
 from app.config.shared import WorkersConfig
@@ -63,15 +66,25 @@ def random_sequences(count: int, seed: int = 0) -> list[np.ndarray]:
     return [generator.integers(0, VOCABULARY, generator.integers(1, 40)).astype(np.int32) for _ in range(count)]
 
 
+@cache
+def reward_model(path: str) -> PreTrainedModel:
+    return load_reward_model(path)
+
+
+@cache
+def reference_model(path: str) -> PreTrainedModel:
+    return load_causal_lm(path)
+
+
 @torch.no_grad()
 def direct_scores(folders: Folders, sequences: list[np.ndarray]) -> list[float]:
-    model = load_reward_model(folders.reward)
+    model = reward_model(folders.reward)
     return [float(sequence_scores(model, *pad_sequences([ids]))) - OFFSET for ids in sequences]
 
 
 @torch.no_grad()
 def direct_logprobs(folders: Folders, ids: np.ndarray) -> np.ndarray:
-    return sequence_logprobs(load_causal_lm(folders.reference), *pad_sequences([ids]), temperature=TEMPERATURE)[0].numpy()
+    return sequence_logprobs(reference_model(folders.reference), *pad_sequences([ids]), temperature=TEMPERATURE)[0].numpy()
 
 
 def test_answers_equal_direct_forward_passes(scorer: ServeScorer, folders: Folders) -> None:
@@ -138,39 +151,87 @@ def test_a_pickled_client_works_in_another_process(scorer: ServeScorer, folders:
     np.testing.assert_allclose(ray.get(score.remote(pickle.dumps(scorer))), direct_scores(folders, sequences), atol=1e-5)
 
 
-def test_the_client_outlives_a_killed_replica(scorer: ServeScorer, folders: Folders) -> None:
-    sequences = random_sequences(8)
-    expected = direct_logprobs(folders, sequences[0])
+@dataclass(frozen=True)
+class Call:
+    """One call of a client under load."""
+
+    sequences: list[np.ndarray]
+    output: str
+    answers: list[np.ndarray]
+    began: float
+    ended: float
+
+
+@contextmanager
+def clients_at_work(folders: Folders, count: int = 8) -> Iterator[list[Call]]:
+    """Calls of many clients, for scores and for log-probs, until the block ends. Every one must be answered with what a direct forward
+    pass gives, within the deadline of an attempt."""
+    calls: list[Call] = []
+    done = threading.Event()
+
+    def work(number: int) -> None:
+        own, seed = connect("scoring", CONFIG), 1000 * number
+        while not done.is_set():
+            seed += 1
+            sequences, output = random_sequences(3, seed=seed), ("scores", "logprobs")[number % 2]
+            began = time.monotonic()
+            answers = getattr(own, output)(sequences).result()
+            calls.append(Call(sequences, output, [np.atleast_1d(answer) for answer in answers], began, time.monotonic()))
+
+    with ThreadPoolExecutor(count) as pool:
+        clients = [pool.submit(work, number) for number in range(count)]
+        try:
+            while len(calls) < count:
+                time.sleep(0.05)
+            yield calls
+        finally:
+            done.set()
+    for client in clients:
+        client.result()
+    for call in calls:
+        assert call.ended - call.began < CONFIG.timeout_seconds
+        if call.output == "scores":
+            direct = [np.atleast_1d(score) for score in direct_scores(folders, call.sequences)]
+        else:
+            direct = [direct_logprobs(folders, ids) for ids in call.sequences]
+        for answer, expected in zip(call.answers, direct, strict=True):
+            np.testing.assert_allclose(answer, expected, atol=1e-5)
+
+
+def test_every_call_is_answered_while_the_only_replica_is_killed(scorer: ServeScorer, folders: Folders) -> None:
     process = scorer.stats()["reference"]["pid"]
-    in_flight = scorer.logprobs(sequences)
-    os.kill(process, signal.SIGKILL)
-    later = scorer.logprobs(sequences)
-    for pending in (in_flight, later):
-        np.testing.assert_allclose(pending.result()[0], expected, atol=1e-5)
+    with clients_at_work(folders) as calls:
+        os.kill(process, signal.SIGKILL)
+        killed = time.monotonic()
+        while not any(call.output == "logprobs" and call.began > killed for call in list(calls)):
+            time.sleep(0.05)
     assert scorer.stats()["reference"]["pid"] != process
 
 
 def test_the_handle_path_answers_while_the_controller_is_down(scorer: ServeScorer, folders: Folders) -> None:
-    sequences = random_sequences(6)
-    expected = direct_scores(folders, sequences)
-    (controller,) = [actor for actor in list_actors() if actor.name == "SERVE_CONTROLLER_ACTOR" and actor.state == "ALIVE"]
-    os.kill(controller.pid, signal.SIGKILL)
-    for _ in range(3):
-        np.testing.assert_allclose(scorer.scores(sequences).result(), expected, atol=1e-5)
+    def controllers() -> list[int]:
+        return [actor.pid for actor in list_actors() if actor.name == "SERVE_CONTROLLER_ACTOR" and actor.state == "ALIVE"]
+
+    (process,) = controllers()
+    with clients_at_work(folders) as calls:
+        os.kill(process, signal.SIGKILL)
+        killed = time.monotonic()
+        while (alive := controllers()) in ([], [process]):
+            time.sleep(0.2)
+        restarted = time.monotonic()
+    assert len(alive) == 1
+    down = [call for call in calls if call.began > killed and call.ended < restarted]
+    assert {call.output for call in down} == {"scores", "logprobs"}
 
 
 def test_many_clients_at_once_get_what_a_direct_forward_pass_gives(scorer: ServeScorer, folders: Folders) -> None:
-    model = load_reward_model(folders.reward)
-
     def client(number: int) -> float:
         """Largest difference over ten calls of a client of its own."""
         own = connect("scoring", CONFIG.model_copy(update={"hedge_after_seconds": 5.0}))
         worst = 0.0
         for call in range(10):
             sequences = random_sequences(1 + call % 3, seed=1000 * number + call)
-            with torch.no_grad():
-                direct = [float(sequence_scores(model, *pad_sequences([ids]))) - OFFSET for ids in sequences]
-            worst = max(worst, float(np.abs(np.array(own.scores(sequences).result()) - direct).max()))
+            worst = max(worst, np.abs(np.array(own.scores(sequences).result()) - direct_scores(folders, sequences)).max())
         return worst
 
     with ThreadPoolExecutor(32) as pool:
@@ -211,7 +272,7 @@ def test_start_and_stop_beside_a_running_service(scorer: ServeScorer, folders: F
         pass
     with pytest.raises(ScoringError, match="one label"), start_scoring(CONFIG, **{**paths, "reward_path": folders.reference}, name="wrong"):
         pass
-    greedy = CONFIG.model_copy(update={"reference": WorkersConfig(cpus=1000)})
+    greedy = CONFIG.model_copy(update={"reference": WorkersConfig(cpus=1000), "timeout_seconds": 1})
     with pytest.raises(DeadlineError, match="reference"), start_scoring(greedy, **paths, name="greedy", deadline_seconds=1):
         pass
     assert set(serve.status().applications) == {"scoring"}

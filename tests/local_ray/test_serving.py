@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from ray.util.state import list_actors
 from app.config.loading import load_recipe
 from app.config.serving import BatchingConfig, ServedModelConfig, ServingConfig
 from app.config.shared import WorkersConfig
+from app.errors import ConfigError
 from app.models.forward import pad_sequences, sequence_logprobs
 from app.models.load import load_causal_lm
 from app.workers.processes import process_options
@@ -34,10 +36,12 @@ from jobs.main import main
 from jobs.serving import APPLICATION, Service, close
 from jobs.serving_inputs import opened_doors
 from serve import deploying
-from serve.deploying import NO_DOORS, ServeGoneError, deploy, deployed, http_door, target
+from serve.deploying import NO_DOORS, Deployed, ServeGoneError, deploy, deployed, http_door, target
 from serve.scoring import model_options, scoring_application
 from tests.local_ray.service_load import DEADLINE, IDS, Ask, by_grpc, by_handle, by_http, check_answers, load, wait_for
 from tests.tiny_models import make_neox
+
+DASHBOARD = Path(__file__).resolve().parents[2] / "deploy" / "grafana" / "scoring.json"
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Running:
     """A service with one model, `policy`, behind both doors."""
 
     doors: ServingConfig
+    applications: Deployed
 
     @property
     def handle(self) -> DeploymentHandle[Any]:
@@ -79,8 +84,8 @@ class Running:
     def service(self, **models: ServedModelConfig) -> Service:
         return Service(load_recipe(None), models, self.doors, None)
 
-    def update(self, **models: ServedModelConfig) -> None:
-        deploy(self.service(**models).targets(), DEADLINE)
+    def update(self, *others: serve.RunTarget, **models: ServedModelConfig) -> None:
+        self.applications.update([*self.service(**models).targets(), *others], DEADLINE)
 
     def process(self) -> int:
         return int(self.handle.stats.remote().result()["pid"])
@@ -89,11 +94,10 @@ class Running:
 @pytest.fixture(scope="module")
 def running(policies: Policies, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     log = tmp_path_factory.mktemp("logs") / "access.jsonl"
-    service = Running(opened_doors(ServingConfig(http_port=0, grpc_port=0, access_log=str(log))))
-    targets = service.service(policy=policy(policies, "1")).targets()
-    start = http_door(service.doors.host, service.doors.http_port)
-    with deployed(targets, deadline_seconds=DEADLINE, stop_serve=True, start=start):
-        yield service
+    doors = opened_doors(ServingConfig(http_port=0, grpc_port=0, access_log=str(log)))
+    targets = Service(load_recipe(None), {"policy": policy(policies, "1")}, doors, None).targets()
+    with deployed(targets, deadline_seconds=DEADLINE, stop_serve=True, start=http_door(doors.host, doors.http_port)) as applications:
+        yield Running(doors, applications)
 
 
 @pytest.fixture
@@ -134,12 +138,12 @@ def test_models_and_other_applications_come_and_go(service: Running, policies: P
 
     process = service.process()
     with load(*service.ways_in) as under:
-        service.update(policy=policy(policies, "1"), other=policy(policies, "2"))
-        serve.run(serve.deployment(Greeting).options(ray_actor_options={"num_cpus": 0.1}).bind(), name="neighbour", route_prefix="/hello")
+        greeting = serve.deployment(Greeting).options(ray_actor_options={"num_cpus": 0.1}).bind()
+        service.update(target(greeting, "neighbour", "/hello"), policy=policy(policies, "1"), other=policy(policies, "2"))
         assert httpx.get(f"http://127.0.0.1:{service.doors.http_port}/hello").text == "hello"
         check_answers([by_grpc(service.doors.grpc_port, "other")(), by_http(service.doors.http_port, "other")()], policies.logprobs)
-        serve.delete("neighbour")
         service.update(policy=policy(policies, "1"))
+        assert set(serve.status().applications) == {APPLICATION}
     assert not under.failures
     check_answers(under.answers, policies.logprobs)
     assert service.process() == process
@@ -165,6 +169,14 @@ def test_a_killed_door_or_controller_comes_back(service: Running, policies: Poli
     if victim == "ServeController":
         assert not under.failures
     check_answers([*under.answers, *inside.answers, *(ask() for ask in ways_in)], policies.logprobs)
+
+
+def test_what_the_dashboard_asks_for_is_exported(running: Running) -> None:
+    asked = set(re.findall(r"ray_corral_\w+", DASHBOARD.read_text()))
+    silent = {"ray_corral_scoring_padding_tokens_total", "ray_corral_scoring_cached_sequences_total"}  # nothing was padded, no cache is on
+    node = ray.nodes()[0]
+    metrics = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    wait_for(lambda: asked - silent <= set(re.findall(r"^(\w+){", httpx.get(metrics).text, re.MULTILINE)))
 
 
 def test_other_changes_replace_replicas_under_load_and_stopping_answers_what_is_in_flight(running: Running, policies: Policies) -> None:
@@ -225,16 +237,14 @@ def test_scorers_share_no_gpu_with_learners_and_engines(running: Running, polici
 
     learner = ray.remote(Probe).options(**process_options(WorkersConfig(cpus=0.1, gpus=1))).remote()
     engine = ray.remote(Probe).options(**engine_options(WorkersConfig(cpus=0.1, gpus=1), "DEFAULT")).remote()
-    targets = [target(scorer(name, gpus), name) for name, gpus in (("reward", 1), ("reference", 0.5), ("second", 0.5))]
+    targets = [target(scorer(name, gpus), name) for name, gpus in (("reward", 1), ("reference", 0.5))]
     with deployed(targets, deadline_seconds=DEADLINE, stop_serve=True):
-        whole = [*ray.get([learner.gpus.remote(), engine.gpus.remote()])]
-        reward, *halves = [serve.get_deployment_handle(each.name, each.name).gpus.remote().result() for each in targets]
+        given = ray.get([learner.gpus.remote(), engine.gpus.remote()])
+        given += [serve.get_deployment_handle(each.name, each.name).gpus.remote().result() for each in targets]
     for actor in (learner, engine):
         ray.kill(actor)
-    assert all(len(ids) == 1 for ids in (*whole, reward, *halves))
-    alone = {ids[0] for ids in (*whole, reward)}
-    assert len(alone) == 3
-    assert alone.isdisjoint(ids[0] for ids in halves), "a fraction never comes off a GPU that somebody has whole"
+    assert [len(ids) for ids in given] == [1, 1, 1, 1]
+    assert len({ids[0] for ids in given}) == 4, "nobody shares; a fraction never comes off a GPU that somebody has whole"
 
 
 def test_a_serve_that_its_starter_stops_is_started_again(policies: Policies, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,6 +254,9 @@ def test_a_serve_that_its_starter_stops_is_started_again(policies: Policies, mon
     with pytest.raises(ServeGoneError):
         deploy(targets, DEADLINE)
     deploying.start_serve(NO_DOORS)
+    doors = http_door("127.0.0.1", 8000)
+    with pytest.raises(ConfigError, match="no HTTP port"), deployed(targets, deadline_seconds=DEADLINE, stop_serve=True, start=doors):
+        pass
     genuine, calls = deploying.deploy, []
 
     def after_the_starter_has_gone(*arguments: Any) -> None:

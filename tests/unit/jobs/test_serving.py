@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+from ray.serve._private.build_app import build_app
 
 from app.config.loading import load_recipe
 from app.config.served_models import named_models
 from app.errors import ConfigError
 from jobs import serving
 from jobs.main import main
+from serve import builders
 from serve.access import bearer_token
 
 
@@ -132,6 +135,21 @@ def test_a_config_file_for_serve_deploy(folder: Callable[..., str], tmp_path: Pa
     assert application["deployments"] == [{"name": "a", "user_config": {"path": str(tmp_path / "sft"), "version": "7"}}]
     assert application["args"]["serving.max_request_bytes"] == 5000
     assert application["args"]["serving.http_port"] == document["http_options"]["port"] > 0
+
+
+def test_the_builder_of_serves_own_commands(folder: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CORRAL_SERVE_TOKEN", raising=False)
+    given = {
+        "serving.models.a.path": folder("sft", **LANGUAGE),
+        "serving.models.a.version": "7",
+        "serving.grpc_port": "9",
+    }  # as of the shell
+    application = call_user_app_builder_with_args_if_necessary(builders.scoring, given)
+    deployments = {deployment.name: deployment for deployment in build_app(application, name="scoring").deployments}
+    assert deployments.keys() == {"a", "doors"}
+    assert deployments["a"].user_config == {"path": given["serving.models.a.path"], "version": "7"}
+    with pytest.raises(ConfigError, match="need no token"):
+        builders.scoring({**given, "serving.host": "0.0.0.0"})
 
 
 def test_hangups_update_and_a_failed_update_leaves_the_service_up(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,18 +30,18 @@ class Model:
 class Items:
     """A batcher of numbers that are their own size."""
 
-    def __init__(self, model: Model, *, limit: int = 100, wait_seconds: float = 0.0, max_waiting: int = 1000) -> None:
-        self.batcher: Batcher[int, int] = Batcher(model, limit=limit, wait_seconds=wait_seconds, max_waiting=max_waiting)
+    def __init__(self, model: Model, *, max_tokens: int = 100, wait_seconds: float = 0.0, max_waiting: int = 1000) -> None:
+        self.batcher: Batcher[int, int] = Batcher(model, max_tokens=max_tokens, wait_seconds=wait_seconds, max_waiting=max_waiting)
 
     async def submit(self, item: int, *, timeout_seconds: float = 10.0, alone: bool = False) -> int:
-        return await self.batcher.submit(item, item, timeout_seconds=timeout_seconds, alone=alone)
+        return await self.batcher.submit(item, [item], timeout_seconds=timeout_seconds, alone=alone)
 
 
 batcher = Items
 
 
 async def settle() -> None:
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0.01)
 
 
 def test_callers_that_come_while_the_model_works_share_the_next_batch() -> None:
@@ -62,23 +62,33 @@ def test_callers_that_come_while_the_model_works_share_the_next_batch() -> None:
     asyncio.run(scenario())
 
 
-def test_a_batch_keeps_to_its_limit_and_to_the_order_of_arrival() -> None:
+def test_a_batch_takes_the_oldest_and_the_most_similar_rows_up_to_its_limit_with_the_padding() -> None:
     async def scenario() -> None:
         model = Model()
-        answers = await asyncio.gather(*map(batcher(model, limit=10, wait_seconds=2.0).submit, (6, 3, 4, 50, 1)))
-        assert answers == [12, 6, 8, 100, 2]
-        assert model.batches[:3] == [[6, 3], [4], [50]]
+        answers = await asyncio.gather(*map(batcher(model, max_tokens=120, wait_seconds=2.0).submit, (40, 20, 500, 35, 30, 45)))
+        assert answers == [80, 40, 1000, 70, 60, 90]
+        assert model.batches == [[40, 35, 30], [20, 45], [500]]
 
-    # No wait of 2 s where the limit is reached; the last item waits alone, and its wait is bounded.
-    asyncio.run(asyncio.wait_for(scenario(), 3.8))
+    # No wait of 2 s where the limit is reached.
+    asyncio.run(asyncio.wait_for(scenario(), 1.8))
+
+
+def test_rows_of_very_different_length_do_not_pad_each_other() -> None:
+    async def scenario() -> None:
+        model = Model()
+        batches = batcher(model, max_tokens=10_000, wait_seconds=0.05, max_waiting=10_000)
+        await asyncio.gather(*map(batches.submit, (10, 300, 48, 200, 199)))
+        assert model.batches == [[10, 48], [300, 200], [199]]
+
+    asyncio.run(scenario())
 
 
 def test_one_caller_waits_no_longer_than_asked() -> None:
     async def scenario() -> None:
         loop = asyncio.get_running_loop()
         started = loop.time()
-        assert await batcher(Model(), wait_seconds=0.2).submit(7) == 14
-        assert 0.15 < loop.time() - started < 2
+        assert await batcher(Model(), wait_seconds=0.1).submit(7) == 14
+        assert 0.08 < loop.time() - started < 2
 
     asyncio.run(scenario())
 
@@ -114,6 +124,25 @@ def test_callers_that_went_away_are_not_computed() -> None:
     asyncio.run(scenario())
 
 
+def test_what_a_caller_that_went_away_wanted_no_longer_counts() -> None:
+    async def scenario() -> None:
+        model = Model()
+        model.gate.clear()
+        batches = batcher(model, max_waiting=10)
+        first, gone = asyncio.create_task(batches.submit(1)), asyncio.create_task(batches.submit(2))
+        await settle()
+        gone = asyncio.create_task(batches.submit(9))
+        await settle()
+        gone.cancel()
+        await settle()
+        later = asyncio.create_task(batches.submit(8))
+        await settle()
+        model.gate.set()
+        assert await asyncio.gather(first, later) == [2, 16]
+
+    asyncio.run(scenario())
+
+
 def test_an_answer_that_is_an_error_belongs_to_its_caller_alone() -> None:
     async def scenario() -> None:
         model = Model()
@@ -125,13 +154,13 @@ def test_an_answer_that_is_an_error_belongs_to_its_caller_alone() -> None:
     asyncio.run(scenario())
 
 
-def test_items_that_are_to_be_alone_share_no_batch_and_keep_their_turn() -> None:
+def test_items_that_are_to_be_alone_share_no_batch() -> None:
     async def scenario() -> None:
         model = Model()
         batches = batcher(model, wait_seconds=0.05)
         answers = [batches.submit(1), batches.submit(2, alone=True), batches.submit(3), batches.submit(4)]
         assert await asyncio.gather(*answers) == [2, 4, 6, 8]
-        assert model.batches == [[1], [2], [3, 4]]
+        assert model.batches == [[1, 3, 4], [2]]
 
     asyncio.run(scenario())
 

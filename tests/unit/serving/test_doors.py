@@ -20,6 +20,7 @@ from ray.serve.exceptions import BackPressureError
 from app.config.serving import ServingConfig
 from app.errors import NotReadyError, OverloadedError, ScoringError, ScoringTimeoutError
 from serve import access_log
+from serve.byte_budget import ByteBudget
 from serve.credentials import Credentials
 from serve.gateway import Gateway
 from serve.grpc_door import SERVICE, GrpcDoor
@@ -45,8 +46,14 @@ def client(models: dict[str, FakeModel]) -> TestClient:
     return http_client(models)
 
 
-def http_client(models: dict[str, FakeModel], token: str | None = None) -> TestClient:
-    app = http_app(Gateway(models, CONFIG), CONFIG, Credentials.of(token))
+@pytest.fixture(scope="module")
+def steady() -> TestClient:
+    """For requests that leave everything as it is: building the application takes most of a test's time."""
+    return http_client(fake_models())
+
+
+def http_client(models: dict[str, FakeModel], token: str | None = None, budget: int = 2**20) -> TestClient:
+    app = http_app(Gateway(models, CONFIG), CONFIG, Credentials.of(token), ByteBudget(budget))
     return TestClient(app, raise_server_exceptions=False)
 
 
@@ -135,8 +142,8 @@ def test_score(tmp_path: Path) -> None:
         ({"model": "reward", "ids": [[1]], "temperature": 1}, "Extra inputs"),
     ],
 )
-def test_scores_of_malformed_bodies(client: TestClient, body: dict[str, Any], reason: str) -> None:
-    answer = client.post("/score", json=body)
+def test_scores_of_malformed_bodies(steady: TestClient, body: dict[str, Any], reason: str) -> None:
+    answer = steady.post("/score", json=body)
     assert answer.status_code == 422
     assert reason in answer.json()["error"]
 
@@ -167,21 +174,32 @@ def test_scores_of_malformed_bodies(client: TestClient, body: dict[str, Any], re
         (lambda client: client.post("/score", content=b"\xff", headers={"Content-Type": "application/json"}), 400, "parsing"),
     ],
 )  # fmt: skip
-def test_refused_requests(client: TestClient, request_of: Callable[[TestClient], Any], status: int, reason: str) -> None:
-    answer = request_of(client)
+def test_refused_requests(steady: TestClient, request_of: Callable[[TestClient], Any], status: int, reason: str) -> None:
+    answer = request_of(steady)
     assert answer.status_code == status
     assert reason in answer.json()["error"]
-    assert ask(client).status_code == 200
+    assert ask(steady).status_code == 200
 
 
 def compressed(client: TestClient, data: bytes, encoding: str) -> Any:
     return client.post("/v2/models/reward/infer", content=data, headers={"Content-Encoding": encoding})
 
 
-def test_compressed_requests(client: TestClient) -> None:
+def test_what_is_held_at_a_time(models: dict[str, FakeModel]) -> None:
+    client = http_client(models, budget=1000)
+    for answer in (client.post("/score", content=b"x" * 1001), compressed(client, gzip.compress(b" " * 1001), "gzip")):
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+    for _ in range(10):  # what was held is let go, answered or refused
+        assert ask(client).status_code == 200
+    with pytest.raises(grpc.RpcError) as refused:
+        grpc_call(models, "ModelInfer", infer_request().SerializeToString(), budget=100)
+    assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_compressed_requests(steady: TestClient) -> None:
     body = json.dumps({"inputs": [{"name": "input_ids", "datatype": "INT32", "shape": [1, 2], "data": [1, 2]}]}).encode()
-    assert compressed(client, gzip.compress(body), "gzip").json()["outputs"][0]["data"] == [3.0]
-    assert compressed(client, zlib.compress(body), "deflate").json()["outputs"][0]["data"] == [3.0]
+    assert compressed(steady, gzip.compress(body), "gzip").json()["outputs"][0]["data"] == [3.0]
+    assert compressed(steady, zlib.compress(body), "deflate").json()["outputs"][0]["data"] == [3.0]
 
 
 FAILURES = [
@@ -227,8 +245,10 @@ def test_a_deadline_cancels_the_call(client: TestClient, models: dict[str, FakeM
 
 def test_an_answer_is_of_one_version(client: TestClient, models: dict[str, FakeModel]) -> None:
     assert ask(client).json()["model_version"] == "1"
+    models["reward"].swap("2 ü")
+    answer = ask(client)
+    assert (answer.json()["model_version"], answer.headers["corral-model-version"]) == ("2 ü", "2%20%C3%BC")
     models["reward"].swap("2")
-    assert ask(client).json()["model_version"] == "2"
     body = {"inputs": [{"name": "input_ids", "datatype": "INT32", "shape": [1, 1], "data": [1]}]}
     assert client.post("/v2/models/reward/versions/1/infer", json=body).status_code == 404
     assert client.post("/v2/models/reward/versions/2/infer", json=body).json()["model_version"] == "2"
@@ -236,8 +256,7 @@ def test_an_answer_is_of_one_version(client: TestClient, models: dict[str, FakeM
 
 def test_the_token(models: dict[str, FakeModel], capsys: pytest.CaptureFixture[str]) -> None:
     client = http_client(models, TOKEN)
-    for path in ("/v2/health/live", "/v2/health/ready", "/openapi.json"):
-        assert client.get(path).status_code == 200
+    assert [client.get(path).status_code for path in ("/v2/health/live", "/v2/health/ready", "/openapi.json")] == [200, 200, 401]
     for header in (None, "Bearer", "Bearer wrong", "Basic " + TOKEN, "Bearer ü"):
         answer = client.get("/v2", headers={} if header is None else {"Authorization": header.encode()})
         assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
@@ -279,11 +298,13 @@ def infer_request(model: str = "reward", **fields: Any) -> pb.ModelInferRequest:
     return message
 
 
-def grpc_call(models: dict[str, FakeModel], method: str, data: bytes, token: str | None = None, metadata: Any = ()) -> bytes:
+def grpc_call(
+    models: dict[str, FakeModel], method: str, data: bytes, token: str | None = None, metadata: Any = (), budget: int = 2**20
+) -> bytes:
     """One call to a door of its own; raises grpc.RpcError."""
 
     async def scenario() -> bytes:
-        door = GrpcDoor(Gateway(models, CONFIG), Credentials.of(token), max_bytes=CONFIG.max_request_bytes)
+        door = GrpcDoor(Gateway(models, CONFIG), Credentials.of(token), ByteBudget(budget), max_bytes=CONFIG.max_request_bytes)
         port = await door.start("127.0.0.1", 0)
         try:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
