@@ -136,10 +136,10 @@ def check_replaced_engine(pool: VllmRolloutPool, learner: RayLearner, prompts: l
 def check_checkpoint(learner: RayLearner, experience: Experience, config: PpoConfig, canaries: list[np.ndarray], folder: Path) -> None:
     """After a restore the next update gives the same weights as it did before."""
     proximal_BT, values_BT = learner.inspect(experience.tokens)
-    experience = replace(experience, behaviour_BT=proximal_BT, proximal_BT=proximal_BT, values_BT=values_BT)
+    experience = replace(experience, proximal_BT=proximal_BT, values_BT=values_BT)
     credited = config.make_algorithm().credit(experience, kl_coef=0.0)
     learner.save(str(folder / "saved"))
-    learner.load(str(folder / "saved"))  # forgets the forward passes that `inspect` left open
+    learner.load(str(folder / "saved"))  # lets go of the forward passes that `inspect` holds
     learner.update(credited, seed=1)
     straight = learner.logprobs(canaries)
     learner.load(str(folder / "saved"))
