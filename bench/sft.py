@@ -200,13 +200,13 @@ def rounds(arguments: argparse.Namespace, job: Any, folder: Path) -> list[dict[s
     shape = Shape.of(loop.engine.module.language_model)
     measured: list[dict[str, float]] = []
     with patch.object(training_loop, "step_rows", order):
-        loop.train_step(training_loop.Window())
+        loop.train_step()
         steps = [[loop.train_rows[i] for i in order.original(step, **order.options)] for step in range(job.steps)]
         with peer(arguments, job.task.model_path, steps, folder) as peer_step:
             if peer_step is not None:
                 peer_step()
             for rows in steps[1:]:
-                entry = {"seconds": _timed(partial(loop.train_step, training_loop.Window()))}
+                entry = {"seconds": _timed(loop.train_step)}
                 assert [loop.train_rows[i].ids.tolist() for i in order.indices] == [row.ids.tolist() for row in rows]
                 entry |= {"tokens": float(sum(len(row.ids) for row in rows)), "flop": shape.flop(rows), "matrix_rate": matrix_rate(shape)}
                 if peer_step is not None:
