@@ -32,7 +32,7 @@ import torch  # noqa: E402
 
 from app.config.recipe import Recipe  # noqa: E402
 from app.config.shared import WorkersConfig  # noqa: E402
-from app.workers.processes import process_environment  # noqa: E402
+from app.workers.processes import KEEP_FREED_MEMORY, NOTHING_COMPILED, process_environment  # noqa: E402
 
 GEMM_TOKENS = 2048
 GEMM_REPEATS = 5
@@ -159,7 +159,8 @@ def peer(arguments: argparse.Namespace, model: str, steps: list[list[Any]], fold
     options = {"steps": len(steps), "batch": arguments.batch, "micro-batch": arguments.micro_batch, "threads": arguments.threads}
     command = [arguments.peer, str(ROOT / "bench" / "trl_sft.py"), "--model", model, "--rows", str(folder / "rows.json")]
     command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "LOCAL_", "WORLD_", "MASTER_"))}
+    ours = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", *KEEP_FREED_MEMORY, *NOTHING_COMPILED}
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdin is not None and process.stdout is not None
 
@@ -200,13 +201,13 @@ def rounds(arguments: argparse.Namespace, job: Any, folder: Path) -> list[dict[s
     shape = Shape.of(loop.engine.module.language_model)
     measured: list[dict[str, float]] = []
     with patch.object(training_loop, "step_rows", order):
-        loop.train_step(training_loop.Window())
+        loop.train_step()
         steps = [[loop.train_rows[i] for i in order.original(step, **order.options)] for step in range(job.steps)]
         with peer(arguments, job.task.model_path, steps, folder) as peer_step:
             if peer_step is not None:
                 peer_step()
             for rows in steps[1:]:
-                entry = {"seconds": _timed(partial(loop.train_step, training_loop.Window()))}
+                entry = {"seconds": _timed(loop.train_step)}
                 assert [loop.train_rows[i].ids.tolist() for i in order.indices] == [row.ids.tolist() for row in rows]
                 entry |= {"tokens": float(sum(len(row.ids) for row in rows)), "flop": shape.flop(rows), "matrix_rate": matrix_rate(shape)}
                 if peer_step is not None:

@@ -62,6 +62,16 @@ def deepspeed_config(
     return merge(config, ds.extra)
 
 
+def unsharded(ds: DeepSpeedConfig, precision: str) -> DeepSpeedConfig:
+    """`ds` for a lone worker: without ZeRO 1 and 2, which shard nothing then but copy every gradient twice.
+
+    In 16 bits they also keep the float32 weights, and with offload the host's, which nothing else does.
+    """
+    if precision != "fp32" or ds.offload_optimizer or ds.zero_stage == 3:
+        return ds
+    return ds.model_copy(update={"zero_stage": 0})
+
+
 def lr_factor(optimizer: OptimizerConfig, total_steps: int) -> Callable[[int], float]:
     """Optimizer step (from 0) -> factor on the peak learning rate.
 
@@ -111,6 +121,9 @@ def start_engine(
     Raises ConfigError when the accelerator of this process has no such precision.
     """
     deepspeed = import_deepspeed()
+    alone = torch.distributed.get_world_size() == 1
+    if alone:
+        ds = unsharded(ds, precision)
     accelerator = deepspeed.get_accelerator()
     if precision == "fp16" and not accelerator.is_fp16_supported():
         raise ConfigError(
@@ -132,6 +145,8 @@ def start_engine(
         lr_scheduler=torch.optim.lr_scheduler.LambdaLR(adamw, lr_factor(optimizer, total_steps)),
         config=deepspeed_config(ds, optimizer, precision=precision, micro_batch_size=micro_batch_size, accumulation=accumulation),
     )
+    if alone and engine.zero_optimization_stage() == 0:
+        engine.enable_backward_allreduce = False  # it would copy every gradient into a buffer and back
     engine.train()  # models are loaded in evaluation mode, in which nothing drops out and no activation is recomputed
     return engine
 
@@ -205,10 +220,14 @@ def save_engine(engine: DeepSpeedEngine, folder: Path, state: Mapping[str, Any])
 
 
 def load_engine(engine: DeepSpeedEngine, folder: Path) -> dict[str, Any]:
-    """Restore what `save_engine` wrote and return its `state`. Collective. Raises CheckpointError if a part is missing."""
-    path, state = engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
+    """Restore what `save_engine` wrote and return its `state`. Collective.
+
+    Raises CheckpointError if a part is missing, or if another number of workers wrote it, which may shard it otherwise.
+    """
+    complete = len(list(folder.glob("random-*.pt"))) == engine.dp_world_size
+    path, state = engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG) if complete else (None, None)
     random_file = folder / RANDOM_FILE.format(rank=engine.global_rank)
-    if path is None or not random_file.is_file():
+    if path is None:
         raise CheckpointError(f"{folder}: no complete DeepSpeed checkpoint for {engine.dp_world_size} workers; delete it to start over")
     random = torch.load(random_file, weights_only=True)
     torch.set_rng_state(random["cpu"])

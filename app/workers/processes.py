@@ -7,12 +7,14 @@ from typing import Any
 from app.config.shared import WorkersConfig
 
 KEEP_FREED_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
-"""For glibc: up to 1 GiB that one step frees serves the next one. By default each large tensor is a new mapping, whose pages the
-kernel clears one by one. Huge pages are asked for where the kernel gives them. Measured in docs/results/smollm2.md."""
+"""For glibc: up to 1 GiB that one step frees serves the next one. By default each large tensor is a new mapping, whose
+pages the kernel clears one by one, and so is each large tensor of any thread but the main one, which is where Ray Train computes, unless
+all threads share one arena. Huge pages are asked for where the kernel gives them. Measured in docs/results/sft_speed.md and smollm2.md."""
 
 NOTHING_COMPILED = {"TORCHDYNAMO_DISABLE": "1"}
 """On CPUs nothing of ours gains by torch.compile, but libraries use it in passing: vLLM's sampler would start a C++ compiler for one

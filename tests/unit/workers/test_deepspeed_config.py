@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from app.config.deepspeed_presets import PRESETS, Preset
 from app.config.shared import DeepSpeedConfig, OptimizerConfig
 from app.errors import ConfigError
-from app.workers.deepspeed_engine import deepspeed_config, lr_factor
+from app.workers.deepspeed_engine import deepspeed_config, lr_factor, unsharded
 
 OPTIMIZER = OptimizerConfig(max_grad_norm=2.0)
 
@@ -39,6 +39,22 @@ def test_precision_switches_on_one_section(precision: str) -> None:
 def test_stage_0_refuses_16_bits(precision: str) -> None:
     with pytest.raises(ConfigError, match="zero_stage = 1"):
         build(DeepSpeedConfig(zero_stage=0), precision)
+
+
+@pytest.mark.parametrize(
+    ("ds", "precision", "stage"),
+    [
+        (DeepSpeedConfig(zero_stage=0), "fp32", 0),
+        (DeepSpeedConfig(zero_stage=1), "fp32", 0),
+        (DeepSpeedConfig(preset="zero2"), "fp32", 0),
+        (DeepSpeedConfig(zero_stage=1), "bf16", 1),
+        (DeepSpeedConfig(preset="zero2_offload"), "fp32", 2),
+        (DeepSpeedConfig(zero_stage=3), "fp32", 3),
+    ],
+)
+def test_a_lone_worker_shards_nothing_where_sharding_alone_is_what_zero_does(ds: DeepSpeedConfig, precision: str, stage: int) -> None:
+    lone = unsharded(ds, precision)
+    assert lone == ds.model_copy(update={"zero_stage": stage})
 
 
 def test_offload() -> None:
