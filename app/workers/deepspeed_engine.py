@@ -227,7 +227,7 @@ def load_engine(engine: DeepSpeedEngine, folder: Path) -> dict[str, Any]:
     complete = len(list(folder.glob("random-*.pt"))) == engine.dp_world_size
     path, state = engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG) if complete else (None, None)
     random_file = folder / RANDOM_FILE.format(rank=engine.global_rank)
-    if path is None:
+    if path is None or state is None:
         raise CheckpointError(f"{folder}: no complete DeepSpeed checkpoint for {engine.dp_world_size} workers; delete it to start over")
     random = torch.load(random_file, weights_only=True)
     torch.set_rng_state(random["cpu"])
