@@ -8,18 +8,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
 import httpx
 import numpy as np
+import torch
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from app.config.serving import ServedModelConfig
+from app.config.shared import WorkersConfig
 from app.errors import ScoringError
+from app.models.forward import pad_sequences, sequence_logprobs
+from app.models.load import load_causal_lm
 from app.workers.scoring_messages import ScoringRequest
 from serve.protocol import open_inference_pb2 as pb
+from tests.tiny_models import make_neox
 
 IDS = np.arange(4, 24, dtype=np.int32)
 REQUEST = ScoringRequest(IDS, np.array([len(IDS)], dtype=np.int32), "logprobs")
@@ -39,6 +46,27 @@ class Answer:
 
 
 Ask = Callable[[], Answer]
+
+
+@dataclass(frozen=True)
+class Policies:
+    """Two versions of a model: their folders, and the log-probs that each gives for IDS."""
+
+    paths: Mapping[str, str]
+    logprobs: Mapping[str, np.ndarray]
+
+    @classmethod
+    def make(cls, root: Path) -> Policies:
+        paths = {version: make_neox(root / version, seed=int(version)) for version in ("1", "2")}
+        with torch.no_grad():
+            logprobs = {
+                version: sequence_logprobs(load_causal_lm(path), *pad_sequences([IDS]))[0].numpy() for version, path in paths.items()
+            }
+        assert np.abs(logprobs["1"] - logprobs["2"]).max() > 0.01
+        return cls(paths, logprobs)
+
+    def config(self, version: str, cpus: float = 0.1, **more: Any) -> ServedModelConfig:
+        return ServedModelConfig(path=self.paths[version], version=version, workers=WorkersConfig(cpus=cpus), **more)
 
 
 def by_handle(handle: DeploymentHandle[Any]) -> Ask:
