@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +31,7 @@ from app.models.forward import sequence_logprobs
 from app.models.heads import load_reward_model, sequence_scores
 from app.models.load import load_causal_lm, load_tokenizer
 from jobs.serving_inputs import opened_doors
-from serve.deploying import deployed, target
+from serve.deploying import deploy, deployed, target
 from serve.protocol import open_inference_pb2 as pb
 from serve.scoring import scoring_application
 from tests.local_ray.client_environments import client_python
@@ -331,6 +334,30 @@ def test_fuzzed_by_its_own_page(service: Service, tmp_path: Path) -> None:
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-4000:]
     assert httpx.get(f"{service.http}/v2/health/ready").status_code == 200
+
+
+def test_new_doors_take_over(service: Service) -> None:
+    """A changed setting replaces the doors under load: channels that are open go on without a failure."""
+    changed = service.doors.model_copy(update={"max_request_sequences": 512})
+    stop = threading.Event()
+
+    def load() -> int:
+        with grpc.insecure_channel(service.grpc) as channel:
+            for answered in itertools.count():
+                if stop.is_set():
+                    return answered
+                assert ask(channel, "ModelInfer", infer_message())
+        raise AssertionError
+
+    with ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(load) for _ in range(4)]
+        try:
+            deploy([target(scoring_application(models(service.folders), doors=changed), "scoring", "/")], DEADLINE)
+            config = httpx.get(f"{service.http}/v2/models/reward/config", timeout=30).json()
+        finally:
+            stop.set()
+    assert config["max_batch_size"] == 512
+    assert min(future.result() for future in running) > 10
 
 
 def kill(name: str) -> None:
