@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -9,8 +11,8 @@ from pydantic import ValidationError
 
 from app.config.deepspeed_presets import PRESETS, Preset
 from app.config.shared import DeepSpeedConfig, OptimizerConfig
-from app.errors import ConfigError
-from app.workers.deepspeed_engine import deepspeed_config, lr_factor, unsharded
+from app.errors import CheckpointError, ConfigError
+from app.workers.deepspeed_engine import deepspeed_config, load_engine, lr_factor, unsharded
 
 OPTIMIZER = OptimizerConfig(max_grad_norm=2.0)
 
@@ -137,3 +139,11 @@ def test_learning_rate_without_warmup_starts_at_its_peak_and_stays_at_zero_behin
 def test_warmup_longer_than_the_run_only_rises() -> None:
     factor = lr_factor(OptimizerConfig(schedule="cosine", warmup_steps=10), total_steps=4)
     assert [factor(step) for step in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_checkpoint_of_another_number_of_workers_is_refused_before_deepspeed_reads_it(workers: int, tmp_path: Path) -> None:
+    for rank in range(2):
+        (tmp_path / f"random-{rank:05d}.pt").touch()
+    with pytest.raises(CheckpointError, match=f"no complete DeepSpeed checkpoint for {workers} workers"):
+        load_engine(SimpleNamespace(dp_world_size=workers, global_rank=0), tmp_path)  # type: ignore[arg-type]
