@@ -185,8 +185,8 @@ def summary(wall: float, latencies: list[float], replay: dict[str, float]) -> di
         "idle": (wall - served) / wall,
         "tokens_per_second": replay["tokens"] / wall,
         "requests_per_second": len(latencies) / wall,
-        "p50_ms": 1e3 * p50,
-        "p99_ms": 1e3 * p99,
+        "p50_ms": 1e3 * float(p50),
+        "p99_ms": 1e3 * float(p99),
         "rows_per_batch": replay["rows"] / replay["batches"],
         "padding": replay["padding"] / (replay["tokens"] + replay["padding"]),
     }
