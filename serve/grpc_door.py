@@ -74,7 +74,8 @@ class GrpcDoor:
         return bound
 
     async def stop(self, grace_seconds: float) -> None:
-        """Take no new calls, and give those in flight `grace_seconds`."""
+        """Take no new calls, and give those in flight `grace_seconds`. A call that arrives at this very moment on an open channel ends
+        as CANCELLED (grpc's server cannot tell its clients to go before it stops listening); the channel then finds the new door."""
         if self._server is not None:
             await self._server.stop(grace_seconds)
 

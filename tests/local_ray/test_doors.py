@@ -8,8 +8,10 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,17 +30,17 @@ from app.models.forward import sequence_logprobs
 from app.models.heads import load_reward_model, sequence_scores
 from app.models.load import load_causal_lm, load_tokenizer
 from jobs.serving_inputs import opened_doors
-from serve.deploying import deployed, target
+from serve.deploying import deploy, deployed, target
 from serve.protocol import open_inference_pb2 as pb
 from serve.scoring import scoring_application
 from tests.local_ray.client_environments import client_python
+from tests.local_ray.hostile_requests import GRPC_ATTACKS, HTTP_ATTACKS, MIB, infer_message, tensor
 from tests.tiny_models import CONTEXT, VOCABULARY, make_neox, make_reward_model
 
 SERVICE = "/inference.GRPCInferenceService"
 DEADLINE = 90.0
 TOKEN = "s3cret"
 OFFSET = 0.25
-MIB = 2**20
 BATCH, LENGTH = 8, 24
 
 
@@ -179,15 +181,6 @@ def test_the_token(guarded: Service) -> None:
         assert ask(channel, "ModelInfer", message, [("authorization", f"Bearer {TOKEN}")])
 
 
-def infer_message(
-    ids: Any = ((5, 6, 7),), model: str = "reward", datatype: str = "INT32", shape: Any = None, raw: bytes | None = None
-) -> bytes:
-    array = np.array(ids, np.int32)
-    message = pb.ModelInferRequest(model_name=model, raw_input_contents=[array.tobytes() if raw is None else raw])
-    message.inputs.add(name="input_ids", datatype=datatype, shape=array.shape if shape is None else shape)
-    return message.SerializeToString()
-
-
 def ask(channel: grpc.Channel, method: str, data: bytes, metadata: Any = (), **options: Any) -> bytes:
     reply: bytes = channel.unary_unary(f"{SERVICE}/{method}")(data, metadata=metadata, timeout=30, **options)
     return reply
@@ -218,27 +211,6 @@ def memory_bound(name: str, limit: int) -> Iterator[None]:
     assert max(grown.values()) < limit, grown
 
 
-INVALID, TOO_LONG = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE
-GRPC_ATTACKS = [
-    (b"\xff\xff\xff", INVALID),
-    (infer_message(model="nobody"), grpc.StatusCode.NOT_FOUND),
-    (infer_message(datatype="FP32"), INVALID),
-    (infer_message(datatype="FP64"), INVALID),
-    (infer_message(shape=(3,)), INVALID),
-    (infer_message(shape=(1, 4)), INVALID),
-    (infer_message(shape=(-1, -3)), INVALID),
-    (infer_message(shape=(2**40, 2**40)), INVALID),
-    (infer_message(shape=(2**31 - 1, 2**31 - 1)), INVALID),
-    (infer_message(raw=b"\x01\x02"), INVALID),
-    (infer_message([[-5]]), INVALID),
-    (infer_message([[VOCABULARY]]), INVALID),
-    (infer_message([[2**31 - 1]]), INVALID),
-    (infer_message([[5] * (CONTEXT + 1)]), TOO_LONG),
-    (infer_message([[5]] * 1025), INVALID),
-    (infer_message(raw=bytes(2 * MIB)), grpc.StatusCode.RESOURCE_EXHAUSTED),
-]
-
-
 def test_hostile_grpc_requests(service: Service) -> None:
     with grpc.insecure_channel(service.grpc) as channel:
         for data, code in GRPC_ATTACKS:
@@ -252,42 +224,6 @@ def test_hostile_grpc_requests(service: Service) -> None:
         raw.sendall(b"GET / HTTP/1.1\r\n\r\n" + bytes(1000))
     with grpc.insecure_channel(service.grpc) as channel:
         assert ask(channel, "ModelInfer", infer_message())
-
-
-def tensor(ids: Any, **changes: Any) -> dict[str, Any]:
-    return {"name": "input_ids", "datatype": "INT32", "shape": list(np.shape(ids)), "data": ids, **changes}
-
-
-HTTP_ATTACKS: list[tuple[bytes | dict[str, Any], dict[str, str], int]] = [
-    (b"{", {}, 400),
-    (b"", {}, 400),
-    (b"[" * 10**6, {}, 400),
-    (b'{"inputs":' + b"[" * 10**5, {}, 400),
-    (b'{"inputs": [' + b"{}," * 10**5 + b"{}]}", {}, 400),
-    ({"inputs": [tensor([[5]], datatype="FP64")]}, {}, 400),
-    ({"inputs": [tensor([[5.5]])]}, {}, 400),
-    ({"inputs": [tensor([["5"]])]}, {}, 400),
-    ({"inputs": [tensor([[5, 6]], shape=[2, 2])]}, {}, 400),
-    ({"inputs": [tensor([[5, 6]], shape=[2**40, 2**40])]}, {}, 400),
-    ({"inputs": [tensor([[5, 6]], shape=[-1, 2])]}, {}, 400),
-    ({"inputs": [tensor([[[5, 6]]])]}, {}, 400),
-    ({"inputs": [{**tensor([[5]]), "data": [[5, 6], [7]], "shape": [2, 2]}]}, {}, 400),
-    ({"inputs": [tensor([[-5]])]}, {}, 400),
-    ({"inputs": [tensor([[VOCABULARY]])]}, {}, 400),
-    ({"inputs": [tensor([[10**30]])]}, {}, 400),
-    ({"inputs": [tensor([[5]] * 1025)]}, {}, 400),
-    ({"inputs": [tensor([[5] * (CONTEXT + 1)])]}, {}, 413),
-    ({"inputs": [tensor([[5]]), tensor([[0]], name="attention_mask")]}, {}, 400),
-    ({"inputs": [tensor([[5]]), tensor([[1]], name="else")]}, {}, 400),
-    ({"inputs": [tensor([[5]], parameters={"binary_data_size": 4})]}, {}, 400),
-    ({"inputs": [tensor([[5]])]}, {"Inference-Header-Content-Length": "10"}, 400),
-    ({"inputs": [tensor([[5]])]}, {"Inference-Header-Content-Length": "100000"}, 400),
-    ({"inputs": [tensor([[5]])]}, {"Inference-Header-Content-Length": "-1"}, 400),
-    ({"inputs": [tensor([[5]])]}, {"Inference-Header-Content-Length": "1" * 1000}, 400),
-    ({"inputs": [tensor([[5]])]}, {"Content-Encoding": "gzip"}, 400),
-    ({"inputs": [tensor([[5]])]}, {"Content-Encoding": "zstd"}, 400),
-    (b"x" * (MIB + 1), {}, 413),
-]
 
 
 def test_hostile_http_requests(service: Service) -> None:
@@ -331,6 +267,35 @@ def test_fuzzed_by_its_own_page(service: Service, tmp_path: Path) -> None:
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-4000:]
     assert httpx.get(f"{service.http}/v2/health/ready").status_code == 200
+
+
+def test_new_doors_take_over(service: Service) -> None:
+    """A changed setting replaces the doors under load: open channels go on, and lose at most the call that met the closing."""
+    changed = service.doors.model_copy(update={"max_request_sequences": 512})
+    stop = threading.Event()
+
+    def load() -> tuple[int, list[grpc.StatusCode]]:
+        answered, cut = 0, []
+        with grpc.insecure_channel(service.grpc) as channel:
+            while not stop.is_set():
+                try:
+                    ask(channel, "ModelInfer", infer_message())
+                    answered += 1
+                except grpc.RpcError as error:
+                    cut.append(error.code())
+        return answered, cut
+
+    with ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(load) for _ in range(4)]
+        try:
+            deploy([target(scoring_application(models(service.folders), doors=changed), "scoring", "/")], DEADLINE)
+            config = httpx.get(f"{service.http}/v2/models/reward/config", timeout=30).json()
+        finally:
+            stop.set()
+    assert config["max_batch_size"] == 512
+    for answered, cut in (future.result() for future in running):
+        assert answered > 10
+        assert len(cut) <= 2 and set(cut) <= {grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE}
 
 
 def kill(name: str) -> None:
