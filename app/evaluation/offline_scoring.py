@@ -114,6 +114,7 @@ def score_replies(job: Job) -> dict[str, Any]:
     plan = job.plan()
     if job.output.exists():
         _require_same(plan, stored(job.output), job.output)
+        shutil.rmtree(job.work, ignore_errors=True)  # where the process died just before it did
         return summary(job.output)
     try:
         counts = _begin(job, plan)
@@ -184,7 +185,8 @@ def _begin(job: Job, plan: dict[str, Any]) -> dict[str, int]:
         found = read_json(manifest)
         _require_same(plan, found, job.work)
         return dict(found["counts"])
-    job.work.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(job.work, ignore_errors=True)
+    job.work.mkdir(parents=True)
     (source,) = job.recipe.data.sources().values()
     counts = read_replies(source, job.work / REPLIES, job.quarantine, every_turn=job.every_turn, strict=job.recipe.data.strict)
     write_json(manifest, plan | {"counts": asdict(counts)})

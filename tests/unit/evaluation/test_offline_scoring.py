@@ -200,7 +200,9 @@ def test_what_is_there_belongs_to_what_is_asked_for(
     first = job()
     summary = score_replies(first)
     written = first.output.stat().st_mtime_ns
+    first.work.mkdir()
     assert score_replies(first) == summary and first.output.stat().st_mtime_ns == written, "finished: shown again"
+    assert not first.work.exists(), "left by a death after the last write"
     assert stored(first.output)["weights"] == {name: _loaded(path, kind_of(path)).weights_hash for name, path in models.items()}
     others = [
         ({"rows": ROWS[:-1]}, "the source has changed since"),
