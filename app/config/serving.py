@@ -48,7 +48,7 @@ class ServedModelConfig(Config):
     """Label that every answer carries beside the hash of the weights."""
     temperature: float = Field(1.0, gt=0)
     """Log-probs are those of the logits divided by this (reference policies)."""
-    workers: WorkersConfig = WorkersConfig()
+    workers: WorkersConfig = WorkersConfig(cpus=0.25)
     """Replicas, and what each of them takes."""
     max_replicas: int | None = Field(None, ge=1)
     """Scale between `workers.count` and this many replicas by load; default: fixed."""
