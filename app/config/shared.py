@@ -78,7 +78,8 @@ class DeepSpeedConfig(Config):
     preset: Preset | None = None
     """Start from the values of one of Open-Assistant's DeepSpeed set-ups (ZeRO stage, offload, bucket sizes); keys given beside it win."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """What is sharded over the workers: 1 optimizer state, 2 also gradients, 3 also parameters."""
+    """What is sharded over the workers: 1 optimizer state, 2 also gradients, 3 also parameters. One worker alone in fp32 and without
+    offload trains as with 0, where 1 and 2 would only copy."""
     offload_optimizer: bool = False
     """Keep the optimizer state in host memory."""
     offload_parameters: bool = False

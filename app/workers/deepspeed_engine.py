@@ -224,12 +224,12 @@ def load_engine(engine: DeepSpeedEngine, folder: Path) -> dict[str, Any]:
 
     Raises CheckpointError if a part is missing, or if another number of workers wrote it, which may shard it otherwise.
     """
-    complete = len(list(folder.glob("random-*.pt"))) == engine.dp_world_size
-    path, state = engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG) if complete else (None, None)
-    random_file = folder / RANDOM_FILE.format(rank=engine.global_rank)
+    path, state = None, None
+    if len(list(folder.glob("random-*.pt"))) == engine.dp_world_size:
+        path, state = engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
     if path is None or state is None:
         raise CheckpointError(f"{folder}: no complete DeepSpeed checkpoint for {engine.dp_world_size} workers; delete it to start over")
-    random = torch.load(random_file, weights_only=True)
+    random = torch.load(folder / RANDOM_FILE.format(rank=engine.global_rank), weights_only=True)
     torch.set_rng_state(random["cpu"])
     if random["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(random["cuda"])

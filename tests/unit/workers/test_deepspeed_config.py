@@ -146,4 +146,4 @@ def test_a_checkpoint_of_another_number_of_workers_is_refused_before_deepspeed_r
     for rank in range(2):
         (tmp_path / f"random-{rank:05d}.pt").touch()
     with pytest.raises(CheckpointError, match=f"no complete DeepSpeed checkpoint for {workers} workers"):
-        load_engine(SimpleNamespace(dp_world_size=workers, global_rank=0), tmp_path)  # type: ignore[arg-type]
+        load_engine(SimpleNamespace(dp_world_size=workers, global_rank=0), tmp_path)
