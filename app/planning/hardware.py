@@ -80,7 +80,7 @@ _SUMMER, _WINTER = date(2026, 8, 26), date(2025, 12, 21)
 MACHINES = {
     machine.name: machine
     for machine in (
-        _machine("m6i.4xlarge", 16, 64, None, 12.5, 0.768, _WINTER),
+        _machine("m6i.4xlarge", 16, 64, None, 12.5, 0.768, _WINTER),  # four times m6i.xlarge, as this family is priced
         _machine("p4d.24xlarge", 96, 1152, (8, "A100-40GB"), 400, 21.95764, _SUMMER),
         _machine("p4de.24xlarge", 96, 1152, (8, "A100-80GB"), 400, 27.44705, _WINTER),
         _machine("p5.48xlarge", 192, 2048, (8, "H100-80GB"), 3200, 55.04, _WINTER),
