@@ -77,7 +77,7 @@ def deployed(
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # Serve tells every start and stop on standard error
     started_serve = start_serve(start)
-    running = Deployed([each.name for each in targets])
+    running, up = Deployed([each.name for each in targets]), False
     try:
         if not started_serve:
             _check_http_door(start)
@@ -92,13 +92,15 @@ def deployed(
                     break
                 except ServeGoneError:
                     started_serve = start_serve(start) or started_serve
+            up = True
             yield running
         finally:
             if serve_is_running():
                 for name in running.names:
-                    serve.delete(name)
+                    # Of what never came up Serve may wait longer for a replica without a place than the call does.
+                    serve.delete(name, _blocking=up)
     finally:
-        if stop_serve and started_serve and not serve.status().applications:
+        if stop_serve and started_serve and not serve.status().applications.keys() - set(running.names):
             serve.shutdown()
 
 
