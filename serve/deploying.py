@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import ray
@@ -97,10 +97,12 @@ def deployed(
         finally:
             if serve_is_running():
                 for name in running.names:
-                    # Of what never came up Serve may wait longer for a replica without a place than the call does.
-                    serve.delete(name, _blocking=up)
+                    # For a replica that never had a place Serve may wait longer than the call does: then it goes on deleting, and
+                    # why the start failed is the error that counts.
+                    with nullcontext() if up else suppress(TimeoutError):
+                        serve.delete(name)
     finally:
-        if stop_serve and started_serve and not serve.status().applications.keys() - set(running.names):
+        if stop_serve and started_serve and not serve.status().applications:
             serve.shutdown()
 
 

@@ -19,7 +19,6 @@ import pytest
 import ray
 import torch
 from ray import serve
-from ray.serve.schema import ApplicationStatus
 from ray.util.state import list_actors
 from transformers import PreTrainedModel
 
@@ -273,10 +272,8 @@ def test_start_and_stop_beside_a_running_service(scorer: ServeScorer, folders: F
         pass
     with pytest.raises(ScoringError, match="one label"), start_scoring(CONFIG, **{**paths, "reward_path": folders.reference}, name="wrong"):
         pass
-    greedy = CONFIG.model_copy(update={"reference": WorkersConfig(cpus=1000)})
+    greedy = CONFIG.model_copy(update={"reference": WorkersConfig(cpus=1000), "timeout_seconds": 1})
     with pytest.raises(DeadlineError, match="reference"), start_scoring(greedy, **paths, name="greedy", deadline_seconds=1):
         pass
-    applications = serve.status().applications  # Serve may take its time with a replica that never had a place
-    assert set(applications) <= {"scoring", "greedy"}
-    assert "greedy" not in applications or applications["greedy"].status == ApplicationStatus.DELETING
+    assert set(serve.status().applications) == {"scoring"}
     assert len(scorer.scores(random_sequences(2)).result()) == 2
