@@ -46,7 +46,7 @@ class Deployed:
         self.names = [*left, *wanted]
         deploy(targets, deadline_seconds)
         for name in left:
-            serve.delete(name)
+            delete(name)
         self.names = wanted
 
 
@@ -100,9 +100,9 @@ def deployed(
                     # For a replica that never had a place Serve may wait longer than the call does: then it goes on deleting, and
                     # why the start failed is the error that counts.
                     with nullcontext() if up else suppress(TimeoutError):
-                        serve.delete(name)
+                        delete(name)
     finally:
-        if stop_serve and started_serve and not serve.status().applications:
+        if stop_serve and started_serve and serve_is_running() and not serve.status().applications:
             serve.shutdown()
 
 
@@ -122,6 +122,15 @@ def deploy(targets: Sequence[serve.RunTarget], deadline_seconds: float) -> None:
         raise ServeGoneError from error
     for each in targets:
         _wait_until_running(each.name, deadline, deadline_seconds)
+
+
+def delete(name: str) -> None:
+    """Delete an application, and wait until it is gone: with Serve itself, where the job that started it stops it meanwhile."""
+    try:
+        serve.delete(name)
+    except (RayActorError, RayServeException):
+        if serve_is_running():
+            raise
 
 
 def start_serve(start: Mapping[str, Any]) -> bool:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError
 
 from app.errors import DeadlineError
 from serve import deploying
@@ -33,6 +34,24 @@ def test_a_failed_start_is_told_though_what_it_leaves_is_not_deleted_in_time(stu
 
     monkeypatch.setattr(deploying, "deploy", deploy)
     with pytest.raises(DeadlineError, match="waits on reference"), deploying.deployed(TARGETS, deadline_seconds=1, stop_serve=True):
+        pass
+
+
+def test_what_is_to_be_deleted_is_gone_with_the_serve_that_another_job_stops(stuck_serve: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = [True]
+
+    def delete(name: str) -> None:
+        running[0] = False
+        raise ActorDiedError
+
+    monkeypatch.setattr(deploying.serve, "delete", delete)
+    monkeypatch.setattr(deploying, "serve_is_running", lambda: running[0])
+    monkeypatch.setattr(deploying, "deploy", lambda targets, deadline_seconds: None)
+    with deploying.deployed(TARGETS, deadline_seconds=1, stop_serve=True):
+        pass
+    assert not running[0]
+    monkeypatch.setattr(deploying, "serve_is_running", lambda: True)
+    with pytest.raises(ActorDiedError), deploying.deployed(TARGETS, deadline_seconds=1, stop_serve=True):
         pass
 
 
