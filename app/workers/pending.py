@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import ray
 
@@ -11,8 +11,6 @@ from app.errors import CorralError, DeadlineError
 
 TRACE = "logs/error.txt"
 """Where a command leaves the trace of a failure, in its run folder."""
-
-T = TypeVar("T")
 
 
 def collect(
@@ -52,26 +50,3 @@ def last_line(message: BaseException | str) -> str:
     """The last line that says something: Ray's messages end with the innermost error."""
     lines = [line.strip() for line in str(message).splitlines() if line.strip()]
     return lines[-1] if lines else "no message"
-
-
-class Remote(Generic[T]):
-    """A `Pending` over Ray object references: `finish` turns their values into the result."""
-
-    def __init__(
-        self,
-        references: Sequence[ray.ObjectRef[Any]],
-        finish: Callable[[list[Any]], T],
-        *,
-        phase: str,
-        deadline_seconds: float,
-        failure: type[CorralError],
-    ) -> None:
-        self._references = references
-        self._finish = finish
-        self._phase = phase
-        self._deadline_seconds = deadline_seconds
-        self._failure = failure
-
-    def result(self) -> T:
-        values = collect(self._references, phase=self._phase, deadline_seconds=self._deadline_seconds, failure=self._failure)
-        return self._finish(values)
