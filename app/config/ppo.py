@@ -180,6 +180,9 @@ class RolloutConfig(Config):
     """Sample to the token limit whatever comes (benchmarks)."""
     engines: WorkersConfig = WorkersConfig()
     """`count` engines; `gpus` per engine is its tensor-parallel size where it is above 1."""
+    min_engines: int | None = Field(None, ge=1)
+    """Sample as soon as this many engines are up, and go on while no fewer are; the others join whenever the cluster has room for them.
+    Default: all of them, all the time."""
     max_model_len: int | None = Field(None, ge=16)
     """Context length of the engine; default: longest prompt + max_new_tokens."""
     kv_cache_gib: float = Field(0.5, gt=0)
@@ -195,6 +198,22 @@ class RolloutConfig(Config):
     """Engine processes that may be lost and replaced in the course of a run before it stops."""
     transfer: Literal["auto", "object_store", "nccl"] = "auto"
     """How weights reach the engines; `auto` takes nccl where engines own their GPUs, else the object store."""
+
+    @model_validator(mode="after")
+    def _engines_may_come_later(self) -> RolloutConfig:
+        if self.min_engines is None:
+            return self
+        if self.min_engines > self.engines.count:
+            raise ValueError(
+                f"rollout.min_engines = {self.min_engines} is more than rollout.engines.count = {self.engines.count}: lower it"
+            )
+        over_nccl = self.transfer == "nccl" or (self.transfer == "auto" and self.engines.gpus > 0)
+        if over_nccl or self.colocate:
+            raise ValueError(
+                "rollout.min_engines lets engines join at any time, which neither an NCCL group nor a learner's GPU allows: "
+                'set rollout.transfer = "object_store" and rollout.colocate = false, or drop rollout.min_engines'
+            )
+        return self
 
     @model_validator(mode="after")
     def _filters_need_matching_learner(self) -> RolloutConfig:

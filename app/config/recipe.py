@@ -55,6 +55,7 @@ class Recipe(Config):
                 ("ppo.max_lag", self.ppo.max_lag, 0),
                 ("ppo.score_pieces", self.ppo.score_pieces, 1),
                 ("scoring.alone", self.scoring.alone, True),
+                ("rollout.min_engines", self.rollout.min_engines, None),
             ):
                 if given != needed:
                     raise ValueError(f'{name} = {given} is not for run.determinism = "exact": set {name} = {json.dumps(needed)}')

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from app.config.loading import with_values
 from app.config.recipe import Recipe
 from app.errors import PlacementError
 from app.planning.memory import GIB
@@ -94,8 +95,11 @@ def check_feasible(recipe: Recipe, command: str, resources: Mapping[str, float],
     """Raise PlacementError when a stage needs more `CPU`, `GPU` or `memory` (bytes) than `resources` has in all, or finds no place.
 
     A resource that the mapping does not name counts as absent, except memory, which is then not checked. nodes: where the
-    processes have to find room, one by one; not checked without any.
+    processes have to find room, one by one; not checked without any. Of rollout engines that may come later only those count that
+    have to be there.
     """
+    if recipe.rollout.min_engines is not None:
+        recipe = with_values(recipe, {"rollout.engines.count": recipe.rollout.min_engines})
     for stage in placement(recipe, command):
         for resource in ("GPU", "CPU", "memory"):
             if resource == "memory" and resource not in resources:

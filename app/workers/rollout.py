@@ -43,14 +43,33 @@ class VllmRolloutPool:
         self._deadline_seconds = deadline_seconds
         self._note = note
         self._current: tuple[str, tuple[Any, ...]] = ("pid", ())  # the call that gives a new engine the weights of now
-        self.engines = [start(k) for k in range(config.engines.count)]
+        self._wanted = config.engines.count
+        self._least = config.min_engines or self._wanted
+        self._late: dict[Any, Any] = {}  # engines that wait for room, or load, by the call that answers once they have
+        self.engines = [start(k) for k in range(self._wanted)]
 
     def ready(self) -> None:
-        """Wait until every engine has loaded. Raises RolloutError when one cannot start, DeadlineError when it does not in time."""
-        collect([engine.pid.remote() for engine in self.engines], **self._waiting("pid"))
+        """Wait until every engine has loaded, or as many as `rollout.min_engines` asks for.
+
+        Raises RolloutError when one cannot start, DeadlineError when it does not in time.
+        """
+        loading = {engine.pid.remote(): engine for engine in self.engines}
+        up, late = list(loading), list[Any]()
+        if self._least < len(loading):
+            up, late = ray.wait(up, num_returns=self._least, timeout=self._deadline_seconds)
+        collect(up if len(up) >= self._least else list(loading), **self._waiting("pid"))
+        self.engines = [loading[call] for call in up]
+        self._late |= {call: loading[call] for call in late}
+
+    def close(self) -> None:
+        """End the processes of all engines."""
+        for engine in (*self.engines, *self._late.values()):
+            ray.kill(engine)
 
     def submit(self, prompts: Sequence[Prompt], *, seed: int) -> Sampling:
         """Start sampling; see `app.interfaces.RolloutPool`."""
+        if self._late:
+            self._take_in()
         return Sampling(self, prompts, seed=seed, deadline_seconds=self._deadline_seconds)
 
     def sample(self, prompts: Sequence[IntArray], settings: Sequence[Mapping[str, Any]]) -> list[IntArray]:
@@ -87,10 +106,11 @@ class VllmRolloutPool:
     def replace(self, k: int, lost: Any) -> Any:
         """The engine in place k after `lost` has died: a new one with the current weights, started unless somebody did before.
 
+        Where `rollout.min_engines` are left without it, the new one joins when it is up, and the answer is another engine.
         Raises RolloutError once `rollout.max_restarts` engines were lost.
         """
-        if self.engines[k] is not lost:
-            return self.engines[k]
+        if all(engine is not lost for engine in self.engines):
+            return self.engines[k % len(self.engines)]
         if not self._restarts_left:
             raise RolloutError(
                 f"rollout engine {k} died and cannot be replaced (rollout.max_restarts is used up, or weights go over NCCL): "
@@ -100,10 +120,33 @@ class VllmRolloutPool:
         self._note(f"rollout engine {k} died; starting another one ({self._restarts_left} more may be lost)")
         ray.kill(lost)
         engine = self._start(k)
-        method, args = self._current
-        collect([getattr(engine, method).remote(*args)], **self._waiting("restart"))
-        self.engines[k] = engine
+        place = next(place for place, each in enumerate(self.engines) if each is lost)
+        if len(self.engines) > self._least:
+            del self.engines[place]
+            self._late[engine.pid.remote()] = engine
+            return self.engines[k % len(self.engines)]
+        self._bring_up_to_date(engine)
+        self.engines[place] = engine
         return engine
+
+    def _take_in(self) -> None:
+        """Engines that have come up since: with the weights of now they are given prompts like all others."""
+        up, _ = ray.wait(list(self._late), num_returns=len(self._late), timeout=0)
+        for call in up:
+            engine = self._late.pop(call)
+            try:
+                collect([call], **self._waiting("pid"), died=EngineDiedError)
+                self._bring_up_to_date(engine)
+            except EngineDiedError:
+                self.engines.append(engine)
+                self.replace(len(self.engines) - 1, engine)
+            else:
+                self.engines.append(engine)
+                self._note(f"a rollout engine joined: {len(self.engines)} of {self._wanted} are up")
+
+    def _bring_up_to_date(self, engine: Any) -> None:
+        method, args = self._current
+        collect([getattr(engine, method).remote(*args)], **self._waiting("restart"), died=EngineDiedError)
 
     def _answer(self, k: int, engine: Any, call: ray.ObjectRef[Any], method: str, args: tuple[Any, ...]) -> Any:
         while True:
@@ -249,5 +292,4 @@ def rollout_pool(
     try:
         yield pool
     finally:
-        for engine in pool.engines:
-            ray.kill(engine)
+        pool.close()

@@ -131,6 +131,9 @@ NO_CRITIC = ["--ppo.algorithm.name=rloo", "--ppo.samples_per_prompt=4"]
         ),
         (["--ppo.kl.controller=adaptive", "--ppo.kl.target=6", "--ppo.kl.coef=0"], ["is 0 and stays so"]),
         (["--ppo.reward.missing_eos_penalty=1"], ["set missing_eos_score = null"]),
+        (["--rollout.min_engines=3", "--rollout.engines.count=2"], ["rollout.min_engines = 3", "rollout.engines.count = 2"]),
+        (["--rollout.min_engines=1", "--rollout.engines.gpus=1"], ["rollout.min_engines", 'rollout.transfer = "object_store"']),
+        (["--rollout.min_engines=1", "--run.determinism=exact"], ["rollout.min_engines = 1", "null"]),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(recipe: Path, overrides: list[str], parts: list[str]) -> None:

@@ -135,7 +135,7 @@ REQUESTS = st.lists(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(REQUESTS, NODES)
 def test_nothing_is_given_twice(requests: list[Request], nodes: list[NodeResources]) -> None:
     try:
@@ -156,7 +156,7 @@ def test_nothing_is_given_twice(requests: list[Request], nodes: list[NodeResourc
     assert Counter(slot.role for slot in slots) == {request.role: request.count for request in requests}
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 8), min_size=1, max_size=8), st.integers(0, 64))
 def test_single_gpu_processes_fit_exactly_when_there_are_enough(gpus: list[int], wanted: int) -> None:
     nodes = [NodeResources(100, count) for count in gpus]

@@ -123,3 +123,13 @@ def test_the_rules_of_every_role(recipe: Recipe, gpus: list[int], learner_nodes:
         assert all(took[a] <= took[b] + 1 or took[b] == free[b] for a in free for b in free), "a node with room has fewer"
     if len(gpus) > 1 or gpus[0] > 1:
         assert not scorers.keys() & (learners + engines).keys()
+
+
+def test_engines_that_may_come_later_need_no_room_yet() -> None:
+    recipe = with_values(EIGHT_GPUS, {"rollout.colocate": False, "rollout.transfer": "object_store"})
+    with pytest.raises(PlacementError, match="14 GPUs"):
+        check_feasible(recipe, "ppo", {"CPU": 64, "GPU": 10})
+    growing = with_values(recipe, {"rollout.min_engines": 2})
+    check_feasible(growing, "ppo", {"CPU": 64, "GPU": 10}, (NodeResources(64, 10),))
+    with pytest.raises(PlacementError, match="10 GPUs"):
+        check_feasible(growing, "ppo", {"CPU": 64, "GPU": 9})

@@ -106,3 +106,60 @@ def test_engines_are_replaced_so_often_and_no_more(monkeypatch: pytest.MonkeyPat
     pool = pool_of([Engine(3, life=1), Engine(4), Engine(5, life=1), Engine(6)], monkeypatch, restarts=1)
     with pytest.raises(RolloutError, match="max_restarts"):
         pool.submit(PROMPTS, seed=1).result()
+
+
+class SlowEngine(Engine):
+    """Not up before it is told to be."""
+
+    def __init__(self, version: int, life: int = 1000, *, up: bool = False) -> None:
+        super().__init__(version, life)
+        self.up, self.loaded = up, list[Any]()
+        self.pid = SimpleNamespace(remote=lambda: self)
+        self.load_buckets = SimpleNamespace(remote=lambda buckets, version: self.loaded.append(version))
+
+
+def growing_pool(engines: Sequence[Engine], monkeypatch: pytest.MonkeyPatch, notes: list[str]) -> VllmRolloutPool:
+    """Two engines wanted, one needed."""
+    pool_of(engines, monkeypatch)
+
+    def wait(calls: Sequence[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
+        up = [call for call in calls if getattr(call, "up", True)][:num_returns]
+        return up, [call for call in calls if call not in up]
+
+    monkeypatch.setattr(rollout.ray, "wait", wait)
+    waiting = iter(engines)
+    config = RolloutConfig(engines=WorkersConfig(count=2), min_engines=1)
+    pool = VllmRolloutPool(lambda k: next(waiting), config, deadline_seconds=1, note=notes.append)
+    pool.ready()
+    return pool
+
+
+def test_an_engine_that_finds_room_later_joins_with_the_weights_of_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, late, notes = Engine(3), SlowEngine(4), list[str]()
+    pool = growing_pool([first, late], monkeypatch, notes)
+    assert {rollout.policy_version for rollout in pool.submit(PROMPTS, seed=1).result()} == {3}
+    pool.load([], 7)
+    assert late.loaded == [] and notes == []
+    late.up = True
+    rollouts = pool.submit(PROMPTS, seed=1).result()
+    assert late.loaded == [7] and notes == ["a rollout engine joined: 2 of 2 are up"]
+    assert [rollout.policy_version for rollout in rollouts] == [3, 4, 3, 4, 3, 4, 3]
+
+
+def test_a_lost_engine_is_not_waited_for_where_enough_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    mortal, first, heir, notes = SlowEngine(5, life=1, up=True), Engine(3), SlowEngine(4), list[str]()
+    pool = growing_pool([first, mortal, heir], monkeypatch, notes)
+    pool.submit([], seed=0)
+    assert pool.engines == [first, mortal]
+    rollouts = pool.submit(PROMPTS, seed=1).result()
+    assert [rollout.policy_version for rollout in rollouts] == [3, 3, 3, 3, 3, 5, 3]
+    assert pool.engines == [first] and len(notes) == 2 and "died" in notes[1]
+    heir.up = True
+    assert {rollout.policy_version for rollout in pool.submit(PROMPTS, seed=1).result()} == {3, 4}
+
+
+def test_a_pool_whose_last_needed_engine_dies_waits_for_its_heir(monkeypatch: pytest.MonkeyPatch) -> None:
+    heir = SlowEngine(6)
+    pool = growing_pool([Engine(3, life=1), SlowEngine(4), heir], monkeypatch, [])
+    assert {rollout.policy_version for rollout in pool.submit(PROMPTS, seed=1).result()} == {3, 6}
+    assert pool.engines == [heir]
