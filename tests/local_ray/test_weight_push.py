@@ -116,7 +116,7 @@ def check_push_between_two_tokens(pool: VllmRolloutPool, learner: RayLearner, pr
     """Unfinished responses go on under the new weights, and every token is labelled with the version that sampled it."""
     sampling = pool.submit(prompts * 40, seed=1)
     next(sampling.finished())  # more than fit into the engine at a time: the others are on their way
-    pool.load(learner.weight_buckets(), 3)
+    pool.load(learner.pushed_policy(), 3)
     rollouts = sampling.result()
     assert {version for rollout in rollouts for version in rollout.versions.tolist()} == {2, 3}
     assert all((np.diff(rollout.versions) >= 0).all() for rollout in rollouts)
