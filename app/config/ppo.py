@@ -234,7 +234,7 @@ class ScoringConfig(Config):
     reward: WorkersConfig = WorkersConfig(cpus=0.25)
     reference: WorkersConfig = WorkersConfig(cpus=0.25)
     max_batch_tokens: int = Field(8192, ge=1)
-    """Tokens (with padding) per forward pass."""
+    """Tokens per forward pass, with the padding of models that need it."""
     batch_wait_seconds: float = Field(0.005, ge=0)
     """How long a deployment waits for more callers before it computes."""
     timeout_seconds: float = Field(120.0, gt=0)
