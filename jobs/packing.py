@@ -119,7 +119,6 @@ def packages_of(lock: Path, torch: str) -> dict[str, object]:
     pinned = [line for line in lines if line and not line.startswith("#") and not line.startswith("ray==")]
     loose = [line for line in pinned if "==" not in line]
     if loose or not pinned:
-        raise ConfigError(
-            f"--install={lock}: {loose[0] if loose else 'it is empty, which'} is no pinned package; give a lock such as requirements/cuda.txt"
-        )
+        problem = f"{loose[0]} is no pinned package" if loose else "it is empty"
+        raise ConfigError(f"--install={lock}: {problem}; give a lock such as requirements/cuda.txt")
     return {"packages": [f"torch=={torch}", *pinned], "uv_check": False, "uv_pip_install_options": ["--no-deps"]}
