@@ -16,6 +16,8 @@ class RunConfig(Config):
 
     dir: str = "runs/run"
     """Run folder: everything the run leaves is under it. On several nodes it must be a path that all of them share."""
+    storage: str | None = None
+    """URL (`s3://`, `gs://`, `file:///`) where the run folder is kept too: an empty run.dir, on any machine, goes on from there."""
     seed: int = 1
     """Seed of data generation, data order, initialisation and sampling."""
     resume: bool = True
@@ -25,6 +27,12 @@ class RunConfig(Config):
     passes that no other caller shares (ppo.score_pieces = 1, scoring.alone = true) and samples only from the newest weights."""
     deadline_seconds: float = Field(1800.0, gt=0)
     """Longest wait for any single piece of remote work (one batch of rollouts, one update, one push)."""
+
+    @model_validator(mode="after")
+    def _dir_is_local(self) -> RunConfig:
+        if "://" in self.dir:
+            raise ValueError(f"dir = {self.dir} is a URL, and a run works in a local folder: give the URL as run.storage beside a run.dir")
+        return self
 
 
 class ModelConfig(Config):
