@@ -115,7 +115,7 @@ class SlowEngine(Engine):
         super().__init__(version, life)
         self.up, self.loaded = up, list[Any]()
         self.pid = SimpleNamespace(remote=lambda: self)
-        self.load_buckets = SimpleNamespace(remote=lambda buckets, version: self.loaded.append(version))
+        self.load_policy = SimpleNamespace(remote=lambda policy, version: self.loaded.append(version))
 
 
 def growing_pool(engines: Sequence[Engine], monkeypatch: pytest.MonkeyPatch, notes: list[str]) -> VllmRolloutPool:
