@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import ray
@@ -32,11 +32,8 @@ def require_shared(folder: Path) -> None:
     mark = folder / f".shared-{uuid.uuid4().hex}"
     mark.touch()
     try:
-        looks = {
-            address: _sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(str(mark))
-            for node, address in others.items()
-        }
-        seen = dict(zip(looks, ray.get(list(looks.values()), timeout=LOOK_SECONDS), strict=True))
+        looks = [_sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(str(mark)) for node in others]
+        seen = list(zip(others.values(), ray.get(looks, timeout=LOOK_SECONDS), strict=True))
     except ray.exceptions.RayError as error:
         raise CorralError(f"a node did not answer whether it sees {folder} ({first_line(error)}): look at `ray status`") from error
     finally:
@@ -45,9 +42,9 @@ def require_shared(folder: Path) -> None:
         raise ConfigError(problem)
 
 
-def blind(folder: Path, seen: Mapping[str, bool]) -> str | None:
-    """What to say where a node does not see the folder; `seen`: by the node's address."""
-    without = sorted(address for address, there in seen.items() if not there)
+def blind(folder: Path, seen: Sequence[tuple[str, bool]]) -> str | None:
+    """What to say where a node does not see the folder; `seen`: the address of each node, and whether it does."""
+    without = sorted({address for address, there in seen if not there})
     if not without:
         return None
     return (

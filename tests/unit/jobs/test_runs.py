@@ -166,7 +166,7 @@ def test_a_job_in_the_words_of_a_run() -> None:
 def test_nodes_that_do_not_see_the_run_folder_are_named() -> None:
     from jobs.shared_folder import blind
 
-    assert blind(Path("/shared/run"), {"10.0.0.1": True}) is None
-    problem = blind(Path("/home/run"), {"10.0.0.2": False, "10.0.0.1": True, "10.0.0.3": False})
+    assert blind(Path("/shared/run"), [("10.0.0.1", True)]) is None
+    problem = blind(Path("/home/run"), [("10.0.0.3", False), ("10.0.0.1", True), ("10.0.0.2", False)])
     assert problem is not None
     assert problem.startswith("run folder /home/run is not seen from 10.0.0.2, 10.0.0.3: ")
