@@ -9,7 +9,6 @@ import os
 import socket
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,10 @@ import torch
 from app.config.ppo import PpoConfig
 from app.config.shared import OptimizerConfig
 from app.data.batch_order import PassLimit, RowShape, micro_batches
-from app.errors import CheckpointError, CorralError, LearnerError, NonFiniteError, WeightPushError
+from app.errors import LearnerError, NonFiniteError
 from app.experience import Experience, FloatArray, IntArray, Minibatch, PolicyOutputs, TokenBatch, Totals
 from app.numerics import gather_response
-from app.workers.pending import collect
-from app.workers.processes import process_options
-
-BUCKET_BYTES = 64 * 2**20  # weights travel in pieces of about this size
+from app.workers.pushed_policy import PolicyOutbox, PushedPolicy
 
 
 @dataclass(frozen=True)
@@ -72,10 +68,12 @@ class LearnerWorker:
 
     def start(self, spec: LearnerSpec, rank: int, world: int, address: tuple[str, int]) -> None:
         """Join the process group and build the engines."""
+        from app.models.adapters import scale_of
         from app.models.heads import ValueModel
         from app.models.load import load_causal_lm
         from app.models.policy import PolicyModel
         from app.models.segments import attend_by_segment
+        from app.models.trainable import choose_trainable
         from app.workers.deepspeed_engine import import_deepspeed, start_engine
 
         config = spec.config
@@ -102,7 +100,9 @@ class LearnerWorker:
 
         language_model = load_causal_lm(spec.policy_path, "fp32", spec.trust_remote_code)  # DeepSpeed casts and keeps float32 masters
         packs = config.packing and attend_by_segment(language_model)
+        choose_trainable(language_model, config, seed=spec.seed)
         self._policy = engine(PolicyModel(language_model), config.policy)
+        self._outbox = PolicyOutbox(self._policy, scale=scale_of(config.lora) if config.lora else None, sends=rank == 0)
         self._critic: Any = None
         if self._algorithm.has_critic:
             critic = ValueModel.from_reward_model(spec.critic_path, trust_remote_code=spec.trust_remote_code)
@@ -244,29 +244,13 @@ class LearnerWorker:
             answers.append(logprobs_BT[0].cpu().numpy())
         return answers
 
-    def weight_buckets(self) -> list[ray.ObjectRef[Any]]:
-        """Rank 0: the policy's full weights in Ray's object store, in buckets of name -> array. Collective."""
-        buckets: list[ray.ObjectRef[Any]] = []
-        bucket: dict[str, np.ndarray[Any, Any]] = {}
-        size = 0
-        for name, tensor in self.policy_parameters():
-            if self._rank:
-                continue
-            bucket[name] = tensor.float().cpu().numpy()
-            size += bucket[name].nbytes
-            if size >= BUCKET_BYTES:
-                buckets.append(ray.put(bucket))
-                bucket, size = {}, 0
-        if bucket:
-            buckets.append(ray.put(bucket))
-        return buckets
+    def pushed_policy(self) -> PushedPolicy:
+        """The policy as rank 0 puts it into Ray's object store. Collective."""
+        return self._outbox.push()
 
     def policy_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Full parameters of the language model under its own names. Collective under ZeRO 3."""
-        from app.workers.deepspeed_engine import full_parameters
-
-        for name, tensor in full_parameters(self._policy):
-            yield name.removeprefix("language_model."), tensor
+        """Full parameters of the language model under its own names, adapters merged. Collective under ZeRO 3."""
+        return self._outbox.merged()
 
     def connect_nccl(self, engines: Sequence[Any], tensor_parallel: int, address: tuple[str, int]) -> None:
         """Open the NCCL group of rank 0 and all engine workers."""
@@ -281,9 +265,12 @@ class LearnerWorker:
     def save(self, folder: str) -> None:
         """Every engine and every rank's random state. Collective."""
         from app.workers.deepspeed_engine import save_engine
+        from app.workers.ppo_checkpoint import describe_adapters
 
         for name, engine in self._engines():
             save_engine(engine, Path(folder) / name, {})
+        if self._rank == 0:
+            describe_adapters(Path(folder), self._spec.config.lora)
 
     def load(self, folder: str) -> None:
         """Restore `save`. Raises CheckpointError if a part is missing."""
@@ -299,11 +286,12 @@ class LearnerWorker:
     def export(self, folder: str) -> None:
         """Rank 0 writes the policy as a Hugging Face folder. Collective."""
         from app.models.load import load_tokenizer
+        from app.models.saving import save_folder
 
         weights = {name: tensor.cpu().clone() for name, tensor in self.policy_parameters()}
         if self._rank == 0:
-            self._policy.module.language_model.save_pretrained(folder, state_dict=weights)
-            load_tokenizer(self._spec.policy_path, self._spec.trust_remote_code).save_pretrained(folder)
+            tokenizer = load_tokenizer(self._spec.policy_path, self._spec.trust_remote_code)
+            save_folder(folder, self._policy.module.language_model, tokenizer, state_dict=weights)
 
     def pid(self) -> int:
         return os.getpid()
@@ -313,74 +301,3 @@ def on_cpu(outputs: PolicyOutputs) -> PolicyOutputs:
     """Outputs [b, t] beside the experience, which lives in host memory; gradients flow through the copy."""
     values = outputs.values_BT
     return PolicyOutputs(outputs.logprobs_BT.cpu(), None if values is None else values.cpu(), outputs.entropy_BT.cpu())
-
-
-class RayLearner:
-    """`Learner` over one actor per rank."""
-
-    def __init__(self, workers: Sequence[Any], starting: Sequence[ray.ObjectRef[None]], *, deadline_seconds: float) -> None:
-        self.workers = list(workers)
-        self._starting = list(starting)
-        self._deadline_seconds = deadline_seconds
-
-    def ready(self) -> None:
-        """Wait until every rank has built its engines; raises what a rank raised meanwhile."""
-        collect(self._starting, phase="learner start", deadline_seconds=self._deadline_seconds, failure=CorralError)
-
-    def inspect(self, tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        answers = self._each("inspect", ray.put(tokens))
-        in_order = torch.cat([rows for rows, _, _ in answers]).argsort()
-        logprobs_BT = torch.cat([logprobs for _, logprobs, _ in answers])[in_order]
-        values = [values for _, _, values in answers if values is not None]
-        return logprobs_BT, torch.cat(values)[in_order] if values else None
-
-    def update(self, experience: Experience, *, seed: int) -> dict[str, float]:
-        return self._each("update", ray.put(experience), seed)[0]
-
-    def logprobs(self, sequences: Sequence[IntArray]) -> list[FloatArray]:
-        return self._each("logprobs", list(sequences), failure=WeightPushError)[0]
-
-    def weight_buckets(self) -> list[ray.ObjectRef[Any]]:
-        return self._each("weight_buckets", failure=WeightPushError)[0]
-
-    def connect_nccl(self, engines: Sequence[Any], *, tensor_parallel: int) -> None:
-        address = self._each("address")[0]
-        self._each("connect_nccl", list(engines), tensor_parallel, address, failure=WeightPushError)
-
-    def broadcast_nccl(self) -> None:
-        self._each("broadcast_nccl", failure=WeightPushError)
-
-    def save(self, folder: str) -> None:
-        self._each("save", folder, failure=CheckpointError)
-
-    def load(self, folder: str) -> None:
-        self._each("load", folder, failure=CheckpointError)
-
-    def export(self, folder: str) -> None:
-        self._each("export", folder)
-
-    def _each(self, method: str, *args: Any, failure: type[CorralError] = CorralError) -> list[Any]:
-        calls = [getattr(worker, method).remote(*args) for worker in self.workers]
-        return collect(calls, phase=f"learner: {method}", deadline_seconds=self._deadline_seconds, failure=failure)
-
-
-@contextmanager
-def learner_group(spec: LearnerSpec, *, deadline_seconds: float, placement: Sequence[Any] = ()) -> Iterator[RayLearner]:
-    """Start one actor per rank and end the processes at exit. The ranks build their engines while the caller goes on;
-    `RayLearner.ready` waits for them.
-
-    placement: a Ray scheduling strategy per rank (default: wherever there is room).
-    """
-    workers_config = spec.config.workers
-    worker_class = ray.remote(LearnerWorker)
-    workers = [
-        worker_class.options(**process_options(workers_config), scheduling_strategy=placement[rank] if placement else "DEFAULT").remote()
-        for rank in range(workers_config.count)
-    ]
-    try:
-        address = workers[0].address.remote()  # Ray hands its value to the ranks
-        starting = [worker.start.remote(spec, rank, len(workers), address) for rank, worker in enumerate(workers)]
-        yield RayLearner(workers, starting, deadline_seconds=deadline_seconds)
-    finally:
-        for worker in workers:
-            ray.kill(worker)

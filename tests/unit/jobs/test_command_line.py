@@ -86,9 +86,10 @@ TEXTS = {"purpose": "", "details": "", "example": ""}
 
 def test_doctor_reports_a_recipe_that_does_not_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from jobs import doctor
+    from jobs.diagnosis import machine
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(doctor, "imports", lambda: doctor.Check("imports", "not now"))
+    monkeypatch.setattr(machine, "imports", lambda: doctor.Check("imports", "not now"))
     assert main(["doctor", str(RECIPES / "pythia" / "ppo-12b.toml"), "--for", "ppo"]) == 1
     out = capsys.readouterr().out
     assert "FAILED recipe: stage ppo needs 8 GPUs" in out
