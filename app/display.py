@@ -76,11 +76,12 @@ def measurements(progress: StageProgress) -> list[str]:
 
 
 class PlainDisplay:
-    """One line per stage at most every `every` seconds; the first and the last one always."""
+    """One line per stage at most every `every` seconds; the first and the last one always. `dated`: each begins with date and time."""
 
-    def __init__(self, stream: TextIO, every: float = PLAIN_SECONDS) -> None:
+    def __init__(self, stream: TextIO, every: float = PLAIN_SECONDS, *, dated: bool = False) -> None:
         self._stream = stream
         self._every = every
+        self._dated = dated
         self._printed: dict[str, float] = {}
 
     def begin(self, progress: StageProgress) -> None:
@@ -108,8 +109,36 @@ class PlainDisplay:
         )
 
     def _line(self, text: str) -> None:
-        self._stream.write(f"{text}\n")
+        when = time.strftime("%Y-%m-%d %H:%M:%S  ") if self._dated else ""
+        self._stream.write(f"{when}{text}\n")
         self._stream.flush()
+
+
+class BothDisplays:
+    """Shows everything twice."""
+
+    def __init__(self, first: Display, second: Display) -> None:
+        self._displays = (first, second)
+
+    def begin(self, progress: StageProgress) -> None:
+        for display in self._displays:
+            display.begin(progress)
+
+    def update(self, progress: StageProgress) -> None:
+        for display in self._displays:
+            display.update(progress)
+
+    def end(self, progress: StageProgress) -> None:
+        for display in self._displays:
+            display.end(progress)
+
+    def note(self, text: str) -> None:
+        for display in self._displays:
+            display.note(text)
+
+    def close(self) -> None:
+        for display in self._displays:
+            display.close()
 
 
 class RemainingColumn(ProgressColumn):

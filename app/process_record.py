@@ -10,14 +10,19 @@ from typing import Any
 import psutil
 
 
+def host_name() -> str:
+    """What this host is called in a record."""
+    return socket.gethostname()
+
+
 def me() -> dict[str, Any]:
     """Host and process that a record belongs to; `process_started` tells it from a later process with the same number."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "process_started": psutil.Process().create_time()}
+    return {"host": host_name(), "pid": os.getpid(), "process_started": psutil.Process().create_time()}
 
 
 def runs_here(record: Mapping[str, Any]) -> bool | None:
     """Whether the process of a record of `me` still runs; None where it was on another host."""
-    if record.get("host") != socket.gethostname() or "pid" not in record:
+    if record.get("host") != host_name() or "pid" not in record:
         return None
     try:
         process = psutil.Process(int(record["pid"]))

@@ -46,11 +46,13 @@ class Place:
         found = self.system.get_file_info(arrow.FileSelector(self.root, allow_not_found=True))
         return sorted(self._name(info.path) for info in found if info.type == arrow.FileType.Directory)
 
-    def read(self, name: str) -> bytes | None:
-        """The content of a file; None where there is none."""
+    def read(self, name: str, start: int = 0) -> bytes | None:
+        """The content of a file, from a byte on (negative: so many from the end); None where there is none."""
         try:
-            with self.system.open_input_stream(self._path(name)) as stream:
-                return bytes(stream.read())
+            with self.system.open_input_file(self._path(name)) as file:
+                size = int(file.size())
+                file.seek(min(size, start) if start >= 0 else max(0, size + start))
+                return bytes(file.read())
         except FileNotFoundError:
             return None
 

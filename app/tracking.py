@@ -15,17 +15,24 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from app.display import Display, StageProgress, open_display
-from app.durable import without_non_finite
+from app.display import BothDisplays, Display, PlainDisplay, StageProgress, open_display
+from app.durable import without_non_finite, write_json
+from app.errors import first_line
 from app.trackers.delivery import Delivery
 from app.trackers.service import Point, TrackingService
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
+LOG_FILE = "run.log"
+"""What the run showed, with the times."""
+PROGRESS_FILE = "progress.json"
+"""The stage that began last, and how many steps it has."""
 TENSORBOARD_FOLDER = "tensorboard"
 HEADLINES = ("score_mean", "reward", "loss", "eval_loss")
 """The metric that stands for a stage on the display: the first of these that the stage has logged."""
 SPEED = "tokens_per_second"
+LOG_SECONDS = 30.0
+"""Shortest time between two lines of one stage in the log."""
 
 
 @dataclass
@@ -77,7 +84,9 @@ class RunTracker:
             drop_partial_line(run_path / file)
         self._file = (run_path / METRICS_FILE).open("a", encoding="utf-8")
         self._events = EventFileWriter(str(run_path / TENSORBOARD_FOLDER))
-        self._display = display or open_display()
+        self._log = (run_path / LOG_FILE).open("a", encoding="utf-8")
+        self._display: Display = BothDisplays(display or open_display(), PlainDisplay(self._log, LOG_SECONDS, dated=True))
+        self._progress_path = run_path / PROGRESS_FILE
         self._deliveries = [Delivery(name, service, self.note) for name, service in services.items()]
         for name, service in services.items():
             self._display.note(f"{name}: {service.address}")
@@ -87,6 +96,7 @@ class RunTracker:
         with self._lock:
             self._stages[stage] = _Stage(total_steps, done, time.monotonic(), {})
             self._display.begin(self._stages[stage].progress(stage))
+            write_json(self._progress_path, {"stage": stage, "steps": total_steps, "done": done})
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Record scalars of one step. A stage that was not begun is recorded without being shown."""
@@ -140,6 +150,9 @@ class RunTracker:
             delivery.close(failed=error is not None)
         with self._lock:
             self._display.close()
+            if error is not None:
+                PlainDisplay(self._log, dated=True).note(f"{type(error).__name__}: {first_line(error)}")
+            self._log.close()
             self._file.close()
             self._events.close()
 

@@ -39,6 +39,7 @@ def session(recipe: Recipe, command: str) -> Iterator[Session]:
     from jobs import local_ray
     from jobs.inputs import check_inputs, read_data
     from jobs.run_storage import mirrored
+    from jobs.shared_folder import require_shared
 
     check_feasible(recipe, command, local_ray.cluster_resources(), local_ray.cluster_nodes())
     check_inputs(recipe, command)
@@ -55,6 +56,7 @@ def session(recipe: Recipe, command: str) -> Iterator[Session]:
                 RunTracker(run.path, services=services) as tracker,
                 local_ray.running_ray(run.path / "logs"),
             ):
+                require_shared(run.path)
                 yield Session(run, corpus, tracker)
     for name in ("summary.json", "report.html"):
         if (run.path / name).is_file():

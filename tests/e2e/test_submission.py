@@ -124,3 +124,31 @@ def test_a_failed_job_fails_the_submission(head: Head, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=head.environment, capture_output=True, text=True, check=False, timeout=RUN_SECONDS)
     assert done.returncode == 2, done.stdout[-3000:]
     assert "needs 1 GPU" in done.stdout
+
+
+def corral(head: Head, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jobs", *words, f"--address={head.address}"]
+    return subprocess.run(command, cwd=ROOT, env=head.environment | more, capture_output=True, text=True, check=False, timeout=RUN_SECONDS)
+
+
+def test_a_job_is_listed_stopped_and_left_with_a_checkpoint(head: Head, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    submitted = corral(head, "submit", "sft", MINIMAL, f"--run.dir={folder}", "--sft.epochs=10000", "--sft.max_steps=100000", "--no-follow")
+    assert submitted.returncode == 0, submitted.stderr
+    job = submitted.stdout.removeprefix("job ").partition(":")[0]
+    wrong = corral(head, "stop", job, RAY_AUTH_TOKEN="wrong" * 8)
+    assert wrong.returncode == 2
+    assert "refuses the token" in wrong.stderr and wrong.stderr.count("\n") == 1
+    end = time.monotonic() + RUN_SECONDS
+    while not (folder / "metrics.jsonl").is_file() or '"loss"' not in (folder / "metrics.jsonl").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.5)
+    stopped = corral(head, "stop", job)
+    assert stopped.returncode == 0, stopped.stderr
+    assert f"job {job}: STOPPED" in stopped.stdout
+    listed = json.loads(corral(head, "runs", str(folder), "--json").stdout)
+    run = listed["runs"][0]
+    assert (run["state"], run["job"], run["stage"]) == ("interrupted", job, "sft")
+    assert {each["job"]: (each["state"], each["run"]) for each in listed["jobs"]}[job] == ("interrupted", str(folder))
+    assert list((folder / "sft" / "checkpoints").glob("step-*/manifest.json"))
+    assert "sft  0/100000  started" in corral(head, "logs", job).stdout

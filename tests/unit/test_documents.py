@@ -26,7 +26,7 @@ def exists(key: str) -> bool:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_keys_of_the_recipe(page: Path) -> None:
     keys = re.findall(rf"`((?:{SECTIONS})\.[a-z_0-9.]*[a-z_0-9])(?=`| = )", page.read_text())
-    files = (".json", ".jsonl", ".md", ".toml", ".html", ".parquet")
+    files = (".json", ".jsonl", ".log", ".md", ".toml", ".html", ".parquet")
     assert [key for key in keys if not exists(key) and not key.endswith(files)] == []
 
 

@@ -30,6 +30,12 @@ def test_what_is_written_comes_back(place: Place, tmp_path: Path) -> None:
     assert place.inside("x").files() == {"y.json": 4, "z/model.bin": 7}
     assert place.inside("x").folders() == ["z"]
     assert place.read("x/y.json") == b"two!"
+    assert (place.read("x/y.json", 3), place.read("x/y.json", -2), place.read("x/y.json", 9), place.read("x/y.json", -9)) == (
+        b"!",
+        b"o!",
+        b"",
+        b"two!",
+    )
     place.get("x/z/model.bin", tmp_path / "back" / "model.bin")
     assert (tmp_path / "back" / "model.bin").read_bytes() == b"weights"
     assert [path.name for path in (tmp_path / "back").iterdir()] == ["model.bin"]

@@ -1,0 +1,200 @@
+"""`corral logs` and `corral stop`: a run by its folder, or a Ray job by its name."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from app.errors import ConfigError, CorralError, first_line
+from jobs.command import Tool
+from jobs.submission import ADDRESS_HELP, followed
+
+if TYPE_CHECKING:
+    from app.run_status import RunStatus
+    from app.storage import Place
+    from jobs.job_server import JobServer
+
+LOOK_SECONDS = 1.0
+STOP_SECONDS = 1800.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a word names: the folder of a run, or a job."""
+
+    run: Place | None = None
+    job: str | None = None
+
+
+def target(word: str) -> Target:
+    """A run folder, a URL of one, or else the submission id of a job. Raises ConfigError."""
+    from app.storage import open_place
+
+    if "://" in word or Path(word).is_dir():
+        return Target(run=open_place(word, "RUN"))
+    if "/" in word or word.startswith("."):
+        raise ConfigError(f"{word}: no such folder; `corral runs DIR` lists the runs in a folder")
+    return Target(job=word)
+
+
+def status_of(place: Place) -> RunStatus:
+    """The state of the run in a folder. Raises ConfigError where there is none."""
+    from app.run_status import read_status
+
+    try:
+        status = read_status(place)
+    except OSError as error:
+        raise ConfigError(f"{place.url}: cannot be read ({first_line(error)}); check the path or the credentials") from error
+    if status is None:
+        raise ConfigError(f"{place.url}: holds no run; `corral runs DIR` lists the runs in a folder")
+    return status
+
+
+def add_log_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="RUN|JOB", help="a run folder or its URL, or the id of a job")
+    parser.add_argument("--address", help=f"for a job: {ADDRESS_HELP}")
+    parser.add_argument("--follow", action="store_true", help="go on until the run or job ends; Ctrl-C ends the showing only")
+
+
+def logs(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Print what a run or a job has shown; with `--follow` its exit code. Raises ConfigError."""
+    _no_keys("logs", overrides)
+    found = target(arguments.target)
+    if found.run is not None:
+        return _run_log(found.run, follow=arguments.follow)
+    assert found.job is not None
+    job = found.job
+    from jobs.job_server import ask, connect
+
+    server = connect(arguments.address)
+    ask(lambda: server.get_job_info(job))
+    if arguments.follow:
+        return followed(server, job)
+    sys.stdout.write(ask(lambda: server.get_job_logs(job)))
+    return 0
+
+
+def _run_log(place: Place, *, follow: bool) -> int:
+    """Print `run.log`; to the run's end where asked. Returns 0, or with `follow` 1 for a run that failed and 130 for one that stopped."""
+    from app.tracking import LOG_FILE
+
+    status_of(place)
+    shown = 0
+    while True:
+        status = status_of(place)  # before the log: what was written until the end is then surely in it
+        content = place.read(LOG_FILE, shown) or b""
+        sys.stdout.write(content.decode("utf-8", "replace"))
+        sys.stdout.flush()
+        shown += len(content)
+        if not follow or status.state != "running":
+            break
+        time.sleep(LOOK_SECONDS)
+    if not follow:
+        return 0
+    sys.stdout.write(f"{place.url}: {status.state}{f': {status.reason}' if status.reason else ''}\n")
+    return {"finished": 0, "interrupted": 130}.get(status.state, 1)
+
+
+def add_stop_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="RUN|JOB", help="a run folder, or the id of a job")
+    parser.add_argument("--address", help=f"for a job: {ADDRESS_HELP}")
+    parser.add_argument(
+        "--wait", type=float, default=STOP_SECONDS, metavar="SECONDS", help=f"longest wait for its end (default: {STOP_SECONDS:g})"
+    )
+
+
+def stop(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Ask a run or a job to stop and wait for that; 0 when it has ended. Raises ConfigError, CorralError when it does not end."""
+    _no_keys("stop", overrides)
+    found = target(arguments.target)
+    if found.job is not None:
+        return _stop_job(found.job, arguments.address, arguments.wait)
+    assert found.run is not None
+    status = status_of(found.run)
+    if status.state not in ("running", "unknown"):
+        sys.stdout.write(f"{status.run}: {status.state} already\n")
+        return 0
+    from app.process_record import host_name
+
+    if status.host != host_name():
+        if status.job is not None:
+            return _stop_job(status.job, arguments.address, arguments.wait)
+        raise ConfigError(f"{status.run}: is run by process {status.pid} on {status.host}: stop it there, with the same command")
+    return _stop_process(found.run, status, arguments.wait)
+
+
+def _stop_process(place: Place, status: RunStatus, seconds: float) -> int:
+    assert status.pid is not None
+    try:
+        os.kill(status.pid, signal.SIGTERM)
+    except ProcessLookupError:
+        pass  # it has just ended
+    except PermissionError as error:
+        raise ConfigError(f"{status.run}: process {status.pid} belongs to another user: stop it as that user") from error
+    sys.stdout.write(f"{status.run}: process {status.pid} stops at its next safe point, with a checkpoint\n")
+    sys.stdout.flush()
+    _wait(lambda: status_of(place).state != "running", f"process {status.pid} of {status.run}", seconds)
+    sys.stdout.write(f"{status.run}: {status_of(place).state}; the command that started it goes on from there\n")
+    return 0
+
+
+def _stop_job(job: str, address: str | None, seconds: float) -> int:
+    from jobs.job_server import ask, connect, outcome
+
+    server: JobServer = connect(address)
+    before = ask(lambda: server.get_job_info(job))
+    if not before.status.is_terminal():
+        ask(lambda: server.stop_job(job))
+        sys.stdout.write(f"job {job} stops at its next safe point, with a checkpoint{HARD if not waits(before.runtime_env) else ''}\n")
+        sys.stdout.flush()
+        _wait(lambda: ask(lambda: server.get_job_info(job)).status.is_terminal(), f"job {job}", seconds)
+    sys.stdout.write(f"{outcome(job, ask(lambda: server.get_job_info(job)))}\n")
+    return 0
+
+
+HARD = "; it was submitted without RAY_JOB_STOP_WAIT_TIME_S, so Ray kills it after 3 s, and it goes on from its last checkpoint"
+
+
+def waits(runtime_env: object) -> bool:
+    """Whether Ray gives a job of this runtime environment time to stop."""
+    variables = runtime_env.get("env_vars") if isinstance(runtime_env, dict) else None
+    return isinstance(variables, dict) and "RAY_JOB_STOP_WAIT_TIME_S" in variables
+
+
+def _wait(done: Callable[[], bool], what: str, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > end:
+            raise CorralError(
+                f"{what} has not ended after {seconds:g} s; `corral stop` once more interrupts it at once, without a checkpoint"
+            )
+        time.sleep(LOOK_SECONDS)
+
+
+def _no_keys(name: str, overrides: list[str]) -> None:
+    if overrides:
+        raise ConfigError(f"corral {name} takes no recipe keys, got {overrides[0]}")
+
+
+LOGS = Tool(
+    purpose="show what a run or a job has printed",
+    details="example:\n  corral logs runs/demo\n  corral logs raysubmit_x1 --address=http://head:8265 --follow",
+    add_arguments=add_log_arguments,
+    run=logs,
+)
+STOP = Tool(
+    purpose="stop a run or a job so that it can go on later",
+    details=(
+        "The run ends its step, saves a checkpoint and stops; the command that started it goes on from there.\n\n"
+        "example:\n  corral stop runs/demo\n  corral stop raysubmit_x1 --address=http://head:8265"
+    ),
+    add_arguments=add_stop_arguments,
+    run=stop,
+)
