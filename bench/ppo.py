@@ -108,8 +108,8 @@ def run(arguments: argparse.Namespace) -> list[Mapping[str, float]]:
             ) as pool,
             learner_group(spec, deadline_seconds=600) as learner,
             start_scoring(
-                scoring, reward_path=reward_path, reference_path=arguments.model, temperature=rollout.temperature, stop_serve=False
-            ) as scorer,
+                scoring, reward_paths=[reward_path], reference_path=arguments.model, temperature=rollout.temperature, stop_serve=False
+            ) as (scorer,),
         ):
             pool.ready()
             learner.ready()

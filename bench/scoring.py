@@ -194,11 +194,11 @@ def throughput(service: Service, arguments: argparse.Namespace, vocabulary: int,
             if number:
                 rounds[way].append(measured)
                 sys.stderr.write(f"round {number}, {way}: {measured}\n")
-    found = {way: {key: statistics.median(one[key] for one in each) for key in each[0]} for way, each in rounds.items()}
+    found: dict[str, Any] = {way: {key: statistics.median(one[key] for one in each) for key in each[0]} for way, each in rounds.items()}
     if triton:
         pairs = zip(rounds["grpc"], rounds["triton"], strict=True)
-        found["ahead"] = {"each": [ours["tokens_per_second"] / theirs["tokens_per_second"] for ours, theirs in pairs]}
-        found["ahead"]["median"] = statistics.median(found["ahead"]["each"])
+        ahead = [ours["tokens_per_second"] / theirs["tokens_per_second"] for ours, theirs in pairs]
+        found["ahead"] = {"each": ahead, "median": statistics.median(ahead)}
     return found
 
 

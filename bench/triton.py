@@ -57,7 +57,7 @@ def triton_server(python: str, model: str, folder: Path, *, threads: int, rows: 
     shutil.copy(package / "python_backend_stubs" / version / "triton_python_backend_stub", backends / "python")
     http, grpc = _free_ports(2)
     address = [f"--{door}-{key}={value}" for door, port in (("http", http), ("grpc", grpc)) for key, value in _listen(port)]
-    command = [package / "bin" / "tritonserver", f"--model-repository={repository}", f"--backend-directory={backends}", *address]
+    command = [str(package / "bin" / "tritonserver"), f"--model-repository={repository}", f"--backend-directory={backends}", *address]
     libraries = str(package.parent.parent / "nvidia_pytriton.libs")
     environment = {**os.environ, "PYTHONPATH": sysconfig.get_paths()["purelib"], "LD_LIBRARY_PATH": libraries}
     environment["OMP_NUM_THREADS"] = str(threads)
@@ -77,7 +77,7 @@ def asked_by_triton_clients(
     """As `bench.scoring.asked_by`, by Triton's public client over gRPC; and the answers, in the order of the rows."""
     questions, answers = folder / "questions.npz", folder / "answers.npz"
     np.savez(questions, *rows)
-    command = [python, HERE / "triton_clients.py", str(port), NAME, str(clients), questions, answers]
+    command = [python, *map(str, (HERE / "triton_clients.py", port, NAME, clients, questions, answers))]
     seconds = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     with np.load(answers) as found:
         return seconds["wall"], seconds["each"], [found[f"arr_{number}"] for number in range(len(rows))]

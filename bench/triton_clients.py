@@ -13,7 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import tritonclient.grpc as triton
+import tritonclient.grpc as triton  # type: ignore[import-not-found]
 
 
 def main() -> int:

@@ -13,8 +13,8 @@ from typing import Any
 sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)  # Triton's interpreter does not look at it
 
 import torch  # noqa: E402
-import triton_python_backend_utils as triton  # noqa: E402
-from torch.utils.dlpack import to_dlpack  # noqa: E402
+import triton_python_backend_utils as triton  # type: ignore[import-not-found]  # noqa: E402
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 
@@ -30,7 +30,7 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> list[Any]:
         """One answer [b, T - 1] for each request [b, T] of a batch that the dynamic batcher has put together."""
         # Tensors travel by DLPack: the arrays of this backend, built for NumPy 1, are empty with NumPy 2.
-        blocks = [torch.from_dlpack(triton.get_input_tensor_by_name(request, "input_ids").to_dlpack()).long() for request in requests]
+        blocks = [from_dlpack(triton.get_input_tensor_by_name(request, "input_ids").to_dlpack()).long() for request in requests]
         rows = [row for block in blocks for row in block]
         ids_BS = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         attention_BS = torch.arange(ids_BS.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]

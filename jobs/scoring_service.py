@@ -1,9 +1,9 @@
-"""The scoring service as stages ask for it: two model folders in, a Scorer out."""
+"""The scoring service as stages ask for it: model folders in, a Scorer per reward model out."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -13,18 +13,18 @@ from jobs.local_ray import uses_cluster
 from serve.scoring import start_scoring
 
 
-def scoring_service(recipe: Recipe) -> Callable[[str, str], AbstractContextManager[Scorer]]:
-    """(reward model folder, reference policy folder) -> the Serve application of this recipe, up for the length of a `with` block."""
+def scoring_service(recipe: Recipe) -> Callable[[Sequence[str], str], AbstractContextManager[Sequence[Scorer]]]:
+    """(reward model folders, reference policy folder) -> the Serve application of this recipe, up for the length of a `with` block."""
 
-    def start(reward_path: str, reference_path: str) -> AbstractContextManager[Scorer]:
+    def start(reward_paths: Sequence[str], reference_path: str) -> AbstractContextManager[Sequence[Scorer]]:
         return start_scoring(
             recipe.scoring,
-            reward_path=reward_path,
+            reward_paths=reward_paths,
             reference_path=reference_path,
             temperature=recipe.rollout.temperature,
             precision=recipe.model.precision,
             trust_remote_code=recipe.model.trust_remote_code,
-            name=f"scoring-{run_digest(recipe)}-{short_digest(reward_path)}",
+            name=f"scoring-{run_digest(recipe)}",
             deadline_seconds=recipe.run.deadline_seconds,
             stop_serve=uses_cluster(),
         )

@@ -34,10 +34,20 @@ class Doors:
         access_log.open_log(config.access_log)
         self._config = config
         self._credentials = credentials
-        self._gateway = Gateway(handles, config, trust_remote_code)
+        self._handles = dict(handles)
+        self._gateway = Gateway(self._handles, config, trust_remote_code)
         self._budget = ByteBudget(LONGEST_REQUESTS * config.max_request_bytes)
         self._grpc = GrpcDoor(self._gateway, credentials, self._budget, max_bytes=config.max_request_bytes)
         await self._grpc.start(config.host, config.grpc_port)
+
+    def reconfigure(self, settings: Mapping[str, list[str]]) -> None:
+        """Serve's hook for a changed user config: models come and go behind open doors, so that no caller's channel is closed."""
+        application = serve.get_replica_context().app_name
+        for name in self._handles.keys() - settings["models"]:
+            del self._handles[name]
+        for name in settings["models"]:
+            if name not in self._handles:
+                self._handles[name] = serve.get_deployment_handle(name, application)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve's hook for an application that is built where it runs."""
@@ -54,10 +64,11 @@ def doors_application(
     """The application of the models in `replicas`, behind the doors. It runs on the head node, beside Serve's HTTP proxy there, so
     that both ports are on one host; it takes no CPU of those that models ask for."""
     credentials = Credentials.of(token)
-    settled = config.model_copy(update={"models": {}, "chat": {}})  # what changes there is none of the doors' business
+    settled = config.model_copy(update={"models": {}, "chat": {}})  # what changes there needs no other doors
     arguments: tuple[Any, ...] = (dict(replicas), settled, credentials, trust_remote_code)
     deployment = serve.deployment(
         name=DOORS,
+        user_config={"models": sorted(replicas)},
         ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         max_surge_percent=100,  # new doors open before the old ones close
@@ -65,5 +76,5 @@ def doors_application(
         graceful_shutdown_timeout_s=2 * DRAIN_SECONDS,
         graceful_shutdown_wait_loop_s=0.1,
     )(Doors)
-    unchanging = (sorted(replicas), settled.model_dump_json(), credentials, trust_remote_code)
+    unchanging = (settled.model_dump_json(), credentials, trust_remote_code)
     return versioned(deployment, unchanging).bind(*arguments)

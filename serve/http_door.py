@@ -83,23 +83,26 @@ def http_app(gateway: Gateway, config: ServingConfig, credentials: Credentials, 
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(Exception, broken)
     app.add_middleware(Guard, credentials=credentials, max_bytes=config.max_request_bytes, budget=budget)
-    _document(app, gateway.names)
+    _document(app, gateway)
     return app
 
 
-def _document(app: FastAPI, names: list[str]) -> None:
-    """The OpenAPI page: the bodies that routes read themselves, and which models there are."""
+def _document(app: FastAPI, gateway: Gateway) -> None:
+    """The OpenAPI page: the bodies that routes read themselves, and which models there are now."""
     page = app.openapi()
     schemas = page["components"]["schemas"]
     body = InferBody.model_json_schema(ref_template="#/components/schemas/{model}")
     schemas.update({**body.pop("$defs"), "InferBody": body})
-    for schema in (ScoreIds, ScoreConversations):
-        schemas[schema.__name__]["properties"]["model"]["enum"] = names
-    for path in page["paths"].values():
-        for operation in path.values():
-            for parameter in operation.get("parameters", ()):
-                if parameter["name"] == "model":
-                    parameter["schema"]["enum"] = names
+    parameters = [each for path in page["paths"].values() for operation in path.values() for each in operation.get("parameters", ())]
+    named = [schemas[schema.__name__]["properties"]["model"] for schema in (ScoreIds, ScoreConversations)]
+    named += [parameter["schema"] for parameter in parameters if parameter["name"] == "model"]
+
+    def document() -> dict[str, Any]:
+        for schema in named:
+            schema["enum"] = gateway.names
+        return page
+
+    app.openapi = document  # type: ignore[method-assign]  # FastAPI's own way to change the page
 
 
 def _entry(request: Request, model: str = "") -> Entry:

@@ -6,7 +6,7 @@ PPO's service (`start_scoring`), `corral serve` and Serve's own commands (serve/
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 
 from app.config.ppo import ScoringConfig
-from app.config.served_models import ppo_models
+from app.config.served_models import REWARD, ppo_models, reward_names
 from app.config.serving import ServedModelConfig, ServingConfig
 from app.models.heads import Precision
 from app.models.load import seen_from_anywhere
@@ -110,7 +110,7 @@ def versioned(deployment: serve.Deployment, settled: object) -> serve.Deployment
 def start_scoring(
     config: ScoringConfig,
     *,
-    reward_path: str,
+    reward_paths: Sequence[str],
     reference_path: str,
     temperature: float,
     name: str = "scoring",
@@ -118,17 +118,18 @@ def start_scoring(
     trust_remote_code: bool = False,
     deadline_seconds: float = 600.0,
     stop_serve: bool = True,
-) -> Iterator[ServeScorer]:
+) -> Iterator[list[ServeScorer]]:
     """Deploy the scoring service of a PPO run on the Ray cluster this process is connected to, and delete it on exit.
 
-    Yields a client once every replica is healthy. Raises as `serve.deploying.deployed`, which explains `stop_serve`.
+    Yields a client per reward model, in their order, once every replica is healthy; all share the reference. Raises as
+    `serve.deploying.deployed`, which explains `stop_serve`.
     """
-    models = ppo_models(config, reward_path=reward_path, reference_path=reference_path, temperature=temperature)
+    models = ppo_models(config, reward_paths=reward_paths, reference_path=reference_path, temperature=temperature)
     service = scoring_application(models, precision=precision, trust_remote_code=trust_remote_code)
     with deployed([target(service, name)], deadline_seconds=deadline_seconds, stop_serve=stop_serve):
-        yield connect(name, config)
+        yield [connect(name, config, reward) for reward in reward_names(len(reward_paths))]
 
 
-def connect(name: str, config: ScoringConfig) -> ServeScorer:
+def connect(name: str, config: ScoringConfig, reward: str = REWARD) -> ServeScorer:
     """One more client of a running service; it connects with its first request."""
-    return ServeScorer(name, config)
+    return ServeScorer(name, config, reward)

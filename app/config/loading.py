@@ -42,7 +42,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     Raises ConfigError for a missing or malformed file, an unknown key, a wrong type or a value out of range."""
     settings = {} if path is None else _read(Path(path), ())
     settings.update(parse_overrides(overrides, settings))
-    recipe = _build(settings, str(path))
+    recipe = _build(settings, "command line" if path is None else str(path))
     check_unread(recipe, {key: setting.source for key, setting in settings.items()})
     _check_space(recipe, settings)
     return recipe

@@ -176,7 +176,8 @@ def _ask_hub(name: str) -> None:
         get_hf_file_metadata(hf_hub_url(name, CONFIG_NAME))
     except (OSError, HTTPError) as error:
         raise ModelError(
-            f"model {name}: no such folder, and not to be had from the Hugging Face hub ({first_line(error)}); check the path or the network"
+            f"model {name}: no such folder, and not to be had from the Hugging Face hub ({first_line(error)}); "
+            "check the path or the network"
         ) from error
 
 

@@ -156,13 +156,14 @@ class Roles:
         """The scoring service's replicas."""
         recipe, scoring = self.recipe, self.recipe.scoring
         length = recipe.data.max_prompt_length + recipe.rollout.max_new_tokens
-        roles = []
-        further = [path for path in recipe.reward.model_paths() if path != recipe.reward.path]  # each with a service of its own
-        for suffix, reward_path in [("", recipe.reward.path or recipe.model.path), *((f" {path}", path) for path in further)]:
-            for name, workers, path in (("reward", scoring.reward, reward_path), ("reference", scoring.reference, recipe.model.path)):
-                place = (name + suffix, f"scoring.{name}", workers)
-                roles.append(self._scorer(*place, path, scoring.max_batch_tokens, length, with_head=name == "reference"))
-        return tuple(roles)
+        further = [(f"reward {path}", path) for path in recipe.reward.model_paths() if path != recipe.reward.path]
+        places = [("reward", "scoring.reward", scoring.reward, recipe.reward.path or recipe.model.path)]
+        places += [(name, "scoring.reward", scoring.reward, path) for name, path in further]
+        places.append(("reference", "scoring.reference", scoring.reference, recipe.model.path))
+        return tuple(
+            self._scorer(name, key, workers, path, scoring.max_batch_tokens, length, with_head=name == "reference")
+            for name, key, workers, path in places
+        )
 
     def _scorer(self, name: str, key: str, workers: WorkersConfig, path: str, tokens: int, length: int, *, with_head: bool) -> Role:
         shape, parts = shape_of(path), Parts()

@@ -222,7 +222,7 @@ def run_evaluation(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunT
         one_engine = with_values(recipe, {"rollout.transfer": "object_store"})  # it takes the second model's weights from their files
         with (
             open_pool(one_engine, sft_path, held_out, template.eos_id) as pool,
-            start_scoring(reward_path, sft_path) as scorer,
+            start_scoring([reward_path], sft_path) as (scorer,),
         ):
             pool.ready()
             before = answer(pool, scorer, held_out, template, recipe.evaluation, gold)

@@ -28,7 +28,7 @@ from app.stages.actor_learner import LoopState, Parts, actor_learner_loop
 from app.stages.evaluate import Answers, Gold, answer, compare, write_examples
 from app.stages.interruption import stop_requests
 from app.stages.preparation import Prepared
-from app.stages.rewards import StartScoring, open_reward, reward_scorers
+from app.stages.rewards import MAIN, StartScoring, open_reward, reward_scorers
 from app.tracking import METRICS_FILE, RunTracker
 from app.workers.learner import LearnerSpec
 from app.workers.learner_group import RayLearner, learner_group
@@ -133,10 +133,10 @@ def train_ppo(
     gold = gold_of(recipe)
     with (
         start_learner(recipe, policy_path, reward_path, learner_placement) as learner,
-        start_scoring(reward_path, policy_path) as scorer,
-        reward_scorers(recipe.reward, scorer, reward_path, policy_path, start_scoring) as scorers,
+        reward_scorers(recipe.reward, reward_path, policy_path, start_scoring) as scorers,
         open_reward(recipe.reward, scorers, template.decode, deadline_seconds=recipe.run.deadline_seconds) as reward,
     ):
+        scorer = scorers[MAIN]
         pool.ready()
         learner.ready()
         before = answer(pool, scorer, prompts.held_out, template, recipe.evaluation, gold)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from app.config.reward import RewardConfig
@@ -14,25 +14,21 @@ from app.rewards.part import IsolatedPart, RewardPart, RulePart
 from app.rewards.reward_model import RewardModelPart, RewardModelReward
 from app.workers.rule_processes import RuleProcesses
 
-StartScoring = Callable[[str, str], AbstractContextManager[Scorer]]
-"""(reward model folder, reference policy folder) -> the scoring service for the length of a `with` block."""
+StartScoring = Callable[[Sequence[str], str], AbstractContextManager[Sequence[Scorer]]]
+"""(reward model folders, reference policy folder) -> a scorer per reward model, of one service, for the length of a `with` block."""
 
 MAIN = ""
 """Key of the scorer of the main reward model: that of `reward.path`, or the one that was trained in this run."""
 
 
 @contextmanager
-def reward_scorers(
-    config: RewardConfig, main: Scorer, reward_path: str, reference_path: str, start_scoring: StartScoring
-) -> Iterator[dict[str, Scorer]]:
-    """A scorer for every reward model of the mix, by its folder as the recipe writes it. `main` is that of `reward_path`; the others are
-    started for the length of a `with` block."""
-    with ExitStack() as open_services:
-        scorers = {MAIN: main}
-        for path in config.model_paths():
-            folder = seen_from_anywhere(path)
-            scorers[path] = main if folder == reward_path else open_services.enter_context(start_scoring(folder, reference_path))
-        yield scorers
+def reward_scorers(config: RewardConfig, reward_path: str, reference_path: str, start_scoring: StartScoring) -> Iterator[dict[str, Scorer]]:
+    """A scorer for every reward model of the mix, by its folder as the recipe writes it, and as MAIN that of `reward_path`; their
+    service is up for the length of a `with` block."""
+    folders = {MAIN: reward_path, **{path: seen_from_anywhere(path) for path in config.model_paths()}}
+    served = list(dict.fromkeys(folders.values()))
+    with start_scoring(served, reference_path) as scorers:
+        yield {path: scorers[served.index(folder)] for path, folder in folders.items()}
 
 
 @contextmanager

@@ -170,10 +170,7 @@ def run_tune(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker
         sft_path = pipeline.sft_model()
         reward_path = pipeline.given_reward_model(sft_path)
         pipeline.close_engines()  # trials bring their own, in their own placement groups
-        with (
-            start_scoring(reward_path, sft_path) as scorer,
-            reward_scorers(recipe.reward, scorer, reward_path, sft_path, start_scoring) as scorers,
-        ):
+        with reward_scorers(recipe.reward, reward_path, sft_path, start_scoring) as scorers:
             inputs = TrialInputs(recipe, sft_path, reward_path, scorers, pipeline.prompts.train, pipeline.prepared.template)
             tracker.note(f"tune: {recipe.tune.trials} trials of up to {recipe.ppo.steps} PPO steps, {recipe.tune.concurrent} at a time")
             grid = _search(recipe, inputs, space, run, TrialNotes(tracker, recipe))

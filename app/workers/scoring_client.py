@@ -37,11 +37,11 @@ T = TypeVar("T")
 
 
 class ServeScorer:
-    """Scores and reference log-probs from the Serve application `name`. Pickles as its name and config, so that any
-    process of the cluster can use it."""
+    """Scores and reference log-probs from the Serve application `name`; the scores are those of its model `reward`. Pickles as these
+    names and its config, so that any process of the cluster can use it."""
 
-    def __init__(self, name: str, config: ScoringConfig) -> None:
-        self._name = name
+    def __init__(self, name: str, config: ScoringConfig, reward: str = REWARD) -> None:
+        self._name, self._reward = name, reward
         self._config = config
         self._handles: dict[str, DeploymentHandle[Any]] = {}
         self.under_way = _UnderWay(config.max_in_flight)
@@ -52,7 +52,7 @@ class ServeScorer:
         `result()` raises ScoringError when a request is refused (its reason is in the message), or not answered after
         `retries` more attempts of `timeout_seconds` each.
         """
-        requests = self._requests(REWARD, "rewards", self._config.reward.count, sequences)
+        requests = self._requests(self._reward, "rewards", self._config.reward.count, sequences)
 
         def finish(answers: Sequence[ScoringAnswer]) -> list[float]:
             scores = [math.nan] * len(sequences)
@@ -80,7 +80,7 @@ class ServeScorer:
     def stats(self) -> dict[str, Mapping[str, int]]:
         """Counters of one replica of each deployment, since it started: requests, batches, sequences, tokens, padding, passes (of
         the model), largest_batch (requests that shared one), pid."""
-        return {name: self.handle(name).stats.remote().result(timeout_s=self._config.timeout_seconds) for name in (REWARD, REFERENCE)}
+        return {name: self.handle(name).stats.remote().result(timeout_s=self._config.timeout_seconds) for name in (self._reward, REFERENCE)}
 
     def handle(self, deployment: str) -> DeploymentHandle[Any]:
         """The Serve handle of a deployment, connected once per process. Raises ScoringError when no such service runs."""
@@ -108,10 +108,10 @@ class ServeScorer:
             requests.append(_Request(self, deployment, rows, message))
         return requests
 
-    def __getstate__(self) -> tuple[str, ScoringConfig]:
-        return self._name, self._config
+    def __getstate__(self) -> tuple[str, ScoringConfig, str]:
+        return self._name, self._config, self._reward
 
-    def __setstate__(self, state: tuple[str, ScoringConfig]) -> None:
+    def __setstate__(self, state: tuple[str, ScoringConfig, str]) -> None:
         self.__init__(*state)  # type: ignore[misc]
 
 
@@ -246,8 +246,9 @@ def as_failure(error: Exception, config: ScoringConfig, deployment: str) -> Scor
     if isinstance(cause, ScoringError):
         return cause
     if isinstance(error, TimeoutError):
+        workers = REFERENCE if deployment == REFERENCE else REWARD
         return ScoringTimeoutError(
-            f"no answer within {config.timeout_seconds:g} s; raise scoring.timeout_seconds or scoring.{deployment}.count"
+            f"no answer within {config.timeout_seconds:g} s; raise scoring.timeout_seconds or scoring.{workers}.count"
         )
     if isinstance(error, BackPressureError):
         return OverloadedError(last_line(error))

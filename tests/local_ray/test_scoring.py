@@ -46,18 +46,21 @@ CONFIG = ScoringConfig(
 class Folders:
     reference: str
     reward: str
+    second_reward: str
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     root = tmp_path_factory.mktemp("models")
     reward = make_reward_model(root / "reward", make_llama(root / "llama"), reward_offset=OFFSET)
-    return Folders(make_neox(root / "reference"), reward)
+    reference = make_neox(root / "reference")
+    return Folders(reference, reward, make_reward_model(root / "second", reference, seed=1, reward_offset=OFFSET))
 
 
 @pytest.fixture(scope="module")
 def scorer(folders: Folders) -> Iterator[ServeScorer]:
-    with start_scoring(CONFIG, reward_path=folders.reward, reference_path=folders.reference, temperature=TEMPERATURE) as scorer:
+    rewards = [folders.reward, folders.second_reward]
+    with start_scoring(CONFIG, reward_paths=rewards, reference_path=folders.reference, temperature=TEMPERATURE) as (scorer, _):
         yield scorer
 
 
@@ -77,8 +80,8 @@ def reference_model(path: str) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def direct_scores(folders: Folders, sequences: list[np.ndarray]) -> list[float]:
-    model = reward_model(folders.reward)
+def direct_scores(folder: str, sequences: list[np.ndarray]) -> list[float]:
+    model = reward_model(folder)
     return [float(sequence_scores(model, *pad_sequences([ids]))) - OFFSET for ids in sequences]
 
 
@@ -90,11 +93,19 @@ def direct_logprobs(folders: Folders, ids: np.ndarray) -> np.ndarray:
 def test_answers_equal_direct_forward_passes(scorer: ServeScorer, folders: Folders) -> None:
     sequences = random_sequences(60)
     scores, logprobs = scorer.scores(sequences), scorer.logprobs(sequences)
-    np.testing.assert_allclose(scores.result(), direct_scores(folders, sequences), atol=1e-5)
+    np.testing.assert_allclose(scores.result(), direct_scores(folders.reward, sequences), atol=1e-5)
     for ids, row in zip(sequences, logprobs.result(), strict=True):
         assert row.dtype == np.float32
         assert row.shape == (len(ids) - 1,)
         np.testing.assert_allclose(row, direct_logprobs(folders, ids), atol=1e-5)
+
+
+def test_a_further_reward_model_of_a_mix_is_one_more_model_of_the_service(scorer: ServeScorer, folders: Folders) -> None:
+    sequences = random_sequences(5)
+    second = pickle.loads(pickle.dumps(connect("scoring", CONFIG, "reward-2")))
+    scores, logprobs = second.scores(sequences).result(), second.logprobs(sequences).result()
+    np.testing.assert_allclose(scores, direct_scores(folders.second_reward, sequences), atol=1e-5)
+    np.testing.assert_allclose(logprobs[-1], direct_logprobs(folders, sequences[-1]), atol=1e-5)
 
 
 def test_nothing_to_score(scorer: ServeScorer) -> None:
@@ -148,7 +159,7 @@ def test_a_pickled_client_works_in_another_process(scorer: ServeScorer, folders:
     def score(blob: bytes) -> list[float]:
         return pickle.loads(blob).scores(sequences).result()
 
-    np.testing.assert_allclose(ray.get(score.remote(pickle.dumps(scorer))), direct_scores(folders, sequences), atol=1e-5)
+    np.testing.assert_allclose(ray.get(score.remote(pickle.dumps(scorer))), direct_scores(folders.reward, sequences), atol=1e-5)
 
 
 @dataclass(frozen=True)
@@ -191,7 +202,7 @@ def clients_at_work(folders: Folders, count: int = 8) -> Iterator[list[Call]]:
     for call in calls:
         assert call.ended - call.began < CONFIG.timeout_seconds
         if call.output == "scores":
-            direct = [np.atleast_1d(score) for score in direct_scores(folders, call.sequences)]
+            direct = [np.atleast_1d(score) for score in direct_scores(folders.reward, call.sequences)]
         else:
             direct = [direct_logprobs(folders, ids) for ids in call.sequences]
         for answer, expected in zip(call.answers, direct, strict=True):
@@ -231,7 +242,7 @@ def test_many_clients_at_once_get_what_a_direct_forward_pass_gives(scorer: Serve
         worst = 0.0
         for call in range(10):
             sequences = random_sequences(1 + call % 3, seed=1000 * number + call)
-            worst = max(worst, np.abs(np.array(own.scores(sequences).result()) - direct_scores(folders, sequences)).max())
+            worst = max(worst, np.abs(np.array(own.scores(sequences).result()) - direct_scores(folders.reward, sequences)).max())
         return worst
 
     with ThreadPoolExecutor(32) as pool:
@@ -267,10 +278,13 @@ def test_no_such_service(scorer: ServeScorer) -> None:
 
 
 def test_start_and_stop_beside_a_running_service(scorer: ServeScorer, folders: Folders, tmp_path: Path) -> None:
-    paths = {"reward_path": folders.reward, "reference_path": folders.reference, "temperature": 1.0}
+    paths = {"reward_paths": [folders.reward], "reference_path": folders.reference, "temperature": 1.0}
     with pytest.raises(ScoringError, match="already runs"), start_scoring(CONFIG, **paths):
         pass
-    with pytest.raises(ScoringError, match="one label"), start_scoring(CONFIG, **{**paths, "reward_path": folders.reference}, name="wrong"):
+    with (
+        pytest.raises(ScoringError, match="one label"),
+        start_scoring(CONFIG, **{**paths, "reward_paths": [folders.reference]}, name="wrong"),
+    ):
         pass
     greedy = CONFIG.model_copy(update={"reference": WorkersConfig(cpus=1000), "timeout_seconds": 1})
     with pytest.raises(DeadlineError, match="reference"), start_scoring(greedy, **paths, name="greedy", deadline_seconds=1):

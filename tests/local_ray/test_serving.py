@@ -56,8 +56,19 @@ class Running:
     def update(self, *others: serve.RunTarget, **models: ServedModelConfig) -> None:
         self.applications.update([*self.service(**models).targets(), *others], DEADLINE)
 
+    def models(self) -> list[dict[str, str]]:
+        """As the HTTP door lists them."""
+        index: list[dict[str, str]] = httpx.post(f"http://127.0.0.1:{self.doors.http_port}/v2/repository/index", timeout=DEADLINE).json()
+        return index
+
     def process(self) -> int:
         return int(self.handle.stats.remote().result()["pid"])
+
+
+def process_of(actor: str) -> int | None:
+    """The process of the living actor of that class."""
+    living = list_actors(filters=[("state", "=", "ALIVE"), ("class_name", "=", actor)])
+    return living[0].pid if living else None
 
 
 @pytest.fixture(scope="module")
@@ -105,33 +116,32 @@ def test_models_and_other_applications_come_and_go(service: Running, policies: P
         def __call__(self, request: Any) -> str:
             return "hello"
 
-    process = service.process()
+    process, doors = service.process(), process_of("ServeReplica:scoring:doors")
     with load(*service.ways_in) as under:
         greeting = serve.deployment(Greeting).options(ray_actor_options={"num_cpus": 0.1}).bind()
         service.update(target(greeting, "neighbour", "/hello"), policy=policies.config("1"), other=policies.config("2"))
+        assert [each["name"] for each in service.models()] == ["other", "policy"]
         assert httpx.get(f"http://127.0.0.1:{service.doors.http_port}/hello").text == "hello"
         check_answers([by_grpc(service.doors.grpc_port, "other")(), by_http(service.doors.http_port, "other")()], policies.logprobs)
         service.update(policy=policies.config("1"))
         assert set(serve.status().applications) == {APPLICATION}
+        assert [each["name"] for each in service.models()] == ["policy"]
     assert not under.failures
     check_answers(under.answers, policies.logprobs)
     assert service.process() == process
+    assert process_of("ServeReplica:scoring:doors") == doors, "the doors were replaced, and open channels with them"
 
 
 @pytest.mark.parametrize("victim", ["ProxyActor", "ServeReplica:scoring:doors", "ServeController"])
 def test_a_killed_door_or_controller_comes_back(service: Running, policies: Policies, victim: str) -> None:
     """Raw callers at a killed door may see their connection break; nobody gets a wrong answer, and handles are not disturbed."""
 
-    def process() -> int | None:
-        living = list_actors(filters=[("state", "=", "ALIVE"), ("class_name", "=", victim)])
-        return living[0].pid if living else None
-
-    killed = process()
+    killed = process_of(victim)
     assert killed is not None
     ways_in = service.ways_in
     with load(*ways_in) as under, load(by_handle(service.handle)) as inside:
         os.kill(killed, signal.SIGKILL)
-        wait_for(lambda: process() not in (None, killed))
+        wait_for(lambda: process_of(victim) not in (None, killed))
         if victim != "ServeController":
             wait_for(lambda: bool(under.failures) or not psutil.pid_exists(killed))
     assert not inside.failures

@@ -137,9 +137,11 @@ def test_missing_folder_and_file(tmp_path: Path) -> None:
 
 def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    )
     began = time.monotonic()
-    with pytest.raises(ModelError, match="model nosuch: no such folder, and not to be had from the Hugging Face hub .*refused"):
+    with pytest.raises(ModelError, match=r"model nosuch: no such folder, and not to be had from the Hugging Face hub .*refused"):
         scores_text("nosuch")
     assert time.monotonic() - began < 5
 
