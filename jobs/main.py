@@ -25,6 +25,7 @@ from jobs import (
     pipeline,
     planning,
     ppo,
+    promotion,
     replay,
     reward_model,
     score,
@@ -60,6 +61,7 @@ TOOLS: dict[str, Tool] = {
     "evaluate score": evaluate_score.TOOL,
     "evaluate best-of-n": evaluate_best_of_n.TOOL,
     "evaluate trees": evaluate_trees.TOOL,
+    "tune --promote": promotion.TOOL,
 }
 """A name of two words is a tool beside a recipe command of the first word: `corral evaluate rm`, `corral evaluate RECIPE`."""
 
