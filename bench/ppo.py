@@ -86,7 +86,8 @@ def run(arguments: argparse.Namespace) -> list[Mapping[str, float]]:
     """Metrics of every step."""
     from app.rewards.mix import one_reward_model
     from app.stages.actor_learner import LoopState, Parts, actor_learner_loop
-    from app.workers.learner import LearnerSpec, learner_group
+    from app.workers.learner import LearnerSpec
+    from app.workers.learner_group import learner_group
     from app.workers.rollout import rollout_pool
     from app.workers.weight_transfer import WeightPublisher
     from jobs.local_ray import running_ray

@@ -151,7 +151,10 @@ class Estimate:
     def ppo(self, stage: StagePlacement) -> Timing | None:
         """One iteration of the loop: rollout, score, update, push."""
         recipe, ppo = self.recipe, self.recipe.ppo
-        policy, critic = shape_of(recipe.model.path), shape_of(recipe.reward.path or recipe.model.path)
+        policy, critic = (
+            shape_of(recipe.model.path),
+            shape_of(recipe.reward.path or recipe.model.path),
+        )  # the critic is made of a reward model
         if policy is None or critic is None:
             return None
         answer = min(self.workload.mean_length or recipe.rollout.max_new_tokens, recipe.rollout.max_new_tokens)
@@ -160,11 +163,13 @@ class Estimate:
         learner = self.device(ppo.workers, "learner")
         ranks = ppo.workers.count
 
+        trained = [(policy, targets, policy.parameters)]
+        if ppo.make_algorithm().has_critic:
+            trained.append((critic, 0, critic.trunk))
+
         def learning(per_weight: float) -> float:
-            both = flop(policy, tokens, length, targets=targets, per_weight=per_weight) + flop(
-                critic, tokens, length, per_weight=per_weight
-            )
-            return both / ranks / learner.rate
+            work = sum(flop(shape, tokens, length, targets=heads, per_weight=per_weight) for shape, heads, _ in trained)
+            return work / ranks / learner.rate
 
         scorers = {"reward": (recipe.scoring.reward, critic, 0), "reference": (recipe.scoring.reference, policy, tokens)}
         scoring = [
@@ -173,7 +178,7 @@ class Estimate:
         ]
         recomputed = FORWARD * ppo.deepspeed.gradient_checkpointing
         forward = 0 if ppo.reuse_forward else FORWARD
-        parameters, steps = policy.parameters + critic.trunk, ppo.epochs * ppo.minibatches
+        parameters, steps = sum(size for *_, size in trained), ppo.epochs * ppo.minibatches
         per_step = communication(parameters, ppo.deepspeed, self.width, ranks, ppo.accumulation, learner.link)
         engine = next(role for role in stage.roles if role.name == "engine")
         phases = {

@@ -30,7 +30,8 @@ from app.stages.interruption import stop_requests
 from app.stages.preparation import Prepared
 from app.stages.rewards import StartScoring, open_reward, reward_scorers
 from app.tracking import METRICS_FILE, RunTracker
-from app.workers.learner import LearnerSpec, RayLearner, learner_group
+from app.workers.learner import LearnerSpec
+from app.workers.learner_group import RayLearner, learner_group
 from app.workers.rollout import Note, VllmRolloutPool, rollout_pool
 from app.workers.rollout_engine import uses_nccl
 from app.workers.weight_transfer import WeightPublisher, canaries_of

@@ -18,7 +18,7 @@ from app.errors import WeightPushError
 from app.experience import FloatArray, IntArray, Rollout
 
 if TYPE_CHECKING:
-    from app.workers.learner import RayLearner
+    from app.workers.learner_group import RayLearner
     from app.workers.rollout import VllmRolloutPool
 
 BACKEND = "object_store"

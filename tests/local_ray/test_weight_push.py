@@ -18,7 +18,8 @@ from app.errors import WeightPushError
 from app.experience import Experience, Prompt, Rollout, TokenBatch, pad_rows
 from app.models.heads import init_reward_model, save_reward_model
 from app.models.load import load_causal_lm, load_tokenizer
-from app.workers.learner import LearnerSpec, RayLearner, learner_group
+from app.workers.learner import LearnerSpec
+from app.workers.learner_group import RayLearner, learner_group
 from app.workers.rollout import VllmRolloutPool, rollout_pool
 from app.workers.weight_transfer import WeightPublisher, canaries_of, canary_mismatch
 from tests.tiny_models import VOCABULARY, make_llama, make_neox

@@ -123,6 +123,16 @@ def test_parameters_are_sharded_by_stage_3_alone(name: str, batch: Batch, ranks:
 
 
 @FEW
+@given(NAMES, BATCHES, WIDTHS, st.sampled_from([2, 4, 8, 64]))
+def test_states_take_less_with_every_stage(name: str, batch: Batch, width: int, ranks: int) -> None:
+    sizes = []
+    for stage in (0, 1, 2, 3):
+        parts = plan(SHAPES[name], DeepSpeedConfig.model_validate({"zero_stage": stage}), batch, width=width, ranks=ranks)
+        sizes.append(sum(parts[part] for part in ("weights", "gradients", "optimizer")))
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+
+
+@FEW
 @given(NAMES, CONFIGS, BATCHES, RANKS)
 def test_recomputing_activations_never_takes_more(name: str, ds: DeepSpeedConfig, batch: Batch, ranks: int) -> None:
     with_, without = (ds.model_copy(update={"gradient_checkpointing": value}) for value in (True, False))

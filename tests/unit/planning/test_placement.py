@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from app.config.loading import with_values
 from app.config.recipe import Recipe
 from app.errors import PlacementError
 from app.planning.memory import GIB
+from app.planning.packing import NodeResources
 from app.planning.placement import check_feasible, describe, placement
 
 EIGHT_GPUS = with_values(
@@ -83,3 +86,40 @@ def test_too_little_memory() -> None:
 
 def test_what_fits_exactly_is_accepted() -> None:
     check_feasible(EIGHT_GPUS, "ppo", {"CPU": 14, "GPU": 8})
+
+
+def on_gpus(learners: int, engines: int, scorers: float, *, colocate: bool = False) -> Recipe:
+    values = {"ppo.batch_size": 48 * learners, "ppo.micro_batch_size": 1, "ppo.workers.count": learners, "ppo.workers.gpus": 1}
+    values |= {"rollout.engines.count": engines, "rollout.engines.gpus": 1, "rollout.colocate": colocate}
+    return with_values(EIGHT_GPUS, values | {"scoring.reward.gpus": scorers, "scoring.reference.gpus": scorers})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpus", "learner_nodes"),
+    [
+        (with_values(on_gpus(1, 1, 0.25, colocate=True), {"ppo.workers.gpus": 0.25, "rollout.engines.gpus": 0.25}), [1], 1),
+        (on_gpus(1, 1, 0.5, colocate=True), [2], 1),
+        (on_gpus(4, 2, 1), [8], 1),
+        (on_gpus(8, 6, 1), [8, 8], 1),
+        (on_gpus(16, 46, 1), [8] * 8, 2),
+        (on_gpus(8, 5, 0.5), [2, 0, 8, 4], 1),
+    ],
+    ids=["1", "2", "8", "16", "64", "uneven"],
+)
+def test_the_rules_of_every_role(recipe: Recipe, gpus: list[int], learner_nodes: int) -> None:
+    """Learners on the fewest nodes, engines over what is left, scorers on GPUs that no learner or engine has unless all are shared."""
+    (stage,) = placement(recipe, "ppo")
+    slots = stage.slots(tuple(NodeResources(32 * max(1, count), count) for count in gpus))
+    held = {role.name: Counter((slot.node, gpu) for slot in slots if slot.role == role.name for gpu in slot.gpus) for role in stage.roles}
+    learners, engines, scorers = held["learner"], held["engine"], held["reward"] + held["reference"]
+    assert {name: len(places) for name, places in held.items()} == {role.name: role.count for role in stage.roles}
+    assert len({node for node, _ in learners}) == learner_nodes
+    if recipe.rollout.colocate:
+        assert engines == learners
+    else:
+        free = {node: count - sum(place[0] == node for place in [*learners, *scorers]) for node, count in enumerate(gpus)}
+        took = Counter(node for node, _ in engines)
+        assert not engines.keys() & learners.keys()
+        assert all(took[a] <= took[b] + 1 or took[b] == free[b] for a in free for b in free), "a node with room has fewer"
+    if len(gpus) > 1 or gpus[0] > 1:
+        assert not scorers.keys() & (learners + engines).keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 
@@ -149,6 +150,21 @@ def test_faster_machines_take_less_time_and_longer_answers_more() -> None:
     assert seconds(PPO_12B, "1x8xA100-80GB", Workload(mean_length=128)) < seconds(PPO_12B, "1x8xA100-80GB")
     wide = with_values(PPO_12B, {"ppo.epochs": 8})
     assert seconds(wide, "1x8xA100-80GB") > seconds(PPO_12B, "1x8xA100-80GB")
+
+
+def test_an_algorithm_without_a_critic_updates_in_half_the_time() -> None:
+    def phases(name: str) -> Mapping[str, float]:
+        recipe = with_values(PPO_12B, {"reward.path": None, "ppo.algorithm.name": name, "ppo.samples_per_prompt": 2})
+        (stage,) = plan(recipe, "1x8xA100-80GB").stages
+        assert stage.timing is not None
+        return stage.timing.phases
+
+    with_critic = phases("ppo")
+    for name in ("grpo", "rloo", "reinforce_pp"):
+        without = phases(name)
+        for phase in ("update", "communication", "host_adam"):  # the critic, of the policy's size, is half of it
+            assert without[phase] == pytest.approx(with_critic[phase] / 2, rel=0.05), (name, phase)
+        assert without["rollout"] == with_critic["rollout"] and without["push"] == with_critic["push"]
 
 
 def test_cost_is_price_times_time() -> None:

@@ -12,7 +12,8 @@ from app.config.ppo import PpoConfig
 from app.data.batch_order import PassLimit
 from app.errors import LearnerError
 from app.experience import Minibatch, PolicyOutputs, TokenBatch
-from app.workers.learner import LearnerSpec, LearnerWorker, RayLearner, minibatch_rows
+from app.workers.learner import LearnerSpec, LearnerWorker, minibatch_rows
+from app.workers.learner_group import RayLearner
 
 
 def test_every_row_is_learnt_from_once_an_epoch() -> None:

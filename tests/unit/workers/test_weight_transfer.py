@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from app.errors import WeightPushError
-from app.workers.learner import RayLearner
+from app.workers.learner_group import RayLearner
 from app.workers.rollout import VllmRolloutPool
 from app.workers.weight_transfer import WeightPublisher
 

@@ -1,0 +1,41 @@
+"""What the pages under docs/ name exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from app.config.keys import recipe_keys
+from app.config.recipe import Recipe
+from jobs.main import RECIPE_COMMANDS, TOOLS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+SECTIONS = "|".join(Recipe.model_fields)
+
+
+def exists(key: str) -> bool:
+    """A key, a section of keys, or something in a free table."""
+    return any(
+        name == key or name.startswith(f"{key}.") or (of.is_table and key.startswith(f"{name}.")) for name, of in recipe_keys().items()
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_keys_of_the_recipe(page: Path) -> None:
+    keys = re.findall(rf"`((?:{SECTIONS})\.[a-z_0-9.]*[a-z_0-9])(?=`| = )", page.read_text())
+    files = (".json", ".jsonl", ".md", ".toml", ".html", ".parquet")
+    assert [key for key in keys if not exists(key) and not key.endswith(files)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands(page: Path) -> None:
+    named = set(re.findall(r"`corral ([a-z]+)", page.read_text()))
+    assert named <= {*RECIPE_COMMANDS, *TOOLS}
+
+
+def test_the_test_would_notice() -> None:
+    assert exists("sft.batch_size") and exists("sft.deepspeed") and exists("data.sets.mine")
+    assert not exists("sft.batchsize") and not exists("sft.deep")
