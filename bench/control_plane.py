@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # a script's own folder leads sys.path; the packages lie beside it
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # a script's own folder leads sys.path; the packages lie beside it
 
 import numpy as np  # noqa: E402
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.planning.simulation import LoopWork, Phases, Work, step_ends, step_seconds
+from bench.loop_simulation import Run, compare
 
 SECONDS = st.floats(0.01, 100)
 PHASES = st.builds(Phases, SECONDS, SECONDS, SECONDS, SECONDS, SECONDS)
@@ -71,3 +75,25 @@ def test_measured_phases_are_medians_without_the_first_step() -> None:
         return {**spent, "seconds": sum(spent.values()) + 0.25, "score_mean": 0.0}
 
     assert Phases.measured([step(99.0), step(3.0), step(4.0), step(8.0)]) == Phases(4.0, 1.0, 2.0, 0.5, 0.25)
+
+
+def test_a_run_beside_its_prediction(tmp_path: Path) -> None:
+    """Phases of a run without lag predict one with it; its first step and its last one, which nothing is sampled beside, do not count."""
+
+    def write(name: str, lag: int, seconds: list[float]) -> Run:
+        workers = {"count": 2, "gpus": 0, "threads": 1}
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "manifest.json").write_text(
+            json.dumps({"config": {"rollout": {"engines": workers}, "ppo": {"workers": workers, "max_lag": lag}}})
+        )
+        phases = {"seconds/rollout": 2.0, "seconds/score": 1.0, "seconds/update": 2.0, "seconds/push": 1.0}
+        events = [{"stage": "ppo", "metrics": {**phases, "seconds": spent}} for spent in seconds]
+        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events))
+        return Run.read(folder)
+
+    measured, lagged = write("plain", 0, [9.0, 6.0, 6.0]), write("lagged", 1, [9.0, 5.0, 5.0, 3.0])
+    (own,) = compare([measured], [lagged], cores=4)
+    assert (own["expected"], own["measured"]) == (pytest.approx(4.0), 5.0)
+    (shared,) = compare([measured], [lagged], cores=2)
+    assert shared["expected"] == pytest.approx(6.0)
