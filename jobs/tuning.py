@@ -23,10 +23,13 @@ FILE_WIDTH = 200
 def run(recipe: Recipe) -> None:
     """PPO trials under ASHA that share one scoring service."""
     with session(recipe, "tune") as frame:
+        from app.planning.placement import concurrent_trials
         from app.stages.tune import run_tune
+        from jobs.local_ray import cluster_nodes, cluster_resources
         from jobs.scoring_service import scoring_service
 
-        results = run_tune(recipe, frame.run, frame.corpus, frame.tracker, scoring_service(recipe))["tune"]
+        concurrent = concurrent_trials(recipe, cluster_resources(), cluster_nodes())
+        results = run_tune(recipe, frame.run, frame.corpus, frame.tracker, scoring_service(recipe), concurrent)["tune"]
     show(results, recipe.ppo.steps)
 
 
@@ -39,7 +42,7 @@ def show(results: Mapping[str, Any], steps: int) -> None:
     table = Table(*(Column(name, overflow="fold") for name in ("trial", "objective", "score", "KL", "steps", *names)))
     for row in sorted(results["trials"], key=lambda row: -math.inf if row["objective"] is None else row["objective"], reverse=True):
         numbers = ["failed" if row[name] is None else f"{row[name]:.3f}" for name in ("objective", "score", "kl")]
-        ended = f"{row['steps']}/{steps}" + (" stopped by ASHA" if row["stopped_early"] else "")
+        ended = f"{row['steps']}/{steps}" + ("" if row["status"] == "finished" else f" {row['status']}")
         table.add_row(row["trial"], *numbers, ended, *(_short(row["config"][name]) for name in names))
     console.print(table)
     console.print(
