@@ -24,12 +24,15 @@ FILE_WIDTH = 200
 def run(recipe: Recipe) -> None:
     """PPO trials that share one scoring service; what they found as a table, as `tune/trials.parquet` and as `tune.html`."""
     with session(recipe, "tune") as frame:
+        from app.planning.placement import concurrent_trials
         from app.search.page import write_page
         from app.search.results import Search, write_trials
         from app.stages.tune import run_tune
+        from jobs.local_ray import cluster_nodes, cluster_resources
         from jobs.scoring_service import scoring_service
 
-        run_tune(recipe, frame.run, frame.corpus, frame.tracker, scoring_service(recipe))
+        concurrent = concurrent_trials(recipe, cluster_resources(), cluster_nodes())
+        run_tune(recipe, frame.run, frame.corpus, frame.tracker, scoring_service(recipe), concurrent)
         search = Search.read(frame.run.path)
         files = [write_trials(search), write_page(search)]
     sys.stdout.write("".join(f"{file}\n" for file in files))
