@@ -47,7 +47,7 @@ def show(search: Search, steps: int, console: Console) -> None:
     from app.search.results import as_options
 
     table = Table(
-        *(Column(name, overflow="fold") for name in ("trial", "end")),
+        *(Column(name, no_wrap=True) for name in ("trial", "end")),
         *(Column(name, justify="right") for name in ("objective", "score", "KL", "steps")),
         *(Column(key, overflow="fold", justify="right") for key in search.keys),
     )
