@@ -1,4 +1,4 @@
-"""Searches on real Ray Tune whose trials learn nothing: marks, retries, resumption, populations. Real trials: tests/e2e/test_commands.py."""
+"""Searches on real Ray Tune whose trials are a formula: marks, retries, resumption, populations. Real ones: tests/e2e/test_commands.py."""
 
 from __future__ import annotations
 

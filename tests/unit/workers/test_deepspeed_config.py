@@ -151,8 +151,9 @@ def test_a_checkpoint_of_another_number_of_workers_is_refused_before_deepspeed_r
 
 
 def torch_engine(optimizer: OptimizerConfig) -> Any:
-    """What `apply_settings` needs of an engine, after three steps and a checkpoint of them: (engine, checkpoint)."""
-    adamw = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], lr=optimizer.lr, weight_decay=optimizer.weight_decay)
+    """What `apply_settings` needs of an engine."""
+    settings = {name: getattr(optimizer, name) for name in ("lr", "betas", "eps", "weight_decay")}
+    adamw = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], **settings)
     return SimpleNamespace(optimizer=adamw, lr_scheduler=torch.optim.lr_scheduler.LambdaLR(adamw, lr_factor(optimizer, 10)))
 
 
