@@ -54,7 +54,8 @@ class Batcher(Generic[Item, Answer]):
     An item is one or more rows of tokens, padded to the longest row of its batch. Clients take turns, and a batch is the item of the
     client in turn that has waited longest, so that nobody waits for ever, however much another client asks for, and those of similar
     length, the most similar first, up to `max_tokens` with the padding (one item alone may exceed it). compute: a batch -> answers in
-    the order of its items; an answer that is an exception belongs to its caller alone. An idle model waits at most `wait_seconds` for more callers. More than `max_waiting` tokens are not held.
+    the order of its items; an answer that is an exception belongs to its caller alone. An idle model waits at most `wait_seconds` for
+    more callers. More than `max_waiting` tokens are not held.
     """
 
     def __init__(
