@@ -36,8 +36,8 @@ REWARD_COMMANDS = ("ppo", "tune", "evaluate")
 def check_inputs(recipe: Recipe, command: str) -> None:
     """Whether data, model and reward model are there. Raises DataError, ModelError or ConfigError; asks no hub."""
     _check_data(recipe, command)
-    if command == "tune":
-        _check_search(recipe)
+    if command == "tune" and (recipe.ppo.workers.labels or recipe.rollout.engines.labels):
+        raise ConfigError("ppo.workers.labels and rollout.engines.labels have no effect inside a trial's placement group: leave them out")
     _check_colocation(recipe)
     if recipe.model.path not in BUILT_IN_MODELS:
         _check_model(recipe.model.path, trained=command not in BASE_MODEL_COMMANDS, writes=command != "rm")
@@ -55,13 +55,13 @@ def check_inputs(recipe: Recipe, command: str) -> None:
             f"reward.path is not set and `corral {command}` needs a reward model: "
             "give the folder that `corral rm` or `corral pipeline` left as DIR/rm/model"
         )
+    if command == "tune":
+        _check_search(recipe)
 
 
 def _check_search(recipe: Recipe) -> None:
     """Whether there is something to search, and the objective is to be had. `load_recipe` has checked the space itself."""
     config = recipe.tune
-    if recipe.ppo.workers.labels or recipe.rollout.engines.labels:
-        raise ConfigError("ppo.workers.labels and rollout.engines.labels have no effect inside a trial's placement group: leave them out")
     if not config.space:
         raise ConfigError(
             'tune.space is empty: name at least one key, such as "ppo.kl.coef" = {type = "loguniform", low = 0.01, high = 0.2}'
