@@ -201,7 +201,7 @@ def test_held_out_answers_are_asked_for_when_they_are_due(tmp_path: Path, report
 def test_a_scheduler_knows_the_trials_from_before_the_search_was_killed(kind: str) -> None:
     searched = recipe(tune__scheduler=kind, tune__grace_steps=2)
     past = {f"trial_{name}": [report(step, 5.0) for step in range(1, 9)] for name in "abc"}
-    controller: Any = SimpleNamespace(get_trials=list, search_alg=None)
+    controller: Any = SimpleNamespace(get_trials=list, get_live_trials=list, search_alg=None)
     decisions = []
     for known in (past, {}):
         built: Any = scheduler(searched, known, lambda record: None)
