@@ -36,15 +36,15 @@ REWARD_COMMANDS = ("ppo", "tune", "evaluate")
 def check_inputs(recipe: Recipe, command: str) -> None:
     """Whether data, model and reward model are there. Raises DataError, ModelError or ConfigError; asks no hub."""
     _check_data(recipe, command)
-    if command == "tune":
-        _check_search(recipe)
+    if command == "tune" and (recipe.ppo.workers.labels or recipe.rollout.engines.labels):
+        raise ConfigError("ppo.workers.labels and rollout.engines.labels have no effect inside a trial's placement group: leave them out")
     _check_colocation(recipe)
     if recipe.model.path not in BUILT_IN_MODELS:
         _check_model(recipe.model.path, trained=command not in BASE_MODEL_COMMANDS, writes=command != "rm")
     _check_lengths(recipe, command)
     if command in MIX_COMMANDS:
         _check_reward_parts(recipe)
-    if command == "evaluate":
+    if command == "evaluate" and recipe.run.storage is None:  # else the model may still be there only
         _check_run_has_ppo_model(Path(recipe.run.dir))
     if recipe.reward.path is not None:
         _check_model(recipe.reward.path, trained=False, writes=False)
@@ -55,13 +55,13 @@ def check_inputs(recipe: Recipe, command: str) -> None:
             f"reward.path is not set and `corral {command}` needs a reward model: "
             "give the folder that `corral rm` or `corral pipeline` left as DIR/rm/model"
         )
+    if command == "tune":
+        _check_search(recipe)
 
 
 def _check_search(recipe: Recipe) -> None:
     """Whether there is something to search, and the objective is to be had. `load_recipe` has checked the space itself."""
     config = recipe.tune
-    if recipe.ppo.workers.labels or recipe.rollout.engines.labels:
-        raise ConfigError("ppo.workers.labels and rollout.engines.labels have no effect inside a trial's placement group: leave them out")
     if not config.space:
         raise ConfigError(
             'tune.space is empty: name at least one key, such as "ppo.kl.coef" = {type = "loguniform", low = 0.01, high = 0.2}'
@@ -125,7 +125,7 @@ def _check_colocation(recipe: Recipe) -> None:
 def _finds_own_reward_model(recipe: Recipe, command: str) -> bool:
     """PPO and Tune train one for the embedded model; an evaluation takes the one of its run folder."""
     if command == "evaluate":
-        return (Path(recipe.run.dir) / "rm" / "model").is_dir()
+        return recipe.run.storage is not None or (Path(recipe.run.dir) / "rm" / "model").is_dir()
     return recipe.model.path == "embedded"
 
 

@@ -7,7 +7,7 @@ arrive a few milliseconds apart never share a pass. Here a batch is closed when 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -23,8 +23,8 @@ RATE_MEMORY = 0.8
 SHORTEST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.05, 60.0
 
 LENGTH_RATIO, SHORT_ROW = 1.5, 32
-"""Rows share a batch where the longer is at most this many times as long as the shorter; rows of up to `SHORT_ROW` tokens cost so
-little that all of them do."""
+"""Padded rows share a batch where the longer is at most this many times as long as the shorter; rows of up to `SHORT_ROW` tokens cost
+so little that all of them do."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Batch(Generic[Item]):
 @dataclass(frozen=True, eq=False)
 class _Waiting(Generic[Item, Answer]):
     item: Item
+    client: str
     rows: int
     longest: int
     tokens: int
@@ -50,10 +51,13 @@ class _Waiting(Generic[Item, Answer]):
 class Batcher(Generic[Item, Answer]):
     """Collects items of concurrent callers and computes them together, in one thread beside the event loop.
 
-    An item is one or more rows of tokens, padded to the longest row of its batch. A batch is the item that has waited longest, so
-    that nobody waits for ever, and those of similar length, the most similar first, up to `max_tokens` with the padding (one item
-    alone may exceed it). compute: a batch -> answers in the order of its items; an answer that is an exception belongs to its caller
-    alone. An idle model waits at most `wait_seconds` for more callers. More than `max_waiting` tokens are not held.
+    An item is one or more rows of tokens. Clients take turns: a batch is the item of the client in turn that has waited longest, so that
+    nobody waits for ever, however much another client asks for, and others up to `max_tokens` (one item alone may exceed it): in order
+    of arrival where rows are computed without padding; where `padded` says that all are padded to the longest, those of similar length,
+    the most similar first, and the padding counts.
+
+    compute: a batch -> answers in the order of its items; an answer that is an exception belongs to its caller alone. An idle model
+    waits at most `wait_seconds` for more callers. More than `max_waiting` tokens are not held.
     """
 
     def __init__(
@@ -63,20 +67,24 @@ class Batcher(Generic[Item, Answer]):
         max_tokens: int,
         wait_seconds: float,
         max_waiting: int,
+        padded: Callable[[], bool],
     ) -> None:
         self._compute = compute
+        self._padded = padded
         self._max_tokens = max_tokens
         self._wait_seconds = wait_seconds
         self._max_waiting = max_waiting
         self._waiting: dict[_Waiting[Item, Answer], None] = {}  # in order of arrival
         self._waiting_tokens = 0
+        self._turns: dict[str, int] = {}  # client that waits -> the last batch that began with an item of it
+        self._batches = 0
         self._seconds_per_token = 0.0  # of the last batches, 0 until there was one
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch")
         self._worker: asyncio.Task[None] | None = None
         self._full = asyncio.Event()
 
-    async def submit(self, item: Item, lengths: Sequence[int], *, timeout_seconds: float, alone: bool = False) -> Answer:
-        """The answer to one item with rows of these lengths; `alone` keeps it out of batches with others.
+    async def submit(self, item: Item, lengths: Sequence[int], *, timeout_seconds: float, alone: bool = False, client: str = "") -> Answer:
+        """The answer to one item of `client` with rows of these lengths; `alone` keeps it out of batches with others.
 
         Raises OverloadedError when too much waits already, ScoringTimeoutError when its turn does not come within `timeout_seconds`,
         and what `compute` raised for its batch or answered to it.
@@ -87,7 +95,7 @@ class Batcher(Generic[Item, Answer]):
             raise OverloadedError(f"{self._waiting_tokens} tokens wait already: ask again in {retry_after:.2g} s", retry_after)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer] = loop.create_future()
-        waiting = _Waiting(item, len(lengths), max(lengths), tokens, alone, future, loop.time(), loop.time() + timeout_seconds)
+        waiting = _Waiting(item, client, len(lengths), max(lengths), tokens, alone, future, loop.time(), loop.time() + timeout_seconds)
         self._waiting[waiting] = None
         self._waiting_tokens += tokens
         if self._waiting_tokens >= self._max_tokens or alone:
@@ -143,18 +151,43 @@ class Batcher(Generic[Item, Answer]):
                 late.future.set_exception(ScoringTimeoutError(f"waited {now - late.arrived:.3g} s for a free model, longer than it may"))
         if not self._waiting:
             return []
-        oldest, *others = self._waiting
+        oldest = self._in_turn()
+        others = [waiting for waiting in self._waiting if waiting is not oldest]
         batch = [oldest]
         if not oldest.alone:
-            rows, longest = oldest.rows, oldest.longest
-            for other in sorted(others, key=lambda other: abs(other.longest - oldest.longest)):  # equal ones stay in order of arrival
-                padded = (rows + other.rows) * max(longest, other.longest)
-                if not other.alone and padded <= self._max_tokens and similar(oldest.longest, other.longest):
-                    batch.append(other)
-                    rows, longest = rows + other.rows, max(longest, other.longest)
+            together = [other for other in others if not other.alone]
+            batch += self._similar(oldest, together) if self._padded() else self._next(oldest, together)
         for waiting in batch:
             self._forget(waiting)
         return batch
+
+    def _in_turn(self) -> _Waiting[Item, Answer]:
+        """The oldest item of the client whose last turn is longest ago; a client that has not waited until now comes first."""
+        oldest: dict[str, _Waiting[Item, Answer]] = {}
+        for waiting in self._waiting:
+            oldest.setdefault(waiting.client, waiting)
+        self._turns = {client: turn for client, turn in self._turns.items() if client in oldest}
+        client = min(oldest, key=lambda client: self._turns.get(client, -1))
+        self._turns[client] = self._batches
+        self._batches += 1
+        return oldest[client]
+
+    def _next(self, oldest: _Waiting[Item, Answer], others: list[_Waiting[Item, Answer]]) -> Iterator[_Waiting[Item, Answer]]:
+        """Of `others` what fits beside the oldest."""
+        tokens = oldest.tokens
+        for other in others:
+            if tokens + other.tokens <= self._max_tokens:
+                tokens += other.tokens
+                yield other
+
+    def _similar(self, oldest: _Waiting[Item, Answer], others: list[_Waiting[Item, Answer]]) -> Iterator[_Waiting[Item, Answer]]:
+        """Of `others` what fits beside the oldest with the padding, and wastes little on it."""
+        rows, longest = oldest.rows, oldest.longest
+        for other in sorted(others, key=lambda other: abs(other.longest - oldest.longest)):  # equal ones stay in order of arrival
+            padded = (rows + other.rows) * max(longest, other.longest)
+            if padded <= self._max_tokens and similar(oldest.longest, other.longest):
+                rows, longest = rows + other.rows, max(longest, other.longest)
+                yield other
 
     def _forget(self, waiting: _Waiting[Item, Answer]) -> None:
         if waiting in self._waiting:

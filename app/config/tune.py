@@ -89,7 +89,7 @@ class TuneConfig(Config):
     others' running means; continued from a copy of a strong trial under changed values (pbt: perturbed, pb2: by a Gaussian process)."""
     space: dict[str, Domain] = Field(default_factory=dict)
     """Dotted config key -> domain, for example `"ppo.kl.coef" = {type = "loguniform", low = 0.01, high = 0.2}`; types: uniform,
-    loguniform, int (with log = true or not), choice, grid. `when = {"ppo.algorithm.name" = "ppo"}` draws a key only under values of another."""
+    loguniform, int (with log = true or not), choice, grid. `when = {"ppo.algorithm.name" = "ppo"}` draws a key only under such values."""
     objective: Literal["training", "held_out", "gold", "hold_out"] = "training"
     """What a trial's score is: of its own rollouts; of answers to held-out prompts, by the main reward model or by the embedded task's
     gold judge; of its rollouts by the reward's held-out parts (hold_out = true)."""

@@ -15,7 +15,7 @@ from app.run_folder import MODEL, RunFolder
 from app.stages.pipeline import Pipeline
 from app.stages.rewards import StartScoring, reward_scorers
 from app.stages.tuning.records import FOLDER, trial_row, write_history
-from app.stages.tuning.search import run_search
+from app.stages.tuning.search import begin_or_resume, run_search
 from app.stages.tuning.trial import TrialInputs
 from app.stages.tuning.verdicts import best_row
 from app.tracking import RunTracker
@@ -30,6 +30,7 @@ def run_tune(
     trial failed.
     """
     with Pipeline(recipe, run, corpus, tracker) as pipeline:
+        pipeline.check_trainable("ppo")
         sft_path = pipeline.sft_model()
         reward_path = pipeline.given_reward_model(sft_path)
         pipeline.close_engines()  # trials bring their own, in their own placement groups
@@ -37,12 +38,12 @@ def run_tune(
         if results is not None:
             tracker.note(f"tune: already finished, taken from {run.path / FOLDER}")
             return pipeline.summarise(tune=results)
-        run.stage(FOLDER)
+        folder = run.stage(FOLDER)
+        begin_or_resume(folder, pipeline.parents)
         with (
             start_scoring(reward_path, sft_path) as scorer,
             reward_scorers(recipe.reward, scorer, reward_path, sft_path, start_scoring) as scorers,
         ):
-            folder = run.path / FOLDER
             inputs = TrialInputs(recipe, str(folder), sft_path, reward_path, scorers, pipeline.prompts, pipeline.prepared.template)
             trials = run_search(recipe, inputs, run.path, concurrent, tracker)
         rows = [trial_row(trial, recipe.ppo.steps) for trial in trials]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from ray import tune
@@ -24,7 +25,7 @@ Perturbed = Callable[[Mapping[str, Any]], None]
 class Asha(AsyncHyperBandScheduler):
     """ASHA that knows the rungs that trials have passed before."""
 
-    past: Past = {}
+    past: Past = MappingProxyType({})
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, trial)
@@ -35,7 +36,7 @@ class Asha(AsyncHyperBandScheduler):
 class Median(MedianStoppingRule):
     """Median stopping that knows the curves of trials that have run before."""
 
-    past: Past = {}
+    past: Past = MappingProxyType({})
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, trial)

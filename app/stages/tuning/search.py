@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from ray.tune.tune import ResumeConfig
 from app.config.recipe import Recipe
 from app.config.search_space import Space, Suggestions, draw, grid, suggest
 from app.config.tune import POPULATION
-from app.durable import read_json
+from app.durable import read_json, write_json
 from app.errors import CheckpointError, Interrupted
 from app.stages.tuning.records import FOLDER, VALUES, SearchRecords, read_ended, read_history, trial_name
 from app.stages.tuning.schedules import METRIC, MODE, scheduler
 from app.stages.tuning.trial import TrialInputs, run_trial, trial_resources
 from app.tracking import RunTracker
 
+PARENTS = "parents.json"
 SNAPSHOT_SECONDS = "2"
 """How much of a search that is killed Tune may have to look up in our own records."""
 
@@ -62,6 +64,20 @@ def state_to_resume(folder: Path) -> bool:
     return True
 
 
+def begin_or_resume(folder: Path, parents: Mapping[str, str]) -> None:
+    """Make the search's folder ready: empty where nothing of a search can be gone on with. parents: content hashes of the data and models
+    that trials start from. Raises CheckpointError where the search that is there began with others."""
+    record = folder / PARENTS
+    if not state_to_resume(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        write_json(record, dict(parents))
+    elif changed := [name for name, digest in read_json(record).items() if parents.get(name) != digest]:
+        raise CheckpointError(
+            f"{folder} holds a search that began with another {' and '.join(changed)}: restore it, or choose another --run.dir"
+        )
+
+
 def run_search(recipe: Recipe, inputs: TrialInputs, run: Path, concurrent: int, tracker: RunTracker) -> list[Any]:
     """All trials, as Tune has them in the end. Goes on with a search that was killed: what has ended stays as it is, what was under way or
     failed continues from its checkpoints. Raises CheckpointError, and Interrupted on SIGINT."""
@@ -69,8 +85,6 @@ def run_search(recipe: Recipe, inputs: TrialInputs, run: Path, concurrent: int, 
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", SNAPSHOT_SECONDS)
     folder, config = run / FOLDER, recipe.tune
     resumed = state_to_resume(folder)
-    if not resumed:
-        shutil.rmtree(folder, ignore_errors=True)  # nothing had ended there
     optuna = config.searcher == "optuna"
     known = [] if optuna else points(recipe)
     count = config.trials if optuna else len(known)
