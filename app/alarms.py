@@ -107,7 +107,12 @@ class AlarmWatch:
         rules = [getattr(self._config, metric) for metric in AlarmsConfig.model_fields]
         longest = max(self._config.reward_hacking.window, *(rule.patience for rule in rules))
         self._history: deque[Mapping[str, float]] = deque(history, maxlen=longest)
-        self._firing = {alarm.metric for alarm in alarms(self._history_list(), self._config)}
+        self._firing = {alarm.metric for alarm in alarms(self.history, self._config)}
+
+    @property
+    def history(self) -> list[Mapping[str, float]]:
+        """The metrics of the last steps, as far back as any alarm looks, oldest first."""
+        return list(self._history)
 
     def drift(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Metrics of this step that follow from those before it: `reward_hacking`, where there is a held-out part."""
@@ -117,10 +122,7 @@ class AlarmWatch:
     def look(self, metrics: Mapping[str, float]) -> list[Alarm]:
         """Take a step's metrics and return the alarms that begin with it, and every alarm that stops."""
         self._history.append(metrics)
-        firing = alarms(self._history_list(), self._config)
+        firing = alarms(self.history, self._config)
         new = [alarm for alarm in firing if alarm.metric not in self._firing or alarm.action == "stop"]
         self._firing = {alarm.metric for alarm in firing}
         return new
-
-    def _history_list(self) -> list[Mapping[str, float]]:
-        return list(self._history)

@@ -32,6 +32,23 @@ class SavedCheckpoint(NamedTuple):
     path: Path
 
 
+def read_checkpoint(path: Path) -> SavedCheckpoint | None:
+    """The checkpoint in this folder, or None, with a warning, where it is missing, cut or changed."""
+    if not (path / MANIFEST).is_file():
+        logger.warning("checkpoint %s has no manifest and is passed over", path)
+        return None
+    try:
+        manifest = read_json(path / MANIFEST)
+        step, state, files = manifest["step"], manifest["state"], manifest["files"]
+    except (CheckpointError, KeyError) as error:
+        logger.warning("checkpoint %s has an unreadable manifest and is passed over: %s", path, error)
+        return None
+    if problem := damage(path, files):
+        logger.warning("checkpoint %s is passed over: %s", path, problem)
+        return None
+    return SavedCheckpoint(step, state, path)
+
+
 class CheckpointStore:
     """The checkpoints of one stage, of which the newest `keep` stay. One writer at a time."""
 
@@ -67,19 +84,8 @@ class CheckpointStore:
         with a warning. Raises CheckpointError where none is complete: starting over is not for a program to decide."""
         folders = self._folders()
         for path in folders:
-            if not (path / MANIFEST).is_file():
-                logger.warning("checkpoint %s has no manifest and is passed over", path)
-                continue
-            try:
-                manifest = read_json(path / MANIFEST)
-                step, state, files = manifest["step"], manifest["state"], manifest["files"]
-            except (CheckpointError, KeyError) as error:
-                logger.warning("checkpoint %s has an unreadable manifest and is passed over: %s", path, error)
-                continue
-            if problem := damage(path, files):
-                logger.warning("checkpoint %s is passed over: %s", path, problem)
-                continue
-            return SavedCheckpoint(step, state, path)
+            if saved := read_checkpoint(path):
+                return saved
         if folders:
             raise CheckpointError(
                 f"{self.folder}: {folders[0].name} and all older checkpoints are damaged: restore one of them, "

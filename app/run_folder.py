@@ -28,6 +28,7 @@ MODEL = "model"
 LOCK = ".lock"
 NOT_IDENTITY = re.compile(
     r"run\.(dir|storage|resume|deadline_seconds)|(sft|rm)\.keep_checkpoints|tracking\..*|alarms\..*|ppo\.keep_rollouts|evaluation\..*"
+    r"|tune\.(concurrent|max_failures)"
 )
 """Keys that may change between two starts of one run: they do not touch what is computed."""
 SHOWN_DIFFERENCES = 5

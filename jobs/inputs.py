@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 from app.config.recipe import Recipe
@@ -54,6 +55,26 @@ def check_inputs(recipe: Recipe, command: str) -> None:
             f"reward.path is not set and `corral {command}` needs a reward model: "
             "give the folder that `corral rm` or `corral pipeline` left as DIR/rm/model"
         )
+    if command == "tune":
+        _check_search(recipe)
+
+
+def _check_search(recipe: Recipe) -> None:
+    """Whether there is something to search, and the objective is to be had. `load_recipe` has checked the space itself."""
+    config = recipe.tune
+    if not config.space:
+        raise ConfigError(
+            'tune.space is empty: name at least one key, such as "ppo.kl.coef" = {type = "loguniform", low = 0.01, high = 0.2}'
+        )
+    if config.objective == "gold" and recipe.data.path != EMBEDDED:
+        raise ConfigError("tune.objective = gold asks the embedded task's own judge, and data.path is other data: set it to held_out")
+    if config.objective == "hold_out" and not any(part.hold_out for part in recipe.reward.parts.values()):
+        raise ConfigError(
+            "tune.objective = hold_out reads the held-out parts of the reward, and reward.parts has none: "
+            "give one part hold_out = true, or set tune.objective = held_out"
+        )
+    if config.scheduler == "pb2" and importlib.util.find_spec("sklearn") is None:
+        raise ConfigError("tune.scheduler = pb2 needs the package scikit-learn: pip install scikit-learn, or choose tune.scheduler = pbt")
 
 
 def _check_reward_parts(recipe: Recipe) -> None:

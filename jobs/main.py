@@ -7,6 +7,7 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from app.errors import ConfigError, CorralError
@@ -25,6 +26,7 @@ from jobs import (
     pipeline,
     planning,
     ppo,
+    promotion,
     replay,
     reward_model,
     run_control,
@@ -65,6 +67,7 @@ TOOLS: dict[str, Tool] = {
     "evaluate score": evaluate_score.TOOL,
     "evaluate best-of-n": evaluate_best_of_n.TOOL,
     "evaluate trees": evaluate_trees.TOOL,
+    "tune --promote": promotion.TOOL,
 }
 """A name of two words is a tool beside a recipe command of the first word: `corral evaluate rm`, `corral evaluate RECIPE`."""
 
@@ -107,6 +110,8 @@ def _dispatch(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from app.config.loading import load_recipe, to_toml
 
     recipe = load_recipe(arguments.recipe, overrides)
+    if arguments.resume and not (Path(recipe.run.dir) / "manifest.json").is_file():
+        raise ConfigError(f"--resume: {recipe.run.dir} holds no run to go on with: correct --run.dir, or leave --resume out to begin one")
     if arguments.dry_run:
         from jobs.dry_run import sizes
 
@@ -165,6 +170,9 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         sub.add_argument("recipe", metavar="RECIPE", help="TOML file; any of its keys may follow as --dotted.key=value")
+        sub.add_argument(
+            "--resume", action="store_true", help="only go on with the run in run.dir, which any command does where there is one"
+        )
         sub.add_argument("--dry-run", action="store_true", help="print the resolved recipe, the derived sizes and the placement, and stop")
     for name, tool in TOOLS.items():
         sub = commands.add_parser(

@@ -38,6 +38,7 @@ class Batch(Generic[Item]):
 @dataclass(frozen=True, eq=False)
 class _Waiting(Generic[Item, Answer]):
     item: Item
+    client: str
     rows: int
     longest: int
     tokens: int
@@ -50,9 +51,10 @@ class _Waiting(Generic[Item, Answer]):
 class Batcher(Generic[Item, Answer]):
     """Collects items of concurrent callers and computes them together, in one thread beside the event loop.
 
-    An item is one or more rows of tokens. A batch is the item that has waited longest, so that nobody waits for ever, and others up
-    to `max_tokens` (one item alone may exceed it): in order of arrival where rows are computed without padding; where `padded` says
-    that all are padded to the longest, those of similar length, the most similar first, and the padding counts.
+    An item is one or more rows of tokens. Clients take turns: a batch is the item of the client in turn that has waited longest, so that
+    nobody waits for ever, however much another client asks for, and others up to `max_tokens` (one item alone may exceed it): in order
+    of arrival where rows are computed without padding; where `padded` says that all are padded to the longest, those of similar length,
+    the most similar first, and the padding counts.
 
     compute: a batch -> answers in the order of its items; an answer that is an exception belongs to its caller alone. An idle model
     waits at most `wait_seconds` for more callers. More than `max_waiting` tokens are not held.
@@ -74,13 +76,15 @@ class Batcher(Generic[Item, Answer]):
         self._max_waiting = max_waiting
         self._waiting: dict[_Waiting[Item, Answer], None] = {}  # in order of arrival
         self._waiting_tokens = 0
+        self._turns: dict[str, int] = {}  # client that waits -> the last batch that began with an item of it
+        self._batches = 0
         self._seconds_per_token = 0.0  # of the last batches, 0 until there was one
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch")
         self._worker: asyncio.Task[None] | None = None
         self._full = asyncio.Event()
 
-    async def submit(self, item: Item, lengths: Sequence[int], *, timeout_seconds: float, alone: bool = False) -> Answer:
-        """The answer to one item with rows of these lengths; `alone` keeps it out of batches with others.
+    async def submit(self, item: Item, lengths: Sequence[int], *, timeout_seconds: float, alone: bool = False, client: str = "") -> Answer:
+        """The answer to one item of `client` with rows of these lengths; `alone` keeps it out of batches with others.
 
         Raises OverloadedError when too much waits already, ScoringTimeoutError when its turn does not come within `timeout_seconds`,
         and what `compute` raised for its batch or answered to it.
@@ -91,7 +95,7 @@ class Batcher(Generic[Item, Answer]):
             raise OverloadedError(f"{self._waiting_tokens} tokens wait already: ask again in {retry_after:.2g} s", retry_after)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer] = loop.create_future()
-        waiting = _Waiting(item, len(lengths), max(lengths), tokens, alone, future, loop.time(), loop.time() + timeout_seconds)
+        waiting = _Waiting(item, client, len(lengths), max(lengths), tokens, alone, future, loop.time(), loop.time() + timeout_seconds)
         self._waiting[waiting] = None
         self._waiting_tokens += tokens
         if self._waiting_tokens >= self._max_tokens or alone:
@@ -147,7 +151,8 @@ class Batcher(Generic[Item, Answer]):
                 late.future.set_exception(ScoringTimeoutError(f"waited {now - late.arrived:.3g} s for a free model, longer than it may"))
         if not self._waiting:
             return []
-        oldest, *others = self._waiting
+        oldest = self._in_turn()
+        others = [waiting for waiting in self._waiting if waiting is not oldest]
         batch = [oldest]
         if not oldest.alone:
             together = [other for other in others if not other.alone]
@@ -155,6 +160,17 @@ class Batcher(Generic[Item, Answer]):
         for waiting in batch:
             self._forget(waiting)
         return batch
+
+    def _in_turn(self) -> _Waiting[Item, Answer]:
+        """The oldest item of the client whose last turn is longest ago; a client that has not waited until now comes first."""
+        oldest: dict[str, _Waiting[Item, Answer]] = {}
+        for waiting in self._waiting:
+            oldest.setdefault(waiting.client, waiting)
+        self._turns = {client: turn for client, turn in self._turns.items() if client in oldest}
+        client = min(oldest, key=lambda client: self._turns.get(client, -1))
+        self._turns[client] = self._batches
+        self._batches += 1
+        return oldest[client]
 
     def _next(self, oldest: _Waiting[Item, Answer], others: list[_Waiting[Item, Answer]]) -> Iterator[_Waiting[Item, Answer]]:
         """Of `others` what fits beside the oldest."""

@@ -151,7 +151,7 @@ class ModelReplica:
             self._metrics.cached(len(sequences) - len(missing))
             if missing:
                 work, lengths, timeout = _Work(missing, request.output), [len(ids) for ids in missing], self._config.timeout_seconds
-                computed = await self._batcher.submit(work, lengths, timeout_seconds=timeout, alone=request.alone)
+                computed = await self._batcher.submit(work, lengths, timeout_seconds=timeout, alone=request.alone, client=request.client)
                 for ids, answer in zip(missing, computed.answers, strict=True):
                     self._cache.put(computed.identity.weights_hash, request.output, ids, answer)
                 if computed.identity != identity and len(missing) < len(sequences):

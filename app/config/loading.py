@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from app.config.keys import RecipeKey, find_key, is_section, nearest_key, recipe_keys
 from app.config.recipe import Recipe
+from app.config.search_space import check_searchable, corners, differs_by_trial
 from app.config.unread import check_unread, reason_unread
 from app.errors import ConfigError
 
@@ -243,9 +244,17 @@ def _describe(error: ValidationError, settings: Settings, source: str) -> str:
 
 
 def _check_space(recipe: Recipe, settings: Settings) -> None:
-    """Every domain of `tune.space` must name a recipe key and hold values that the key takes."""
+    """Every domain of `tune.space` must name a recipe key and hold values that the key takes, in a configuration that may be drawn."""
     source = settings["tune.space"].source if "tune.space" in settings else "recipe"
-    for name, domain in recipe.tune.space.items():
-        ends = domain.values if domain.type == "choice" else (domain.low, domain.high)
-        for value in ends:
-            with_values(recipe, {name: value}, f"{source}: tune.space")
+    for name in recipe.tune.space:
+        _known(name, f"{source}: tune.space")
+        if not differs_by_trial(name):
+            raise ConfigError(
+                f"{source}: tune.space: {name} is the same for all trials, which share models, scoring service and size: leave it out"
+            )
+    check_searchable(recipe.tune)
+    for name, alone, whole in corners(recipe.tune.space):
+        try:
+            with_values(recipe, {key: value for key, value in whole.items() if key != name} | {name: whole[name]}, f"{source}: tune.space")
+        except ConfigError:
+            with_values(recipe, alone, f"{source}: tune.space")

@@ -57,7 +57,7 @@ def placement(recipe: Recipe, command: str, gpu_memory: int | None = None) -> tu
     before_rm = (sft,) if recipe.model.path == "embedded" else ()
     rm = _reward_model(recipe, roles)
     before_ppo = (*before_rm, *rm) if before_rm and recipe.reward.path is None else before_rm
-    trials = min(recipe.tune.concurrent, recipe.tune.trials)
+    trials = 1 if recipe.tune.concurrent == "auto" else min(recipe.tune.concurrent, recipe.tune.trials)
     ppo = _ppo(recipe, "ppo", roles.ppo(colocated=recipe.rollout.colocate))
     stages = {
         "sft": (sft,),
@@ -86,6 +86,22 @@ def _ppo(recipe: Recipe, name: str, roles: tuple[Role, ...]) -> StagePlacement:
     nccl = rollout.transfer == "nccl" or (rollout.transfer == "auto" and rollout.engines.gpus > 0 and not rollout.colocate)
     pushed = 0 if nccl or shape is None else FLOAT32 * shape.parameters
     return StagePlacement(name, roles, overlapping=recipe.ppo.max_lag > 0, pushed=pushed)
+
+
+def concurrent_trials(recipe: Recipe, resources: Mapping[str, float], nodes: tuple[NodeResources, ...] = ()) -> int:
+    """`tune.concurrent`, or with auto how many of its trials find room at the same time beside the one scoring service, at least 1.
+
+    Arguments as in `check_feasible`."""
+    if recipe.tune.concurrent != "auto":
+        return min(recipe.tune.concurrent, recipe.tune.trials)
+    for trials in range(recipe.tune.trials, 1, -1):
+        sized = recipe.model_copy(update={"tune": recipe.tune.model_copy(update={"concurrent": trials})})
+        try:
+            check_feasible(sized, "tune", resources, nodes)
+        except PlacementError:
+            continue
+        return trials
+    return 1
 
 
 _UNITS = {"CPU": "CPUs", "GPU": "GPUs", "memory": "GiB of memory"}

@@ -42,7 +42,7 @@ class Pipeline:
     def __init__(self, recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker) -> None:
         self.recipe, self.run, self.tracker = recipe, run, tracker
         self.prepared = prepare(recipe, run, corpus)
-        self._parents: dict[str, str] = {"data": corpus.sha256}
+        self.parents: dict[str, str] = {"data": corpus.sha256}  # what the next stage comes from, by content hash
         self._open = ExitStack()
         self._pool: VllmRolloutPool | None = None
         self._placed = PlacedRecipe(recipe)  # of the engines that are open
@@ -166,11 +166,11 @@ class Pipeline:
         """Do a stage and commit it, unless it is finished; returns its model folder."""
         manifest = self.run.manifest(stage)
         if self.run.finished(stage) is None or manifest is None:
-            self._parents[stage] = self.run.finish(stage, train(), self._parents)
+            self.parents[stage] = self.run.finish(stage, train(), self.parents)
             raise_unserved(f"stopped when {stage} was finished")
         else:
             self.tracker.note(f"{stage}: already finished, taken from {self.run.path / stage}")
-            self._parents[stage] = manifest["sha256"]
+            self.parents[stage] = manifest["sha256"]
         return str(self.run.path / stage / MODEL)
 
 

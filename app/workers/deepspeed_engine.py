@@ -238,6 +238,16 @@ def load_engine(engine: DeepSpeedEngine, folder: Path) -> dict[str, Any]:
     return dict(state)
 
 
+def apply_settings(engine: DeepSpeedEngine, optimizer: OptimizerConfig) -> None:
+    """Give the engine its own AdamW settings again: `load_engine` brought those of whoever wrote the checkpoint, which a population
+    changes from copy to copy. The schedule goes on where the checkpoint left it. Without a change nothing changes, bit for bit."""
+    schedule = engine.lr_scheduler
+    schedule.base_lrs = [optimizer.lr] * len(schedule.base_lrs)
+    for group, factor in zip(engine.optimizer.param_groups, schedule.lr_lambdas, strict=True):
+        group |= {"initial_lr": optimizer.lr, "lr": optimizer.lr * factor(schedule.last_epoch)}
+        group |= {"betas": optimizer.betas, "eps": optimizer.eps, "weight_decay": optimizer.weight_decay}
+
+
 def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
     """Every weight in what `save_engine` wrote under `folder`, float32, under any ZeRO stage and without the workers that wrote it.
 

@@ -273,12 +273,13 @@ class LearnerWorker:
             describe_adapters(Path(folder), self._spec.config.lora)
 
     def load(self, folder: str) -> None:
-        """Restore `save`. Raises CheckpointError if a part is missing."""
-        from app.workers.deepspeed_engine import load_engine
+        """Restore `save`, under this learner's own optimizer settings. Raises CheckpointError if a part is missing."""
+        from app.workers.deepspeed_engine import apply_settings, load_engine
 
         self._held = None
         for name, engine in self._engines():
             load_engine(engine, Path(folder) / name)
+            apply_settings(engine, getattr(self._spec.config, name))
 
     def _engines(self) -> list[tuple[str, Any]]:
         return [(name, engine) for name, engine in (("policy", self._policy), ("critic", self._critic)) if engine is not None]

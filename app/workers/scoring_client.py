@@ -9,6 +9,7 @@ import math
 import random
 import threading
 import time
+import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ class ServeScorer:
         self._config = config
         self._handles: dict[str, DeploymentHandle[Any]] = {}
         self.under_way = _UnderWay(config.max_in_flight)
+        self._client = uuid.uuid4().hex  # of this process: trials that share the service take turns
 
     def scores(self, sequences: Sequence[IntArray]) -> Pending[list[float]]:
         """Reward-model score (logit - reward_offset) of each sequence [S].
@@ -104,7 +106,8 @@ class ServeScorer:
         budget = min(self._config.max_batch_tokens, -(-padded // replicas))
         requests = []
         for rows in padded_batches(sequences, budget):
-            message = ScoringRequest(*flatten([sequences[row] for row in rows]), output, alone=self._config.alone)
+            ids, lengths = flatten([sequences[row] for row in rows])
+            message = ScoringRequest(ids, lengths, output, alone=self._config.alone, client=self._client)
             requests.append(_Request(self, deployment, rows, message))
         return requests
 

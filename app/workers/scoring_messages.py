@@ -17,6 +17,7 @@ class ScoringRequest:
 
     ids: int32, all sequences in a row; lengths: int32, one per sequence; output: what is asked for.
     alone: compute these sequences in batches of their own, of the same composition every time, for answers that are equal bit for bit.
+    client: who asks; clients that wait for the same replica take turns.
     """
 
     ids: IntArray
@@ -24,6 +25,7 @@ class ScoringRequest:
     output: Output
     alone: bool = False
     request_id: str = ""
+    client: str = ""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
+from app.config.loading import load_recipe
+from app.durable import tree_hash
 from tests.e2e.command import MINIMAL, ROOT, SHRUNKEN, interrupt, run, start, wait_for
 
 
@@ -42,6 +44,13 @@ def test_search_over_ppo_with_these_models(finished: Path, tmp_path: Path) -> No
     assert len({trial["config"]["ppo.policy.lr"] for trial in results["trials"]}) == 2
     assert results["best"]["objective"] == max(trial["objective"] for trial in results["trials"])
     assert f"best: --ppo.policy.lr={results['best_config']['ppo.policy.lr']}" in output
+    for trial in results["trials"]:
+        assert trial["trial"] in (folder / "tune.html").read_text()
+    code, output = run(["tune", "--promote", str(folder)], tmp_path / "promotion")
+    assert code == 0, output
+    promoted = json.loads((folder / "tune" / "best.manifest.json").read_text())
+    assert promoted["model"]["sha256"] == tree_hash(Path(promoted["model"]["path"]))
+    assert load_recipe(folder / "tune" / "best.toml").ppo.policy.lr == results["best_config"]["ppo.policy.lr"]
 
 
 def test_serve_until_stopped(finished: Path, tmp_path: Path) -> None:

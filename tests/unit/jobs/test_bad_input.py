@@ -231,6 +231,37 @@ def test_a_tracking_service_without_its_package_is_refused(refused: Refused, tmp
     assert not (tmp_path / "run").exists()
 
 
+def test_a_search_that_cannot_begin(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tune, run = str(RECIPES / "tiny" / "tune.toml"), f"--run.dir={tmp_path / 'run'}"
+    assert "tune.space is empty" in refused("tune", TINY, run)
+    assert "give one part hold_out = true" in refused("tune", tune, run, "--tune.objective=hold_out")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Say something."}\n')
+    assert "tune.objective = gold" in refused("tune", tune, run, "--tune.objective=gold", f"--data.path={prompts}")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    one_range = '--tune.space={"ppo.kl.coef" = {type = "uniform", low = 0.01, high = 0.2}}'
+    assert "needs the package scikit-learn" in refused("tune", tune, run, one_range, "--tune.scheduler=pb2", "--tune.concurrent=auto")
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_goes_on_only_where_there_is_a_run(refused: Refused, tmp_path: Path) -> None:
+    error = refused("tune", str(RECIPES / "tiny" / "tune.toml"), "--resume", f"--run.dir={tmp_path / 'run'}")
+    assert "holds no run to go on with" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_search_is_not_resumed_with_another_space(refused: Refused, tmp_path: Path) -> None:
+    from app.config.loading import load_recipe
+    from app.run_folder import RunFolder
+
+    tune, folder = str(RECIPES / "tiny" / "tune.toml"), tmp_path / "run"
+    RunFolder.open(load_recipe(tune, [f"--run.dir={folder}"]), "tune").record_data("0" * 64)
+    wider = '--tune.space.ppo.kl.coef={type = "loguniform", low = 0.01, high = 0.4}'
+    error = refused("tune", tune, "--resume", f"--run.dir={folder}", wider)
+    assert "tune.space.ppo.kl.coef.high was 0.2 and is now 0.4" in error
+    RunFolder.open(load_recipe(tune, [f"--run.dir={folder}", "--tune.concurrent=2"]), "tune")  # how many at a time may change
+
+
 @pytest.mark.parametrize(
     ("command", "values", "message"),
     [

@@ -11,7 +11,7 @@ from app.config.recipe import Recipe
 from app.errors import PlacementError
 from app.planning.memory import GIB
 from app.planning.packing import NodeResources
-from app.planning.placement import check_feasible, describe, placement
+from app.planning.placement import check_feasible, concurrent_trials, describe, placement
 
 EIGHT_GPUS = with_values(
     Recipe(),
@@ -55,6 +55,16 @@ def test_concurrent_trials_share_one_scoring_service() -> None:
     assert describe(recipe, "tune")["needs"]["GPU"] == 2 * (6 + 6) + 2
     fewer_trials = with_values(recipe, {"tune.trials": 1})
     assert describe(fewer_trials, "tune")["needs"]["GPU"] == 6 + 6 + 2
+
+
+def test_auto_is_as_many_trials_as_find_room_beside_the_scoring_service() -> None:
+    recipe = with_values(Recipe(), {"tune.trials": 4, "ppo.workers.cpus": 1.0, "rollout.engines.cpus": 1.0})  # and 0.5 for the scorers
+    for cpus, fit in ((2.5, 1), (4.4, 1), (4.5, 2), (6.5, 3), (100, 4)):
+        assert concurrent_trials(recipe, {"CPU": cpus, "GPU": 0}) == fit
+    uneven = (NodeResources(2.5), NodeResources(0.6), NodeResources(0.6), NodeResources(0.6))
+    assert concurrent_trials(recipe, {"CPU": 4.5, "GPU": 0}, uneven) == 1  # enough in all, but not where a process would fit
+    assert concurrent_trials(with_values(recipe, {"tune.concurrent": 3}), {"CPU": 1.0}) == 3
+    assert concurrent_trials(recipe, {"CPU": 0.5}) == 1
 
 
 def test_the_embedded_model_brings_the_stages_before() -> None:

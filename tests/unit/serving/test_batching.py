@@ -37,8 +37,8 @@ class Items:
             model, max_tokens=max_tokens, wait_seconds=wait_seconds, max_waiting=max_waiting, padded=lambda: padded
         )
 
-    async def submit(self, item: int, *, timeout_seconds: float = 10.0, alone: bool = False) -> int:
-        return await self.batcher.submit(item, [item], timeout_seconds=timeout_seconds, alone=alone)
+    async def submit(self, item: int, *, timeout_seconds: float = 10.0, alone: bool = False, client: str = "") -> int:
+        return await self.batcher.submit(item, [item], timeout_seconds=timeout_seconds, alone=alone, client=client)
 
 
 batcher = Items
@@ -212,5 +212,22 @@ def test_an_item_whose_time_is_over_is_not_computed() -> None:
         with pytest.raises(ScoringTimeoutError, match="longer than it may"):
             await late
         assert model.batches == [[1]]
+
+    asyncio.run(scenario())
+
+
+def test_clients_take_turns_however_much_one_of_them_asks_for() -> None:
+    async def scenario() -> None:
+        model = Model()
+        model.gate.clear()
+        batches = batcher(model, max_tokens=40, max_waiting=10_000)
+        flood = [asyncio.create_task(batches.submit(40, client="flood")) for _ in range(6)]
+        await settle()
+        others = [asyncio.create_task(batches.submit(item, client=client)) for item, client in ((38, "a"), (39, "b"), (37, "a"))]
+        await settle()
+        model.gate.set()
+        await asyncio.gather(*flood, *others)
+        assert model.batches == [[40], [38], [39], [40], [37], [40], [40], [40], [40]]
+        assert set(batches.batcher._turns) <= {"flood"}  # nothing is kept of clients that have gone
 
     asyncio.run(scenario())

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from app.config.deepspeed_presets import PRESETS, Preset
 from app.config.shared import DeepSpeedConfig, OptimizerConfig
 from app.errors import CheckpointError, ConfigError
-from app.workers.deepspeed_engine import deepspeed_config, load_engine, lr_factor, unsharded
+from app.workers.deepspeed_engine import apply_settings, deepspeed_config, load_engine, lr_factor, unsharded
 
 OPTIMIZER = OptimizerConfig(max_grad_norm=2.0)
 
@@ -147,3 +148,39 @@ def test_a_checkpoint_of_another_number_of_workers_is_refused_before_deepspeed_r
         (tmp_path / f"random-{rank:05d}.pt").touch()
     with pytest.raises(CheckpointError, match=f"no complete DeepSpeed checkpoint for {workers} workers"):
         load_engine(SimpleNamespace(dp_world_size=workers, global_rank=0), tmp_path)
+
+
+def torch_engine(optimizer: OptimizerConfig) -> Any:
+    """What `apply_settings` needs of an engine."""
+    settings = {name: getattr(optimizer, name) for name in ("lr", "betas", "eps", "weight_decay")}
+    adamw = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], **settings)
+    return SimpleNamespace(optimizer=adamw, lr_scheduler=torch.optim.lr_scheduler.LambdaLR(adamw, lr_factor(optimizer, 10)))
+
+
+def loaded(optimizer: OptimizerConfig, written_under: OptimizerConfig) -> Any:
+    before = torch_engine(written_under)
+    for _ in range(3):
+        before.optimizer.step()
+        before.lr_scheduler.step()
+    after = torch_engine(optimizer)
+    after.optimizer.load_state_dict(before.optimizer.state_dict())
+    after.lr_scheduler.load_state_dict(before.lr_scheduler.state_dict())
+    apply_settings(after, optimizer)
+    return before, after
+
+
+def test_a_checkpoint_goes_on_under_the_learning_rate_of_whoever_loads_it() -> None:
+    old, new = OptimizerConfig(lr=1e-3, schedule="linear"), OptimizerConfig(lr=5e-3, schedule="linear", betas=(0.8, 0.9))
+    _, copy = loaded(new, old)
+    assert copy.optimizer.param_groups[0]["lr"] == pytest.approx(5e-3 * 0.7)
+    assert copy.optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+    copy.optimizer.step()
+    copy.lr_scheduler.step()
+    assert copy.optimizer.param_groups[0]["lr"] == pytest.approx(5e-3 * 0.6)
+
+
+def test_under_the_same_settings_a_loaded_optimizer_is_the_saved_one_bit_for_bit() -> None:
+    config = OptimizerConfig(lr=3e-4, schedule="cosine", warmup_steps=2)
+    before, after = loaded(config, config)
+    assert after.optimizer.state_dict()["param_groups"] == before.optimizer.state_dict()["param_groups"]
+    assert after.lr_scheduler.state_dict() == before.lr_scheduler.state_dict()

@@ -1,0 +1,154 @@
+"""Does a search find anything? `python -m bench.tuning bad-start` and `python -m bench.tuning around`, each an hour or more on two cores.
+
+bad-start: the default learning rate x 30 and KL coefficient x 20; how much of the default's gold gain the best of a search recovers.
+around: 16 configurations around the default; the winner trained again on three fresh seeds, paired with the default prompt by prompt.
+
+Runs and records lie in `runs/bench-tuning`, and what is finished there is taken as it is; docs/results/tuning.md tells both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from app.config.loading import load_recipe, resolved
+from app.evaluation_statistics import paired_bootstrap
+from app.search.results import as_options
+
+WORK, RESULTS = Path("runs/bench-tuning"), Path("docs/results/tuning.md")
+RECIPE = "jobs/recipes/tiny/ppo.toml"
+RATES, COEFFICIENT = ("ppo.policy.lr", "ppo.critic.lr"), "ppo.kl.coef"
+RATE_FACTOR, COEFFICIENT_FACTOR = 30, 20
+FRESH_SEEDS = (11, 12, 13)
+PROMPTS = 256
+SEARCH = ("--tune.trials=16", "--tune.searcher=optuna", "--tune.scheduler=asha", "--tune.objective=held_out", "--tune.kl_price=0.0")
+
+
+def corral(command: str, folder: Path, *options: str) -> dict[str, Any]:
+    """The summary of a command in a run folder of its own; done once."""
+    words = [command, RECIPE, f"--run.dir={folder}", f"--evaluation.examples={PROMPTS}", f"--evaluation.prompts={PROMPTS}", *options]
+    if not (folder / "summary.json").is_file():
+        print("corral", shlex.join(words), flush=True)
+        subprocess.run([sys.executable, "-m", "jobs", *words], check=True)
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return summary
+
+
+def loguniform(key: str, low: float, high: float) -> str:
+    return f'--tune.space.{key}={{type = "loguniform", low = {low:g}, high = {high:g}}}'
+
+
+def golds(folder: Path) -> list[float]:
+    """The gold score of each held-out answer after PPO."""
+    return [json.loads(line)["gold_after"] for line in (folder / "examples.jsonl").read_text().splitlines()]
+
+
+def models_of(folder: Path) -> list[str]:
+    return [f"--model.path={folder / 'sft/model'}", f"--reward.path={folder / 'rm/model'}"]
+
+
+def cost(search: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """What the search took: seconds, and PPO steps beside those of one run of the default."""
+    rows = search["tune"]["trials"]
+    ends = [row["status"] for row in rows]
+    taken = sum(row["steps"] for row in rows)
+    return {"trials": len(rows), "steps": taken, "runs": taken / steps, "ends": {end: ends.count(end) for end in dict.fromkeys(ends)}}
+
+
+def bad_start() -> dict[str, Any]:
+    """The planted start, a search from it, and the default."""
+    default = resolved(load_recipe(RECIPE))
+    planted = {key: default[key] * RATE_FACTOR for key in RATES} | {COEFFICIENT: default[COEFFICIENT] * COEFFICIENT_FACTOR}
+    start = as_options(planted)
+    reference = corral("ppo", WORK / "default")
+    models = models_of(WORK / "default")
+    # two decades below the planted values, half a decade above: the search does not know which way they are wrong
+    space = [loguniform(key, value / 100, value * 3) for key, value in planted.items()]
+    search = corral("tune", WORK / "bad-start", *start, *models, *SEARCH, *space)
+    spoilt = corral("ppo", WORK / "bad-start-itself", *start, *models)
+    best = corral("ppo", WORK / "bad-start-best", *models, *as_options(search["tune"]["best_config"]))
+    gains = {name: run["ppo"]["gold_gain"] for name, run in (("default", reference), ("planted", spoilt), ("best", best))}
+    recovered = gains["best"]["mean"] / gains["default"]["mean"]
+    return {
+        "planted": planted,
+        "best": search["tune"]["best_config"],
+        "gains": gains,
+        "recovered": recovered,
+        **cost(search, default["ppo.steps"]),
+    }
+
+
+def around() -> dict[str, Any]:
+    """A search around the default, and its winner against the default on fresh seeds."""
+    default = resolved(load_recipe(RECIPE))
+    space = [
+        *(loguniform(key, default[key] / 4, default[key] * 4) for key in (*RATES, COEFFICIENT)),
+        '--tune.space.ppo.epochs={type = "int", low = 1, high = 3}',
+        '--tune.space.ppo.minibatches={type = "choice", values = [2, 4]}',
+    ]
+    corral("ppo", WORK / "default")
+    search = corral("tune", WORK / "around", *models_of(WORK / "default"), *SEARCH, *space)
+    best, pairs = search["tune"]["best_config"], {}
+    for seed in FRESH_SEEDS:
+        ours, theirs = WORK / f"around-best-{seed}", WORK / f"default-{seed}"
+        corral("ppo", theirs, f"--run.seed={seed}")
+        corral("ppo", ours, f"--run.seed={seed}", *models_of(theirs), *as_options(best))
+        pairs[seed] = [a - b for a, b in zip(golds(ours), golds(theirs), strict=True)]
+    differences = {str(seed): paired_bootstrap(deltas, 2000, seed).as_dict() for seed, deltas in pairs.items()}
+    pooled = paired_bootstrap([delta for deltas in pairs.values() for delta in deltas], 2000, 1).as_dict()
+    return {"best": best, "differences": differences, "pooled": pooled, **cost(search, default["ppo.steps"])}
+
+
+def interval(value: Mapping[str, float]) -> str:
+    return f"{value['mean']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
+
+
+def page(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown of whatever has been run."""
+    lines = ["# Searches on the embedded task", "", f"{os.cpu_count()} CPU cores, no GPU. Gold is the score that no training sees, on"]
+    lines += [f"{PROMPTS} held-out prompts; intervals are 95 % bootstrap intervals.", ""]
+    if found := records.get("bad-start"):
+        lines += ["## From a planted bad start: `python -m bench.tuning bad-start`", ""]
+        lines += [
+            f"Learning rates x {RATE_FACTOR}, KL coefficient x {COEFFICIENT_FACTOR}: `{shlex.join(as_options(found['planted']))}`.",
+            "",
+        ]
+        lines += ["| run | gold gain |", "|---|---|", *(f"| {name} | {interval(gain)} |" for name, gain in found["gains"].items()), ""]
+        lines += [f"The best of the search recovers {found['recovered']:.0%} of the default's gain.", "", *_search(found)]
+    if found := records.get("around"):
+        lines += ["## Around the default: `python -m bench.tuning around`", ""]
+        lines += ["The winner's gold less the default's, same SFT and reward models, same prompts, same steps:", ""]
+        lines += ["| seed | difference |", "|---|---|", *(f"| {seed} | {interval(each)} |" for seed, each in found["differences"].items())]
+        lines += [f"| all | {interval(found['pooled'])} |", "", *_search(found)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _search(found: Mapping[str, Any]) -> list[str]:
+    ends = ", ".join(f"{count} {end}" for end, count in found["ends"].items())
+    text = (
+        f"Search: {found['trials']} trials ({ends}), {found['steps']} PPO steps, as many as {found['runs']:.1f} runs of the default. Best:"
+    )
+    return [text, f"`{shlex.join(as_options(found['best']))}`.", ""]
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("search", choices=("bad-start", "around"))
+    name = parser.parse_args(arguments).search
+    WORK.mkdir(parents=True, exist_ok=True)
+    record = bad_start() if name == "bad-start" else around()
+    (WORK / f"{name}.json").write_text(json.dumps(record, indent=2))
+    known = {path.stem: json.loads(path.read_text()) for path in sorted(WORK.glob("*.json"))}
+    RESULTS.write_text(page(known))
+    print(RESULTS)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,162 @@
+"""Search spaces: drawing, grids, conditions, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from pydantic import ValidationError
+
+from app.config.loading import load_recipe
+from app.config.search_space import clipped, draw, grid, suggest
+from app.config.tune import TuneConfig
+from app.errors import ConfigError
+
+CONDITIONAL = {
+    "ppo.algorithm.ppo.value_clip": {"type": "uniform", "low": 0.1, "high": 0.3, "when": {"ppo.algorithm.name": "ppo"}},
+    "ppo.samples_per_prompt": {"type": "choice", "values": [4, 8], "when": {"ppo.algorithm.name": ["grpo", "rloo"]}},
+    "ppo.algorithm.name": {"type": "choice", "values": ["ppo", "grpo", "rloo"]},
+}
+
+
+def space(domains: dict[str, Any]) -> Any:
+    return TuneConfig(space=domains).space
+
+
+def refusal(tmp_path: Path, domains: dict[str, Any], *overrides: str) -> str:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("".join(f'tune.space."{name}" = {toml(domain)}\n' for name, domain in domains.items()))
+    with pytest.raises(ConfigError) as error:
+        load_recipe(recipe, overrides)
+    return str(error.value)
+
+
+def toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {toml(inner)}" for key, inner in value.items()) + "}"
+    return json.dumps(value)
+
+
+def test_the_same_seed_draws_the_same_inside_the_ranges() -> None:
+    domains = space(
+        {
+            "ppo.policy.lr": {"type": "loguniform", "low": 1e-6, "high": 1e-4},
+            "ppo.kl.coef": {"type": "uniform", "low": 0.0, "high": 0.2},
+            "ppo.epochs": {"type": "int", "low": 1, "high": 4},
+            "ppo.batch_size": {"type": "int", "low": 16, "high": 64, "log": True},
+        }
+    )
+    drawn = [draw(domains, rng) for rng in [random.Random(1)] for _ in range(400)]
+    assert drawn == [draw(domains, rng) for rng in [random.Random(1)] for _ in range(400)]
+    assert all(1e-6 <= values["ppo.policy.lr"] <= 1e-4 and 0 <= values["ppo.kl.coef"] <= 0.2 for values in drawn)
+    assert 150 < sum(values["ppo.policy.lr"] < 1e-5 for values in drawn) < 250  # half of them below the middle in the logarithm
+    assert set(Counter(values["ppo.epochs"] for values in drawn)) == {1, 2, 3, 4}
+    sizes = [values["ppo.batch_size"] for values in drawn]
+    assert min(sizes) >= 16 and max(sizes) <= 64 and 150 < sum(size < 32 for size in sizes) < 250
+
+
+def test_conditional_keys_are_drawn_only_under_their_condition() -> None:
+    drawn = [draw(space(CONDITIONAL), random.Random(seed)) for seed in range(60)]
+    for values in drawn:
+        chosen = values["ppo.algorithm.name"]
+        assert ("ppo.algorithm.ppo.value_clip" in values) == (chosen == "ppo")
+        assert ("ppo.samples_per_prompt" in values) == (chosen != "ppo")
+    assert len({values["ppo.algorithm.name"] for values in drawn}) == 3
+
+
+def test_a_grid_has_every_combination_once() -> None:
+    domains = space(
+        {
+            "ppo.epochs": {"type": "int", "low": 1, "high": 2, "when": {"ppo.algorithm.name": "ppo"}},
+            "ppo.algorithm.name": {"type": "grid", "values": ["ppo", "grpo"]},
+        }
+    )
+    assert grid(domains) == [
+        {"ppo.algorithm.name": "ppo", "ppo.epochs": 1},
+        {"ppo.algorithm.name": "ppo", "ppo.epochs": 2},
+        {"ppo.algorithm.name": "grpo"},
+    ]
+
+
+def test_optuna_is_asked_for_the_keys_whose_conditions_hold() -> None:
+    fixed = optuna.trial.FixedTrial({"ppo.algorithm.name": "grpo", "ppo.samples_per_prompt": 8})
+    assert suggest(space(CONDITIONAL), fixed) == {"ppo.algorithm.name": "grpo", "ppo.samples_per_prompt": 8}
+
+
+def test_what_a_population_perturbs_stays_in_its_range() -> None:
+    domains = space({"ppo.epochs": {"type": "int", "low": 1, "high": 4}, "ppo.kl.coef": {"type": "uniform", "low": 0.1, "high": 0.2}})
+    assert clipped(domains, {"ppo.epochs": 4.8, "ppo.kl.coef": 0.08}) == {"ppo.epochs": 4, "ppo.kl.coef": 0.1}
+
+
+def test_a_conditional_space_over_algorithms_is_accepted(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("".join(f'tune.space."{name}" = {toml(domain)}\n' for name, domain in CONDITIONAL.items()))
+    assert load_recipe(recipe).tune.space.keys() == CONDITIONAL.keys()
+
+
+@pytest.mark.parametrize(
+    ("domains", "overrides", "parts"),
+    [
+        ({"ppo.kl.cof": {"type": "choice", "values": [0.1]}}, (), ["unknown key ppo.kl.cof", "did you mean ppo.kl.coef?"]),
+        ({"ppo.kl.coef": {"type": "uniform", "low": 0.2, "high": 0.1}}, (), ["empty range"]),
+        ({"ppo.epochs": {"type": "int", "low": 3, "high": 2}}, (), ["empty range"]),
+        ({"ppo.kl.coef": {"type": "choice", "values": []}}, (), ["at least 1 item"]),
+        ({"ppo.policy.lr": {"type": "uniform", "low": -1.0, "high": 1.0}}, (), ["ppo.policy.lr = -1.0", "greater than 0"]),
+        ({"ppo.epochs": {"type": "uniform", "low": 1.5, "high": 2.5}}, (), ["ppo.epochs = 1.5", "valid integer"]),
+        ({"ppo.policy.lr": {"type": "uniform", "low": 1e-6, "high": 1e-5, "when": {"ppo.epochs": 1}}}, (), ["not in the space"]),
+        (
+            {
+                "ppo.policy.lr": {"type": "uniform", "low": 1e-6, "high": 1e-5, "when": {"ppo.epochs": 9}},
+                "ppo.epochs": {"type": "int", "low": 1, "high": 4},
+            },
+            (),
+            ["ppo.epochs = 9", "never takes"],
+        ),
+        (
+            {
+                "ppo.minibatches": {"type": "choice", "values": [1], "when": {"ppo.epochs": 1}},
+                "ppo.epochs": {"type": "choice", "values": [1], "when": {"ppo.minibatches": 1}},
+            },
+            (),
+            ["in a circle"],
+        ),
+        (
+            {"ppo.kl.coef": {"type": "uniform", "low": 0.1, "high": 0.2}},
+            ("--tune.searcher=grid",),
+            ["ppo.kl.coef has a continuous range", "type = grid"],
+        ),
+        ({"ppo.kl.coef": {"type": "grid", "values": [0.1, 0.2]}}, (), ["set tune.searcher = grid"]),
+        ({"ppo.epochs": {"type": "int", "low": 1, "high": 9}}, ("--tune.searcher=grid",), ["9 points", "set tune.trials = 9"]),
+        ({"model.path": {"type": "choice", "values": ["a", "b"]}}, (), ["model.path is the same for all trials"]),
+        ({"rollout.temperature": {"type": "uniform", "low": 0.5, "high": 1.0}}, (), ["the same for all trials"]),
+        (
+            {"ppo.epochs": {"type": "choice", "values": [1, 2]}},
+            ("--tune.scheduler=pb2",),
+            ["pb2 works on ranges", "or pbt"],
+        ),
+        (
+            {"ppo.algorithm.name": {"type": "choice", "values": ["ppo", "reinforce_pp"]}},
+            ("--tune.scheduler=pbt",),
+            ["pbt copies checkpoints", "ppo.algorithm.name"],
+        ),
+        (
+            {"ppo.epochs": {"type": "int", "low": 1, "high": 2}},
+            ("--tune.scheduler=pbt", "--tune.searcher=optuna"),
+            ["set tune.searcher = random"],
+        ),
+        ({"ppo.epochs": {"type": "int", "low": 1, "high": 2}}, ("--tune.multi_objective=true",), ["set tune.searcher = optuna"]),
+    ],
+)
+def test_refused_before_anything_starts(tmp_path: Path, domains: dict[str, Any], overrides: tuple[str, ...], parts: list[str]) -> None:
+    message = refusal(tmp_path, domains, *overrides)
+    assert all(part in message for part in parts), message
+
+
+def test_a_loguniform_range_is_above_zero() -> None:
+    with pytest.raises(ValidationError, match="empty range"):
+        space({"ppo.kl.coef": {"type": "loguniform", "low": 0.0, "high": 0.1}})
