@@ -25,7 +25,7 @@ LR = {"type": "loguniform", "low": 0.01, "high": 1.0}
 
 def recipe(space: dict[str, Any], **tune: Any) -> Recipe:
     values = {f"tune.{name}": value for name, value in tune.items()} | {"tune.space": space}
-    return with_values(Recipe(), {"ppo.steps": 8, "ppo.workers.cpus": 0.1, "rollout.engines.cpus": 0.1, **values})
+    return with_values(Recipe(), {"ppo.steps": 8, "ppo.epochs": 1, "ppo.workers.cpus": 0.1, "rollout.engines.cpus": 0.1, **values})
 
 
 def rows(trials: list[Any]) -> list[dict[str, Any]]:
