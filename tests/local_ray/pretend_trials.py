@@ -4,6 +4,7 @@ runs one in a process of its own, to be killed."""
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import signal
 import sys
@@ -23,6 +24,9 @@ from app.tracking import RunTracker
 LOST = "lost"
 """A file of this name in the run folder: the trial with epochs = 2 has killed its own process once."""
 
+TOGETHER = "together"
+"""A file of this name in the run folder: how many trials wait for each other before their first step."""
+
 
 def train(
     recipe: Recipe, inputs: TrialInputs, reporter: TrialReporter, watch: AlarmWatch, saved: SavedCheckpoint | None, model: Path
@@ -33,8 +37,12 @@ def train(
     run = Path(inputs.folder).parent
     with (run / "begun").open("a") as begun:
         begun.write(f"{os.getpid()} {state.step} {learnt} {recipe.ppo.policy.lr} {recipe.ppo.epochs}\n")
-    for step in range(state.step + 1, recipe.ppo.steps + 1):
+    # where they wait for each other: the weakest come last and find the strongest's checkpoint, as Tune compares with who has come
+    seconds = 0.05 + 0.3 * abs(math.log10(recipe.ppo.policy.lr / 0.2)) * (run / TOGETHER).is_file()
+    while len((run / "begun").read_text().splitlines()) < int((run / TOGETHER).read_text() if (run / TOGETHER).is_file() else 0):
         time.sleep(0.05)
+    for step in range(state.step + 1, recipe.ppo.steps + 1):
+        time.sleep(seconds)
         if recipe.ppo.epochs == 2 and step == 4 and not (run / LOST).exists():
             (run / LOST).touch()
             os.kill(os.getpid(), signal.SIGKILL)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 from ray import tune
 from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
@@ -47,6 +49,7 @@ def suggested(trial: Suggestions, space: Space) -> dict[str, Any]:
 
 def optuna_search(recipe: Recipe) -> OptunaSearch:
     """Optuna's TPE, seeded; with `tune.multi_objective` over score and KL."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     objectives: tuple[Any, Any] = (["score", "mean_kl"], ["max", "min"]) if recipe.tune.multi_objective else (METRIC, MODE)
     return OptunaSearch(partial(suggested, space=recipe.tune.space), *objectives, seed=recipe.run.seed)
 
@@ -85,23 +88,24 @@ def run_search(recipe: Recipe, inputs: TrialInputs, run: Path, concurrent: int, 
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", SNAPSHOT_SECONDS)
     folder, config = run / FOLDER, recipe.tune
     resumed = state_to_resume(folder)
-    optuna = config.searcher == "optuna"
-    known = [] if optuna else points(recipe)
-    count = config.trials if optuna else len(known)
+    by_optuna = config.searcher == "optuna"
+    known = [] if by_optuna else points(recipe)
+    count = config.trials if by_optuna else len(known)
     records = SearchRecords(folder, tracker, recipe, count)
     if resumed:
         tracker.note(f"tune: going on with the search, {len(read_ended(folder))} of {count} trials have ended")
     tracker.note(f"tune: {count} trials of up to {recipe.ppo.steps} PPO steps, {concurrent} at a time")
     random.seed(recipe.run.seed)  # pbt's and pb2's own draws
     np.random.seed(recipe.run.seed)
+    warnings.filterwarnings("ignore", message="Consider boosting PBT performance")  # by actors that change their configuration: ours end
     analysis = tune.run(
         tune.with_resources(tune.with_parameters(run_trial, inputs=inputs), trial_resources(recipe)),
         name=FOLDER,
         storage_path=str(run),
-        config={} if optuna else {VALUES: tune.grid_search(known)},
-        num_samples=config.trials if optuna else 1,
-        search_alg=ConcurrencyLimiter(optuna_search(recipe), concurrent) if optuna else None,
-        max_concurrent_trials=None if optuna or config.scheduler in POPULATION else concurrent,
+        config={} if by_optuna else {VALUES: tune.grid_search(known)},
+        num_samples=config.trials if by_optuna else 1,
+        search_alg=ConcurrencyLimiter(optuna_search(recipe), concurrent) if by_optuna else None,
+        max_concurrent_trials=None if by_optuna or config.scheduler in POPULATION else concurrent,
         scheduler=scheduler(recipe, read_history(folder), records.perturbed),
         max_failures=config.max_failures,
         resume_config=_nothing_twice() if resumed else None,
