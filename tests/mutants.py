@@ -350,8 +350,8 @@ MUTANTS = (
     Mutant(
         "kl",
         LOOP,
-        "kl_coef=config.kl.after(kl_coef,",
-        "kl_coef=kl_coef if kl_coef else config.kl.after(kl_coef,",
+        "kl_coef = config.kl.after(kl_coef,",
+        "kl_coef = kl_coef if kl_coef else config.kl.after(kl_coef,",
         "the adaptive coefficient never moves",
         LOOP_TESTS,
     ),

@@ -189,6 +189,11 @@ def cpu_engine_memory(shape: ModelShape, *, width: int, kv_cache: int) -> Parts:
     return {"weights": width * (shape.parameters + shape.embedding), "kv_cache": kv_cache}
 
 
+def value_head(shape: ModelShape) -> int:
+    """Parameters of `app.models.heads.ValueHead` on a model's states."""
+    return (shape.hidden + 1) * 2 * shape.hidden + 2 * shape.hidden + 1
+
+
 def trained_parameters(shape: ModelShape, config: TrainingConfig, parameters: int) -> int:
     """Parameters with gradients, of `parameters` in all: everything, the upper layers, or adapters with or without the embeddings."""
     if config.freeze_layers:

@@ -48,6 +48,7 @@ class TrialInputs:
     scorers: Mapping[str, Scorer]
     prompts: PromptStream
     template: Template
+    pretraining: Path | None = None
 
 
 @dataclass
@@ -114,7 +115,7 @@ def run_trial(config: dict[str, Any], *, inputs: TrialInputs) -> None:
         open_pool(
             recipe, inputs.sft_path, inputs.prompts.prompts, inputs.template.eos_id, bundles(1 + learners, recipe.rollout.engines.count)
         ) as pool,
-        start_learner(recipe, inputs.sft_path, inputs.reward_path, bundles(1, learners)) as learner,
+        start_learner(recipe, inputs.sft_path, inputs.reward_path, bundles(1, learners), pretraining=inputs.pretraining) as learner,
         open_reward(recipe.reward, inputs.scorers, inputs.template.decode, deadline_seconds=recipe.run.deadline_seconds) as reward,
     ):
         pool.ready()
@@ -173,7 +174,9 @@ def run_tune(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker
             start_scoring(reward_path, sft_path) as scorer,
             reward_scorers(recipe.reward, scorer, reward_path, sft_path, start_scoring) as scorers,
         ):
-            inputs = TrialInputs(recipe, sft_path, reward_path, scorers, pipeline.prompts.train, pipeline.prepared.template)
+            inputs = TrialInputs(
+                recipe, sft_path, reward_path, scorers, pipeline.prompts.train, pipeline.prepared.template, pipeline.pretraining()
+            )
             tracker.note(f"tune: {recipe.tune.trials} trials of up to {recipe.ppo.steps} PPO steps, {recipe.tune.concurrent} at a time")
             grid = _search(recipe, inputs, space, run, TrialNotes(tracker, recipe))
         rows = [trial_row(result, recipe.ppo.steps) for result in grid]

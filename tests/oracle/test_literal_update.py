@@ -188,7 +188,7 @@ def literal_adam(gradients: list[torch.Tensor], weights: list[torch.Tensor]) -> 
 
 def forward(policy: PreTrainedModel, critic: ValueModel | None, tokens: TokenBatch) -> PolicyOutputs:
     """As LearnerWorker does it."""
-    logprobs_BT, entropy_BT = PolicyModel(policy)(
+    logprobs_BT, entropy_BT, _ = PolicyModel(policy)(
         tokens.ids_BS, tokens.attention_BS, tokens.prompt_lengths_B, tokens.mask_BT, TEMPERATURE, True
     )
     values_BT = None

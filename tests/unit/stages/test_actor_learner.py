@@ -68,7 +68,7 @@ class World:
         values_BT = torch.zeros(tokens.mask_BT.shape) if self.with_critic else None
         return torch.where(tokens.mask_BT, self.learner_logprob, 0.0), values_BT
 
-    def update(self, experience: Experience, *, seed: int) -> Mapping[str, float]:
+    def update(self, experience: Experience, *, step: int) -> Mapping[str, float]:
         self.journal.append("update")
         self.experiences.append(experience)
         self.trained.append([str(i) for i in experience.tokens.ids_BS[:, 0].tolist()])
@@ -244,7 +244,7 @@ def test_a_metric_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> 
 
 def test_a_metric_of_the_update_that_is_not_finite_stops_after_it_is_recorded(tmp_path: Path) -> None:
     class Broken(World):
-        def update(self, experience: Experience, *, seed: int) -> Mapping[str, float]:
+        def update(self, experience: Experience, *, step: int) -> Mapping[str, float]:
             return {"policy_grad_norm": float("inf"), "value_loss": float("nan")}
 
     world = Broken()
