@@ -181,7 +181,9 @@ def test_faster_machines_take_less_time_and_longer_answers_more() -> None:
 
 def test_an_algorithm_without_a_critic_updates_in_half_the_time() -> None:
     def phases(name: str) -> Mapping[str, float]:
-        recipe = with_values(PPO_12B, {"reward.path": None, "ppo.algorithm.name": name, "ppo.samples_per_prompt": 2})
+        recipe = with_values(
+            PPO_12B, {"reward.path": None, "ppo.algorithm.name": name, "ppo.samples_per_prompt": 2, "ppo.critic_model": "reward_model"}
+        )
         (stage,) = plan(recipe, "1x8xA100-80GB").stages
         assert stage.timing is not None
         return stage.timing.phases
