@@ -25,7 +25,7 @@ from app.planning.memory import (
     engine_memory,
     scoring_memory,
     total,
-    trained_parameters,
+    trained_model,
     training_memory,
     value_head,
 )
@@ -103,8 +103,8 @@ class Roles:
         models, loaded = [], 0
         if shape is not None:
             parameters = shape.trunk if reward_model else shape.parameters
-            trained = trained_parameters(shape, config, parameters)
-            models = [Trained(shape, parameters, trained, Batch(rows, length, 0 if reward_model else rows * (length - 1)))]
+            batch = Batch(rows, length, 0 if reward_model else rows * (length - 1))
+            models = [trained_model(shape, config, parameters, batch)]
             loaded = (FLOAT32 if reward_model else self.width) * parameters
         memory = training_memory(models, config.deepspeed, width=self.width, ranks=config.workers.count, on_gpu=config.workers.gpus > 0)
         return self._training_role(name, f"{name}.workers", config.workers, memory, loaded)
@@ -127,9 +127,10 @@ class Roles:
                     texts = max(1, ppo.micro_batch_tokens // longest)
                 batches.append(Batch(texts, longest, texts * (longest - 1)))
                 passes += ppo.reuse_forward  # the held ones are still open
-            parameters = policy.parameters + (value_head(policy) if ppo.has_value_head else 0)
-            trained = [Trained(policy, parameters, parameters, batch, passes) for batch in batches]
-            models.append(max(trained, key=lambda model: total(activations(model, ppo.deepspeed, self.width))))
+            head = value_head(policy) if ppo.has_value_head else 0
+            trained = [trained_model(policy, ppo, policy.parameters, batch, passes) for batch in batches]
+            largest = max(trained, key=lambda model: total(activations(model, ppo.deepspeed, self.width)))
+            models.append(replace(largest, parameters=largest.parameters + head, trained=largest.trained + head))
         if critic is not None and ppo.has_critic_model:
             models.append(Trained(critic, critic.trunk, critic.trunk, Batch(rows, length), passes))
         memory = training_memory(models, ppo.deepspeed, width=self.width, ranks=ppo.workers.count, on_gpu=ppo.workers.gpus > 0)

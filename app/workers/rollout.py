@@ -16,7 +16,8 @@ from app.config.ppo import RolloutConfig
 from app.errors import DeadlineError, EngineDiedError, RolloutError
 from app.experience import FinishReason, FloatArray, IntArray, Prompt, Rollout
 from app.workers.pending import collect
-from app.workers.rollout_engine import RolloutEngine, Sampled, Weights, engine_options
+from app.workers.pushed_policy import PushedPolicy
+from app.workers.rollout_engine import RolloutEngine, Sampled, engine_options
 
 Note = Callable[[str], None]
 """Tells the user something that happened."""
@@ -63,10 +64,10 @@ class VllmRolloutPool:
     def logprobs(self, sequences: Sequence[IntArray]) -> list[FloatArray]:
         return self.each("logprobs", list(sequences))[0]
 
-    def load(self, buckets: Sequence[ray.ObjectRef[Weights]], version: int) -> None:
+    def load(self, policy: PushedPolicy, version: int) -> None:
         """Give every engine new weights, through Ray's object store. They stay there for engines that start later."""
-        self._current = ("load_buckets", (buckets, version))
-        self.each("load_buckets", buckets, version)
+        self._current = ("load_policy", (policy, version))
+        self.each("load_policy", policy, version)
 
     def load_folder(self, path: str, version: int) -> None:
         """Give every engine the weights of a Hugging Face folder of the same architecture. Needs rollout.transfer = object_store."""

@@ -95,6 +95,8 @@ class TrainingLoop:
         if saved is not None:
             state = load_engine(self.engine, saved)
             self.progress, self.window = Progress(**state["progress"]), Window(**state["window"])
+            if self.config.keep_best and math.isfinite(self.progress.best_loss):
+                self.look_for_best()
 
     def run(self) -> WorkerOutcome:
         """Train to the last step, out of patience, or to a stop request, which alone leaves no model."""
@@ -261,6 +263,14 @@ class TrainingLoop:
                 write_json(unfinished / HELD_OUT, {"step": self.progress.step, "metrics": self.progress.evaluated})
                 replace_folder(target, unfinished)
         dist.barrier()
+
+    def look_for_best(self) -> None:
+        """Judge anew where the best model did not come along with the checkpoint. Collective."""
+        if self.rank == 0:
+            settle_folder(self.best_folder)
+        dist.barrier()
+        if not any((folder / HELD_OUT).is_file() for folder in (self.best_folder, self.job.model_folder)):
+            self.progress.best_loss, self.progress.stale, self.progress.evaluated_step = math.inf, 0, -1
 
     def take_best(self) -> dict[str, float]:
         """Make the best model the stage's model; returns its held-out metrics. Collective.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.files import LEARNER, LOOP, LOOP_TESTS
+from tests.mutants.files import LOOP, LOOP_TESTS
 from tests.mutants.mutant import Mutant
 
 POLICY, LOSSES = "app/models/policy.py", "app/workers/engine_losses.py"
@@ -35,11 +35,11 @@ MUTANTS = (
     ),
     Mutant(
         "critic",
-        LEARNER,
-        "if name.startswith(LANGUAGE_MODEL):",
-        "if name:",
+        "app/workers/pushed_policy.py",
+        "return name.startswith(LANGUAGE_MODEL) and trained in",
+        "return trained in",
         "the value head is pushed to the engines and exported",
-        ("tests/unit/workers/test_learner.py",),
+        ("tests/unit/workers/test_pushed_policy.py",),
     ),
     Mutant(
         "critic",

@@ -67,11 +67,3 @@ def test_the_first_step_must_start_from_the_proximal_log_probs(apart: float, ref
             worker._mismatch(outputs, minibatch)
     else:
         assert worker._mismatch(outputs, minibatch) == pytest.approx(abs(apart))
-
-
-def test_a_value_head_is_no_part_of_the_policy_that_is_pushed_and_exported(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ["language_model.embed.weight", "language_model.head.weight", "value_head.inner.weight", "value_head.outer.bias"]
-    monkeypatch.setattr("app.workers.deepspeed_engine.full_parameters", lambda engine: iter([(name, torch.zeros(1)) for name in names]))
-    worker = LearnerWorker()
-    worker._policy = None
-    assert [name for name, _ in worker.policy_parameters()] == ["embed.weight", "head.weight"]

@@ -44,7 +44,7 @@ class Engine:
         self.version, self.life = version, life
         self.seeds: list[int] = []
         self.generate = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._generate))
-        self.pid = self.load_buckets = SimpleNamespace(remote=lambda *arguments: arguments)
+        self.pid = self.load_policy = SimpleNamespace(remote=lambda *arguments: arguments)
 
     def _generate(self, prompts: Sequence[Any], seeds: Sequence[int]) -> Iterator[Any]:
         self.seeds += seeds
