@@ -20,7 +20,7 @@ REMEDIES = {
     "first_step_mismatch": "the learner's two passes over one batch differ: look for dropout, or raise model.precision",
     "staleness": "lower ppo.max_lag",
     "clip_fraction": "lower ppo.policy.lr or ppo.epochs",
-    "explained_variance": "raise ppo.critic.lr, or give the critic time before the policy moves",
+    "explained_variance": "raise ppo.critic.lr, or give the critic time before the policy moves (ppo.critic_warmup_steps)",
     "kl": "raise ppo.kl.coef or lower ppo.policy.lr",
     "kl_per_token": "raise ppo.kl.coef or lower ppo.policy.lr",
     "entropy": "the policy has collapsed onto one answer: raise ppo.kl.coef or lower ppo.policy.lr",

@@ -54,8 +54,9 @@ class Learner(Protocol):
         """Log-probs of the response tokens and values before them (None without a critic), both float32 [B, T], without gradient."""
         ...
 
-    def update(self, experience: Experience, *, seed: int) -> Mapping[str, float]:
-        """Epochs x minibatches of optimizer steps over a credited experience; returns metrics.
+    def update(self, experience: Experience, *, step: int) -> Mapping[str, float]:
+        """Epochs x minibatches of optimizer steps over a credited experience; returns metrics. step: of the loop, from 0; the order of
+        rows, and what there is to learn beside the experience, depend on it and the run's seed alone.
 
         Raises NonFiniteError, and LearnerError when the first step does not start from the proximal log-probs."""
         ...

@@ -1,4 +1,4 @@
-"""Plant every mutant of tests/mutants.py in a copy of the tree, one at a time, and see that its tests notice (`make mutants`).
+"""Plant every mutant of tests/mutants/ in a copy of the tree, one at a time, and see that its tests notice (`make mutants`).
 
     python -m bench.mutation            # all of them, one process per core
     python -m bench.mutation kl clip    # of these kinds

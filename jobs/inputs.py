@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 from app.config.recipe import Recipe
 from app.data.corpus import Corpus, load_corpus, require_groups, require_prompts, require_threads
+from app.data.pretraining import NAME as PRETRAINING
+from app.data.pretraining import load_pretraining
 from app.data.reading import EMBEDDED
 from app.data.registry import Stage, complete, lookup
 from app.data.source import is_hub_name, local_files
-from app.errors import ConfigError, CorralError, ModelError
+from app.errors import ConfigError, CorralError, DataError, ModelError
 from app.models.context import context_of, require_context
 from app.rewards.part import RulePart
 from app.rewards.reward_model import RewardModelPart
@@ -48,7 +51,7 @@ def check_inputs(recipe: Recipe, command: str) -> None:
         _check_run_has_ppo_model(Path(recipe.run.dir))
     if recipe.reward.path is not None:
         _check_model(recipe.reward.path, trained=False, writes=False)
-        if command in CRITIC_COMMANDS and recipe.ppo.make_algorithm().has_critic:
+        if command in CRITIC_COMMANDS and recipe.ppo.has_critic_model:
             _check_critic(recipe.reward.path)
     elif command in REWARD_COMMANDS and not _finds_own_reward_model(recipe, command):
         raise ConfigError(
@@ -96,14 +99,32 @@ def _check_data(recipe: Recipe, command: str) -> None:
         if source.path is None and command in STAGE_OF:
             lookup(name, STAGE_OF[command])
     for source in complete(recipe.data).sources().values():
-        if source.path not in (None, EMBEDDED) and "://" not in source.path and not is_hub_name(source.path):
-            local_files(source.path)
+        _check_source(source.path)
+    if _mixes_pretraining(recipe, command):
+        try:
+            _check_source(recipe.ppo.pretraining.path)
+        except DataError as error:
+            raise DataError(f"ppo.pretraining: {error}") from error
+
+
+def _mixes_pretraining(recipe: Recipe, command: str) -> bool:
+    """Whether some learner of the command reads ppo.pretraining. Raises ConfigError for a search over what is read: trials share it."""
+    searched = set(recipe.tune.space) if command == "tune" else set()
+    for key in sorted(searched):
+        if key.startswith("ppo.pretraining.") and not key.endswith(("coef", "batch_size")):
+            raise ConfigError(f"tune.space: {key} cannot be searched, all trials read the same text: leave it out, or search coef")
+    return command in MIX_COMMANDS and bool(recipe.ppo.pretraining.coef or "ppo.pretraining.coef" in searched)
+
+
+def _check_source(path: str | None) -> None:
+    if path not in (None, EMBEDDED) and "://" not in path and not is_hub_name(path):
+        local_files(path)
 
 
 def _check_lengths(recipe: Recipe, command: str) -> None:
     """Whether sequences fit the model, where that is known without asking a hub."""
     context = context_of(recipe.model.path)
-    if command in SEQUENCE_COMMANDS:
+    if command in SEQUENCE_COMMANDS or _mixes_pretraining(recipe, command):
         require_context(context, recipe.data.max_length, "data.max_length")
     if command != "sft":
         longest = recipe.data.max_prompt_length + recipe.rollout.max_new_tokens
@@ -158,7 +179,8 @@ def _check_critic(path: str) -> None:
     if Path(path).expanduser().is_dir() and is_encoder(Path(path).expanduser()):
         raise ModelError(
             f"reward.path = {path}: it is an encoder, and PPO's critic starts from the reward model's decoder; train a reward model from a "
-            "causal language model with `corral rm`, or choose an algorithm without a critic, such as ppo.algorithm.name = rloo"
+            "causal language model with `corral rm`, set ppo.critic_model = value_head, or choose an algorithm without a critic, such as "
+            "ppo.algorithm.name = rloo"
         )
 
 
@@ -167,5 +189,7 @@ def read_data(recipe: Recipe, command: str, run: RunFolder) -> Corpus:
     corpus = load_corpus(recipe.data, seed=recipe.run.seed, folder=run.path / "data")
     for require in REQUIRED_DATA[command]:
         require(corpus)
+    if _mixes_pretraining(recipe, command):
+        corpus = replace(corpus, pretraining=load_pretraining(recipe, run.path / "data" / PRETRAINING))
     run.record_data(corpus.sha256, **corpus.facts())
     return corpus

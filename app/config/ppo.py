@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field, create_model, field_validator, model_validator
 
@@ -11,8 +11,19 @@ from app.algorithms.algorithm import Algorithm
 from app.algorithms.kl_penalty import KlConfig
 from app.algorithms.shaping import RewardShapingConfig
 from app.algorithms.surrogate import Surrogate, SurrogateConfig
+from app.config.pretraining import PretrainingConfig
 from app.config.shared import AdapterConfig, DeepSpeedConfig, OptimizerConfig, WorkersConfig, require_one_way
 from app.schema import Config
+
+ALGORITHM, CRITIC = "ppo.algorithm.name", "ppo.critic_model"
+
+
+class Unread(NamedTuple):
+    """Why a key is not read, and the choice that leaves it so."""
+
+    reason: str
+    choice: str
+    value: str
 
 
 class ChosenAlgorithm(SurrogateConfig):
@@ -90,6 +101,13 @@ class PpoConfig(Config):
     reward: RewardShapingConfig = RewardShapingConfig()
     policy: OptimizerConfig = OptimizerConfig(lr=3e-6, eps=1e-5)
     critic: OptimizerConfig = OptimizerConfig(lr=3e-6, eps=1e-5)
+    critic_model: Literal["reward_model", "value_head"] = "reward_model"
+    """Where values come from: a model of its own that starts as the reward model and is trained as ppo.critic says; or a head on the
+    policy's trunk (MLP, starts at 0), trained with the policy as ppo.policy says: algorithm.ppo.value_coef then weighs one against the
+    other."""
+    critic_warmup_steps: int = Field(0, ge=0)
+    """First steps in which the critic learns alone, from answers of the policy as it is."""
+    pretraining: PretrainingConfig = PretrainingConfig()
     freeze_layers: int = Field(0, ge=0)
     """Freeze the embeddings of the policy and this many layers above them; the critic trains whole."""
     lora: PolicyAdapterConfig | None = None
@@ -158,6 +176,35 @@ class PpoConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _warm_up_moves_the_critic_alone(self) -> PpoConfig:
+        warmup = self.critic_warmup_steps
+        if warmup and not ALGORITHMS[self.algorithm.name].has_critic:
+            raise ValueError(
+                f"ppo.critic_warmup_steps = {warmup} trains a critic, and {self.algorithm.name} has none: set ppo.critic_warmup_steps = 0"
+            )
+        if warmup >= self.steps:
+            raise ValueError(
+                f"ppo.critic_warmup_steps = {warmup} leaves none of ppo.steps = {self.steps} to the policy: lower it, or raise ppo.steps"
+            )
+        if warmup and self.critic_model == "value_head" and self.policy.weight_decay:
+            raise ValueError(
+                f"ppo.policy.weight_decay = {self.policy.weight_decay:g} would shrink the policy while its value head learns alone: "
+                "set ppo.policy.weight_decay = 0, or ppo.critic_warmup_steps = 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pretraining_divides(self) -> PpoConfig:
+        mix, workers = self.pretraining, self.workers.count
+        unit = workers if self.micro_batch_tokens else workers * min(mix.micro_batch_size, max(1, mix.batch_size // workers))
+        if mix.coef and mix.batch_size % unit:
+            raise ValueError(
+                f"ppo.pretraining.batch_size = {mix.batch_size} is no multiple of its micro_batch_size x workers.count = "
+                f"{unit // workers} x {workers}: choose a multiple of {unit}"
+            )
+        return self
+
     def make_algorithm(self) -> Algorithm[Any]:
         """The chosen algorithm, with its options and the loss that this section asks for."""
         algorithm = ALGORITHMS[self.algorithm.name]
@@ -170,11 +217,33 @@ class PpoConfig(Config):
         )
         return algorithm(getattr(self.algorithm, self.algorithm.name), surrogate)
 
-    def unread(self) -> dict[str, str]:
-        """Sections that mean nothing to the chosen algorithm, each with the reason."""
+    def unread(self) -> dict[str, Unread]:
+        """Keys and sections that nothing reads, each with the reason."""
         chosen = self.algorithm.name
-        sections = {f"ppo.algorithm.{name}": f"it belongs to {name}" for name in ALGORITHMS if name != chosen}
-        return sections if ALGORITHMS[chosen].has_critic else {**sections, "ppo.critic": f"{chosen} trains no critic"}
+        found = {f"ppo.algorithm.{name}": Unread(f"it belongs to {name}", ALGORITHM, chosen) for name in ALGORITHMS if name != chosen}
+        if not ALGORITHMS[chosen].has_critic:
+            found |= dict.fromkeys(("ppo.critic", "ppo.critic_model"), Unread(f"{chosen} trains no critic", ALGORITHM, chosen))
+        elif self.critic_model == "value_head":
+            found["ppo.critic"] = Unread("ppo.policy is what trains a value head", CRITIC, self.critic_model)
+        return found
+
+    @property
+    def has_critic_model(self) -> bool:
+        """Whether the learner holds a second model."""
+        return ALGORITHMS[self.algorithm.name].has_critic and self.critic_model == "reward_model"
+
+    @property
+    def has_value_head(self) -> bool:
+        """Whether values come from the policy's trunk."""
+        return ALGORITHMS[self.algorithm.name].has_critic and self.critic_model == "value_head"
+
+    def policy_learns(self, step: int) -> bool:
+        """Whether the policy moves in this step of the loop (from 0), or its critic alone."""
+        return step >= self.critic_warmup_steps
+
+    def optimizer_steps(self, *, of_policy: bool) -> int:
+        """Of the whole run: all of the critic's, or what the warm-up leaves to the policy."""
+        return (self.steps - (self.critic_warmup_steps if of_policy else 0)) * self.epochs * self.minibatches
 
     @property
     def rows_per_step(self) -> int:

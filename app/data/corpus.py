@@ -85,11 +85,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Both sides of the split, and each data set by its name."""
+    """Both sides of the split, and each data set by its name; pretraining: what ppo.pretraining reads beside them, where it is on."""
 
     train: Split
     validation: Split
     sources: dict[str, Source]
+    pretraining: Corpus | None = None
 
     @property
     def path(self) -> str:
@@ -108,6 +109,8 @@ class Corpus:
     def facts(self) -> dict[str, Any]:
         """For a run's manifest: the whole and, where there are several, each set."""
         whole = {"path": self.path, "format": self.format, "counts": self.counts, "quarantined": self.quarantined}
+        if self.pretraining is not None:
+            whole["pretraining"] = self.pretraining.facts()
         if len(self.sources) == 1:
             return whole
         sets = {name: asdict(source) for name, source in self.sources.items()}
@@ -134,6 +137,8 @@ class Corpus:
     def sha256(self) -> str:
         """That of the only set, or over the names and hashes of all."""
         sets = {name: source.sha256 for name, source in self.sources.items()}
+        if self.pretraining is not None:
+            sets["ppo.pretraining"] = self.pretraining.sha256
         return next(iter(sets.values())) if len(sets) == 1 else hashlib.sha256(repr(sorted(sets.items())).encode()).hexdigest()
 
 

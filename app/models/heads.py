@@ -170,6 +170,25 @@ class ScalarHead(nn.Linear):
         return nn.functional.linear(hidden.float(), self.weight.float(), self.bias.float()).squeeze(-1)
 
 
+class ValueHead(nn.Module):
+    """A critic on the states of another model: H -> 2 H -> ReLU -> 1 in float32, whatever the precision of its weights, as
+    Open-Assistant's is. Starts with values of 0 everywhere; its inner layer, N(0, 1/sqrt(H)), depends on the seed alone."""
+
+    def __init__(self, hidden_size: int, *, seed: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(hidden_size, 2 * hidden_size)
+        self.outer = ScalarHead(2 * hidden_size, 1)
+        with torch.no_grad():
+            self.inner.weight.normal_(0.0, 1 / math.sqrt(hidden_size), generator=torch.Generator().manual_seed(seed))
+        for zero in (self.inner.bias, self.outer.weight, self.outer.bias):
+            nn.init.zeros_(zero)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Values float32 [...] of states [..., H]."""
+        inner = nn.functional.linear(states.float(), self.inner.weight.float(), self.inner.bias.float())
+        return self.outer(inner.relu())
+
+
 class ValueModel(nn.Module):
     """A critic: a decoder's trunk and a scalar head on every token, or on the mean over it and all tokens before it."""
 

@@ -21,11 +21,15 @@ def states_before(prompt_lengths_B: torch.Tensor, mask_BT: torch.Tensor) -> torc
 
 
 class PolicyModel(nn.Module):
-    """A causal language model whose forward gives what a policy loss needs; its output head runs on response tokens only."""
+    """A causal language model whose forward gives what a policy loss needs; its output head runs on response tokens only.
 
-    def __init__(self, language_model: PreTrainedModel) -> None:
+    value_head: a critic that reads the same states as the output head, so that one pass through the trunk gives both.
+    """
+
+    def __init__(self, language_model: PreTrainedModel, value_head: nn.Module | None = None) -> None:
         super().__init__()
         self.language_model = language_model
+        self.value_head = value_head
 
     def forward(
         self,
@@ -35,15 +39,20 @@ class PolicyModel(nn.Module):
         mask_BT: torch.Tensor,
         temperature: float,
         entropy_gradient: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs of the response tokens, and the entropy of the distributions they were drawn from; float32 [B, T], 0 where
-        masked. Logits are divided by `temperature`, as the rollout engine does.
+        frozen: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Log-probs of the response tokens, the entropy of the distributions they were drawn from, and the values of the states before
+        them (None without a value head); float32 [B, T], 0 where masked. Logits are divided by `temperature`, as the rollout engine does.
 
-        entropy_gradient: whether the entropy is more than a metric; without, the logits go as soon as the log-probs have theirs."""
-        hidden_BSH = hidden_states(self.language_model.base_model, ids_BS, attention_BS)
-        before_BT = states_before(prompt_lengths_B, mask_BT)
-        rows_B1 = torch.arange(len(ids_BS), device=ids_BS.device)[:, None]
-        logits_BTV = self.language_model.get_output_embeddings()(hidden_BSH[rows_B1, before_BT])
-        logprobs_BT = label_logprobs(logits_BTV, ids_BS.gather(1, before_BT + 1), temperature)
-        entropy_BT = entropy(logits_BTV if entropy_gradient else logits_BTV.detach(), temperature)
-        return logprobs_BT.masked_fill(~mask_BT, 0.0), entropy_BT.masked_fill(~mask_BT, 0.0)
+        entropy_gradient: whether the entropy is more than a metric; without, the logits go as soon as the log-probs have theirs.
+        frozen: nothing but the value head gets gradients."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            hidden_BSH = hidden_states(self.language_model.base_model, ids_BS, attention_BS)
+            before_BT = states_before(prompt_lengths_B, mask_BT)
+            rows_B1 = torch.arange(len(ids_BS), device=ids_BS.device)[:, None]
+            states_BTH = hidden_BSH[rows_B1, before_BT]
+            logits_BTV = self.language_model.get_output_embeddings()(states_BTH)
+            logprobs_BT = label_logprobs(logits_BTV, ids_BS.gather(1, before_BT + 1), temperature)
+            entropy_BT = entropy(logits_BTV if entropy_gradient else logits_BTV.detach(), temperature)
+        values_BT = None if self.value_head is None else self.value_head(states_BTH).masked_fill(~mask_BT, 0.0)
+        return logprobs_BT.masked_fill(~mask_BT, 0.0), entropy_BT.masked_fill(~mask_BT, 0.0), values_BT

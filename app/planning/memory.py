@@ -189,6 +189,11 @@ def cpu_engine_memory(shape: ModelShape, *, width: int, kv_cache: int) -> Parts:
     return {"weights": width * (shape.parameters + shape.embedding), "kv_cache": kv_cache}
 
 
+def value_head(shape: ModelShape) -> int:
+    """Parameters of `app.models.heads.ValueHead` on a model's states."""
+    return (shape.hidden + 1) * 2 * shape.hidden + 2 * shape.hidden + 1
+
+
 def adapter_parameters(shape: ModelShape, lora: AdapterConfig) -> int:
     """Of adapters beside every linear layer of the trunk."""
     wide, inner, ends = shape.hidden, shape.intermediate, 2 * shape.queries + 2 * shape.keys

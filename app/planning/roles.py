@@ -20,12 +20,14 @@ from app.planning.memory import (
     Parts,
     Trained,
     TrainingMemory,
+    activations,
     cpu_engine_memory,
     engine_memory,
     scoring_memory,
     total,
     trained_model,
     training_memory,
+    value_head,
 )
 from app.planning.packing import Request, Strategy
 from app.planning.shapes import shape_of
@@ -108,7 +110,7 @@ class Roles:
         return self._training_role(name, f"{name}.workers", config.workers, memory, loaded)
 
     def learner(self) -> Role:
-        """Policy and critic of PPO, in one process per rank."""
+        """Policy and critic of PPO, in one process per rank; a value head is a part of the policy."""
         recipe, ppo = self.recipe, self.recipe.ppo
         policy, critic = shape_of(recipe.model.path), shape_of(recipe.reward.path or recipe.model.path)
         rows = min(ppo.micro_batch_size, ppo.rows_per_step)
@@ -118,9 +120,18 @@ class Roles:
         passes = ppo.accumulation if ppo.reuse_forward else 1
         models = []
         if policy is not None:
-            batch = Batch(rows, length, rows * recipe.rollout.max_new_tokens)
-            models.append(trained_model(policy, ppo, policy.parameters, batch, passes))
-        if critic is not None and ppo.make_algorithm().has_critic:
+            batches, mix = [Batch(rows, length, rows * recipe.rollout.max_new_tokens)], ppo.pretraining
+            if mix.coef:
+                texts, longest = min(mix.micro_batch_size, mix.batch_size), recipe.data.max_length
+                if ppo.micro_batch_tokens:
+                    texts = max(1, ppo.micro_batch_tokens // longest)
+                batches.append(Batch(texts, longest, texts * (longest - 1)))
+                passes += ppo.reuse_forward  # the held ones are still open
+            head = value_head(policy) if ppo.has_value_head else 0
+            trained = [trained_model(policy, ppo, policy.parameters, batch, passes) for batch in batches]
+            largest = max(trained, key=lambda model: total(activations(model, ppo.deepspeed, self.width)))
+            models.append(replace(largest, parameters=largest.parameters + head, trained=largest.trained + head))
+        if critic is not None and ppo.has_critic_model:
             models.append(Trained(critic, critic.trunk, critic.trunk, Batch(rows, length), passes))
         memory = training_memory(models, ppo.deepspeed, width=self.width, ranks=ppo.workers.count, on_gpu=ppo.workers.gpus > 0)
         loaded = FLOAT32 * max((model.parameters for model in models), default=0)

@@ -15,7 +15,7 @@ from app.config.recipe import Recipe
 from app.config.shared import DeepSpeedConfig, WorkersConfig
 from app.config.training import TrainingConfig
 from app.planning.hardware import CPU_CORE, Accelerator, Cluster
-from app.planning.memory import MASTER, MOMENTS, WIDTHS
+from app.planning.memory import MASTER, MOMENTS, WIDTHS, value_head
 from app.planning.placement import StagePlacement
 from app.planning.roles import Role
 from app.planning.shapes import ModelShape, shape_of
@@ -151,10 +151,8 @@ class Estimate:
     def ppo(self, stage: StagePlacement) -> Timing | None:
         """One iteration of the loop: rollout, score, update, push."""
         recipe, ppo = self.recipe, self.recipe.ppo
-        policy, critic = (
-            shape_of(recipe.model.path),
-            shape_of(recipe.reward.path or recipe.model.path),
-        )  # the critic is made of a reward model
+        # a critic is made of a reward model
+        policy, critic = shape_of(recipe.model.path), shape_of(recipe.reward.path or recipe.model.path)
         if policy is None or critic is None:
             return None
         answer = min(self.workload.mean_length or recipe.rollout.max_new_tokens, recipe.rollout.max_new_tokens)
@@ -163,8 +161,8 @@ class Estimate:
         learner = self.device(ppo.workers, "learner")
         ranks = ppo.workers.count
 
-        trained = [(policy, targets, policy.parameters)]
-        if ppo.make_algorithm().has_critic:
+        trained = [(policy, targets, policy.parameters + (value_head(policy) if ppo.has_value_head else 0))]
+        if ppo.has_critic_model:
             trained.append((critic, 0, critic.trunk))
 
         def learning(per_weight: float) -> float:
@@ -180,11 +178,13 @@ class Estimate:
         forward = 0 if ppo.reuse_forward else FORWARD
         parameters, steps = sum(size for *_, size in trained), ppo.epochs * ppo.minibatches
         per_step = communication(parameters, ppo.deepspeed, self.width, ranks, ppo.accumulation, learner.link)
+        longest, mixed = recipe.data.max_length, ppo.pretraining.batch_size * recipe.data.max_length if ppo.pretraining.coef else 0
+        texts = flop(policy, mixed, longest, targets=mixed, per_weight=FORWARD + BACKWARD + recomputed)
         engine = next(role for role in stage.roles if role.name == "engine")
         phases = {
             "rollout": self.rollout(policy, engine, answer),
             "score": max(*scoring, learning(FORWARD)),
-            "update": ppo.epochs * learning(forward + BACKWARD + recomputed),
+            "update": ppo.epochs * learning(forward + BACKWARD + recomputed) + steps * texts / ranks / learner.rate,
             "communication": steps * per_step,
             "host_adam": steps * host_adam(parameters, ppo.deepspeed, ranks),
             "push": stage.pushed / OBJECT_STORE_RATE if stage.pushed else self.width * policy.parameters / learner.link,

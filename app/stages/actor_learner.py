@@ -32,8 +32,8 @@ from app.stages.step_metrics import batch_metrics, speed_metrics
 
 @dataclass(frozen=True)
 class LoopState:
-    """Where the loop stands: finished steps, version of the policy weights, prompts already trained on, weight of the KL penalty
-    (None: ppo.kl.coef, nothing has changed it yet), moments of the scores that ppo.reward.scale divides by."""
+    """Where the loop stands: finished steps, version of the policy weights (steps in which they moved), prompts already trained on, weight
+    of the KL penalty (None: ppo.kl.coef, nothing has changed it yet), moments of the scores that ppo.reward.scale divides by."""
 
     step: int = 0
     version: int = 0
@@ -133,13 +133,16 @@ def actor_learner_loop(
         require_finite_batch(parts, batch.step, measured)
         # 4. learn: epochs x minibatches x micro-batches happen inside the workers
         with clock("update"):
-            update = parts.learner.update(experience, seed=seed + state.step)
+            update = parts.learner.update(experience, step=state.step)
         # 5. publish and record
+        moved = config.policy_learns(state.step)
+        if moved:
+            kl_coef = config.kl.after(kl_coef, kl=measured["kl"], sequences=int(experience.mask_BT.any(1).sum()))
         state = LoopState(
             step=state.step + 1,
-            version=state.version + 1,
+            version=state.version + int(moved),
             prompt_cursor=state.prompt_cursor + stream.prompts_per_step,
-            kl_coef=config.kl.after(kl_coef, kl=measured["kl"], sequences=int(experience.mask_BT.any(1).sum())),
+            kl_coef=kl_coef,
             scores=moments,
         )
         with clock("push"):
@@ -147,6 +150,8 @@ def actor_learner_loop(
             stream.fill(state.step)
         metrics = measured | dict(update) | dict(push) | speed_metrics(rollouts, time.perf_counter() - began)
         metrics["score_scale"] = scale_of(config.reward, moments)
+        if config.critic_warmup_steps:
+            metrics["critic_warmup"] = float(not moved)
         metrics |= {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()} | parts.watch.drift(metrics)
         parts.tracker.log("ppo", state.step, metrics)
         sound_alarms(parts, state.step, metrics)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import cached_property
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 from app.config.loading import with_values
 from app.config.recipe import Recipe
 from app.data.corpus import Corpus
+from app.data.pretraining import NAME, write_pretraining
 from app.errors import ModelError
 from app.models.load import seen_from_anywhere, writes_text
 from app.models.trainable import check_trainable
@@ -104,6 +106,7 @@ class Pipeline:
         """PPO from the SFT model against the reward model; returns the folder of the PPO model."""
 
         def train() -> dict[str, Any]:
+            pretraining = self.pretraining()
             pool = self.engines(sft_path)
             return train_ppo(
                 self._placed.recipe,
@@ -116,9 +119,15 @@ class Pipeline:
                 pool=pool,
                 start_scoring=start_scoring,
                 learner_placement=self._placed.learners,
+                pretraining=pretraining,
             )
 
         return self._once("ppo", train)
+
+    def pretraining(self) -> Path | None:
+        """Token cache of the text that ppo.pretraining mixes in; None where it is off."""
+        texts, template = self.prepared.corpus.pretraining, self.prepared.template
+        return None if texts is None else write_pretraining(texts, template, self.recipe, self.run.path / "data" / NAME)
 
     def engines(self, sft_path: str) -> VllmRolloutPool:
         """The run's rollout engines, started with the SFT model; they may still be loading."""

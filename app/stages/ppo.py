@@ -95,8 +95,11 @@ def open_pool(
     )
 
 
-def start_learner(recipe: Recipe, policy_path: str, reward_path: str, placement: Sequence[Any] = ()) -> AbstractContextManager[RayLearner]:
-    """Policy from the SFT model, critic (where the algorithm has one) from the reward model."""
+def start_learner(
+    recipe: Recipe, policy_path: str, reward_path: str, placement: Sequence[Any] = (), *, pretraining: Path | None = None
+) -> AbstractContextManager[RayLearner]:
+    """Policy from the SFT model, critic (where it is a model of its own) from the reward model. pretraining: token cache of the text that
+    ppo.pretraining mixes in."""
     spec = LearnerSpec(
         policy_path=policy_path,
         critic_path=reward_path,
@@ -105,6 +108,7 @@ def start_learner(recipe: Recipe, policy_path: str, reward_path: str, placement:
         config=recipe.ppo,
         seed=recipe.run.seed,
         trust_remote_code=recipe.model.trust_remote_code,
+        pretraining=pretraining,
     )
     return learner_group(spec, deadline_seconds=recipe.run.deadline_seconds, placement=placement)
 
@@ -121,10 +125,12 @@ def train_ppo(
     pool: VllmRolloutPool,
     start_scoring: StartScoring,
     learner_placement: Sequence[Any] = (),
+    pretraining: Path | None = None,
 ) -> dict[str, Any]:
     """Train, export `DIR/ppo/model` and compare it with the policy it started from. Goes on from the newest checkpoint.
 
-    pool: engines that hold the policy in `policy_path`, or are still loading it; learner_placement: see `start_learner`.
+    pool: engines that hold the policy in `policy_path`, or are still loading it; learner_placement, pretraining: see
+    `start_learner`.
     Raises Interrupted with a checkpoint saved when the run is asked to stop, and what `actor_learner_loop` raises.
     """
     folder = run.stage("ppo")
@@ -132,7 +138,7 @@ def train_ppo(
         raise ConfigError("evaluation needs at least two held-out prompts: raise data.val_split")
     gold = gold_of(recipe)
     with (
-        start_learner(recipe, policy_path, reward_path, learner_placement) as learner,
+        start_learner(recipe, policy_path, reward_path, learner_placement, pretraining=pretraining) as learner,
         reward_scorers(recipe.reward, reward_path, policy_path, start_scoring) as scorers,
         open_reward(recipe.reward, scorers, template.decode, deadline_seconds=recipe.run.deadline_seconds) as reward,
     ):

@@ -41,7 +41,9 @@ def run_tune(
         folder = run.stage(FOLDER)
         begin_or_resume(folder, pipeline.parents)
         with reward_scorers(recipe.reward, reward_path, sft_path, start_scoring) as scorers:
-            inputs = TrialInputs(recipe, str(folder), sft_path, reward_path, scorers, pipeline.prompts, pipeline.prepared.template)
+            inputs = TrialInputs(
+                recipe, str(folder), sft_path, reward_path, scorers, pipeline.prompts, pipeline.prepared.template, pipeline.pretraining()
+            )
             trials = run_search(recipe, inputs, run.path, concurrent, tracker)
         rows = [trial_row(trial, recipe.ppo.steps) for trial in trials]
         write_history(folder)

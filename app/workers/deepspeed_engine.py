@@ -176,9 +176,13 @@ def optimizer_step(engine: DeepSpeedEngine) -> float | None:
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
         return None
-    # Without ZeRO the optimizer is torch's own and DeepSpeed keeps no norm.
-    plain = engine.zero_optimization_stage() == 0
-    norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]) if plain else None
+    norm = None
+    if engine.zero_optimization_stage() == 0:  # the optimizer is torch's own, and DeepSpeed keeps no norm
+        trained = [p for p in engine.module.parameters() if p.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None:  # no loss of this step reached it: Adam counts the step all the same, as it does under ZeRO
+                parameter.grad = torch.zeros_like(parameter)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     engine.step()
     return float(engine.get_global_grad_norm() if norm is None else norm)
 

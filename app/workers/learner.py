@@ -23,6 +23,8 @@ from app.data.batch_order import PassLimit, RowShape, micro_batches
 from app.errors import LearnerError, NonFiniteError
 from app.experience import Experience, FloatArray, IntArray, Minibatch, PolicyOutputs, TokenBatch, Totals
 from app.numerics import gather_response
+from app.workers.engine_losses import engine_losses
+from app.workers.pretraining import PretrainingMix
 from app.workers.pushed_policy import PolicyOutbox, PushedPolicy
 
 
@@ -31,12 +33,13 @@ class LearnerSpec:
     """What every rank builds its models from."""
 
     policy_path: str
-    critic_path: str  # reward-model folder; not read without a critic
+    critic_path: str  # reward-model folder; read for a critic that is a model of its own
     precision: str
     temperature: float
     config: PpoConfig
     seed: int = 0
     trust_remote_code: bool = False
+    pretraining: Path | None = None  # token cache of ppo.pretraining (see app.data.token_cache)
 
 
 def minibatch_rows(total: int, minibatches: int, *, seed: int, epoch: int) -> list[torch.Tensor]:
@@ -69,7 +72,7 @@ class LearnerWorker:
     def start(self, spec: LearnerSpec, rank: int, world: int, address: tuple[str, int]) -> None:
         """Join the process group and build the engines."""
         from app.models.adapters import scale_of
-        from app.models.heads import ValueModel
+        from app.models.heads import ValueHead, ValueModel
         from app.models.load import load_causal_lm
         from app.models.policy import PolicyModel
         from app.models.segments import attend_by_segment
@@ -87,7 +90,7 @@ class LearnerWorker:
         self._algorithm = config.make_algorithm()
         self._held: OpenPasses | None = None
 
-        def engine(model: torch.nn.Module, optimizer: OptimizerConfig) -> Any:
+        def engine(model: torch.nn.Module, optimizer: OptimizerConfig, total_steps: int) -> Any:
             return start_engine(
                 model,
                 optimizer,
@@ -95,20 +98,27 @@ class LearnerWorker:
                 precision=spec.precision,
                 micro_batch_size=config.micro_batch_size,
                 accumulation=config.accumulation,
-                total_steps=config.steps * config.epochs * config.minibatches,
+                total_steps=total_steps,
             )
 
         language_model = load_causal_lm(spec.policy_path, "fp32", spec.trust_remote_code)  # DeepSpeed casts and keeps float32 masters
         packs = config.packing and attend_by_segment(language_model)
         choose_trainable(language_model, config, seed=spec.seed)
-        self._policy = engine(PolicyModel(language_model), config.policy)
+        head = None
+        if config.has_value_head:
+            head = ValueHead(language_model.config.get_text_config().hidden_size, seed=spec.seed)
+        steps = config.optimizer_steps(of_policy=not config.has_value_head)
+        self._policy = engine(PolicyModel(language_model, head), config.policy, steps)
         self._outbox = PolicyOutbox(self._policy, scale=scale_of(config.lora) if config.lora else None, sends=rank == 0)
         self._critic: Any = None
-        if self._algorithm.has_critic:
+        if config.has_critic_model:
             critic = ValueModel.from_reward_model(spec.critic_path, trust_remote_code=spec.trust_remote_code)
             packs &= config.packing and attend_by_segment(critic.trunk)
-            self._critic = engine(critic, config.critic)
+            self._critic = engine(critic, config.critic, config.optimizer_steps(of_policy=False))
         self._limit = PassLimit(min(config.micro_batch_size, config.rows_per_step), config.micro_batch_tokens, padded=not packs)
+        self._pretraining: PretrainingMix | None = None
+        if spec.pretraining is not None and config.pretraining.coef:
+            self._pretraining = PretrainingMix(spec.pretraining, config, spec.seed, rank, world, self._device, padded=not packs)
 
     def inspect(self, tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(rows, log-probs, values) of this rank's share of the batch; the last two float32 [b, T], no values without a critic."""
@@ -128,34 +138,45 @@ class LearnerWorker:
                 values.append(torch.nn.functional.pad(outputs.values_BT.detach().cpu(), pad))
         return torch.cat(batches), torch.cat(logprobs), torch.cat(values) if values else None
 
-    def update(self, experience: Experience, seed: int) -> dict[str, float]:
-        """Epochs x minibatches x micro-batches; metrics are means over the optimizer steps, the same on every rank."""
+    def update(self, experience: Experience, step: int) -> dict[str, float]:
+        """Epochs x minibatches x micro-batches; metrics are means over the optimizer steps, the same on every rank. step: of the loop."""
         config = self._spec.config
+        learns = config.policy_learns(step)
+        if config.has_value_head and not learns:
+            self._held = None  # those passes would carry gradients through the trunk
         history: dict[str, list[float]] = defaultdict(list)
         for epoch in range(config.epochs):
-            for rows in minibatch_rows(len(experience.tokens), config.minibatches, seed=seed, epoch=epoch):
+            minibatches = minibatch_rows(len(experience.tokens), config.minibatches, seed=self._spec.seed + step, epoch=epoch)
+            for number, rows in enumerate(minibatches):
                 totals = Totals(tokens=int(experience.mask_BT[rows].sum()), sequences=int(experience.mask_BT[rows].any(1).sum()))
                 if not totals.tokens:
                     continue  # every row of this minibatch failed to score: there is nothing to learn from
-                for name, value in self._optimizer_step(experience, rows, totals, first=not history).items():
+                index = (step * config.epochs + epoch) * config.minibatches + number
+                for name, value in self._optimizer_step(experience, rows, totals, index, first=not history, learns=learns).items():
                     history[name].append(value)
         return {name: float(np.mean(values)) for name, values in history.items()}
 
-    def _optimizer_step(self, experience: Experience, rows: torch.Tensor, totals: Totals, *, first: bool) -> dict[str, float]:
+    def _optimizer_step(
+        self, experience: Experience, rows: torch.Tensor, totals: Totals, index: int, *, first: bool, learns: bool
+    ) -> dict[str, float]:
+        """index: of all optimizer steps of the run; learns: whether the policy does, or the critic alone."""
         from app.workers.deepspeed_engine import backward_scaled, optimizer_step
 
         sums: dict[str, float] = defaultdict(float)
+        if self._pretraining is not None and learns:
+            sums["pretraining_loss"] = self._pretraining.accumulate(self._policy, index)
         first_step_mismatch = 0.0
         norms: dict[str, float] = {}
-        for minibatch, outputs in self._forward_passes(experience, rows):
+        for minibatch, outputs in self._forward_passes(experience, rows, learns=learns):
             if first:
                 first_step_mismatch = max(first_step_mismatch, self._mismatch(outputs, minibatch))
             loss = self._algorithm.loss(on_cpu(outputs), minibatch, totals)
-            for name, engine, part in (("policy", self._policy, loss.policy), ("critic", self._critic, loss.value)):
-                if part is None:
+            descended = engine_losses(loss, value_head=self._spec.config.has_value_head, policy_learns=learns)
+            for name, engine in self._engines():
+                if name not in descended:
                     continue
-                self._require_finite(name, part)
-                backward_scaled(engine, part)
+                self._require_finite(name, descended[name])
+                backward_scaled(engine, descended[name])
                 norm = optimizer_step(engine)
                 if norm is not None:
                     norms[f"{name}_grad_norm"] = norm
@@ -184,7 +205,7 @@ class LearnerWorker:
         shapes = [RowShape(1, length, length) for length in (tokens.prompt_lengths_B + tokens.response_lengths_B).tolist()]
         return [torch.tensor(batch) for batch in micro_batches(rows.tolist(), shapes, self._limit, rank=self._rank, world_size=self._world)]
 
-    def _forward_passes(self, experience: Experience, rows: torch.Tensor) -> Iterator[tuple[Minibatch, PolicyOutputs]]:
+    def _forward_passes(self, experience: Experience, rows: torch.Tensor, *, learns: bool) -> Iterator[tuple[Minibatch, PolicyOutputs]]:
         """This rank's micro-batches of an optimizer step with their outputs: those that `inspect` holds, else computed now."""
         held, self._held = self._held, None
         if held is not None and held.passes and torch.equal(held.tokens.ids_BS, experience.tokens.ids_BS):
@@ -197,7 +218,7 @@ class LearnerWorker:
         for number, index in enumerate(batches):
             minibatch = Minibatch.from_rows(experience, index)
             self._announce(last=number == len(batches) - 1)
-            yield minibatch, self._forward(minibatch.tokens)
+            yield minibatch, self._forward(minibatch.tokens, learns=learns)
 
     def _announce(self, *, last: bool) -> None:
         from app.workers.deepspeed_engine import begin_micro_batch
@@ -206,13 +227,12 @@ class LearnerWorker:
             if engine is not None:
                 begin_micro_batch(engine, last=last)
 
-    def _forward(self, tokens: TokenBatch) -> PolicyOutputs:
+    def _forward(self, tokens: TokenBatch, *, learns: bool = True) -> PolicyOutputs:
         moved = [x.to(self._device) for x in (tokens.ids_BS, tokens.attention_BS, tokens.prompt_lengths_B, tokens.mask_BT)]
         ids_BS, attention_BS, prompt_lengths_B, mask_BT = moved
         config = self._spec.config
-        temperature, entropy_gradient = self._spec.temperature, config.algorithm.entropy_coef > 0
-        logprobs_BT, entropy_BT = self._policy(ids_BS, attention_BS, prompt_lengths_B, mask_BT, temperature, entropy_gradient)
-        values_BT = None
+        settings = self._spec.temperature, config.algorithm.entropy_coef > 0, not learns
+        logprobs_BT, entropy_BT, values_BT = self._policy(ids_BS, attention_BS, prompt_lengths_B, mask_BT, *settings)
         if self._critic is not None:
             values_BT = gather_response(self._critic(ids_BS, attention_BS)[:, :-1], prompt_lengths_B, mask_BT)
         return PolicyOutputs(logprobs_BT, values_BT, entropy_BT)
@@ -240,7 +260,7 @@ class LearnerWorker:
             ids_BS = torch.from_numpy(ids.astype(np.int64))[None].to(self._device)
             one = torch.ones(1, dtype=torch.long, device=self._device)
             everything = torch.ones_like(ids_BS, dtype=torch.bool)
-            logprobs_BT, _ = self._policy(ids_BS, everything, one, everything[:, 1:], 1.0)
+            logprobs_BT, _, _ = self._policy(ids_BS, everything, one, everything[:, 1:], 1.0)
             answers.append(logprobs_BT[0].cpu().numpy())
         return answers
 

@@ -39,8 +39,8 @@ class RayLearner:
         values = [values for _, _, values in answers if values is not None]
         return logprobs_BT, torch.cat(values)[in_order] if values else None
 
-    def update(self, experience: Experience, *, seed: int) -> dict[str, float]:
-        return self._each("update", ray.put(experience), seed)[0]
+    def update(self, experience: Experience, *, step: int) -> dict[str, float]:
+        return self._each("update", ray.put(experience), step)[0]
 
     def logprobs(self, sequences: Sequence[IntArray]) -> list[FloatArray]:
         return self._each("logprobs", list(sequences), failure=WeightPushError)[0]

@@ -1,4 +1,4 @@
-"""The policy in a PPO checkpoint, without starting a learner. The critic is a model of its own there and stays behind."""
+"""The policy in a PPO checkpoint, without starting a learner. Critic and value head stay behind."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def check_whole_policy(
         assert len(longest[0].ids) == rollout.max_new_tokens  # a canary that fills the engine's context
         canaries = canaries_of([rollouts[0], *longest])
         before = pool.logprobs(canaries)
-        metrics = learner.update(config.make_algorithm().credit(experience, kl_coef=0.0), seed=0)
+        metrics = learner.update(config.make_algorithm().credit(experience, kl_coef=0.0), step=0)
         assert metrics["first_step_mismatch"] < LIMIT
         publisher = WeightPublisher(learner, pool, canaries, limit=LIMIT, nccl_tensor_parallel=None)
         with pytest.raises(WeightPushError, match="policy version 1"):
@@ -172,13 +172,13 @@ def check_checkpoint(learner: RayLearner, experience: Experience, config: PpoCon
     credited = config.make_algorithm().credit(experience, kl_coef=0.0)
     learner.save(str(folder / "saved"))
     learner.load(str(folder / "saved"))  # lets go of the forward passes that `inspect` holds
-    learner.update(credited, seed=1)
+    learner.update(credited, step=1)
     straight = learner.logprobs(canaries)
     learner.load(str(folder / "saved"))
     assert canary_mismatch(straight, learner.logprobs(canaries)) > 0
-    learner.update(credited, seed=1)
+    learner.update(credited, step=1)
     assert canary_mismatch(straight, learner.logprobs(canaries)) == 0
     learner.load(str(folder / "saved"))
     learner.inspect(experience.tokens)  # with ppo.reuse_forward the update goes on from these forward passes
-    learner.update(credited, seed=1)
+    learner.update(credited, step=1)
     assert canary_mismatch(straight, learner.logprobs(canaries)) < 1e-5

@@ -58,9 +58,9 @@ class Setup(NamedTuple):
     """Four models (float64) and rollouts of the proximal policy's prompts; `policy` and `critic` are where the update begins."""
 
     policy: PreTrainedModel
-    critic: ValueModel
+    critic: ValueModel | PolicyModel
     proximal: PreTrainedModel
-    old_critic: ValueModel
+    old_critic: ValueModel | PolicyModel
     behaviour: PreTrainedModel
     reference: PreTrainedModel
     rollouts: list[Rollout]
@@ -117,8 +117,14 @@ def literal_outputs(model: PreTrainedModel, rollout: Rollout) -> tuple[list[torc
     return logprobs, entropies
 
 
-def literal_values(critic: ValueModel, rollout: Rollout) -> list[torch.Tensor]:
+def literal_values(critic: ValueModel | PolicyModel, rollout: Rollout) -> list[torch.Tensor]:
+    """Of a model of its own, or of a policy's value head."""
     ids = torch.from_numpy(rollout.sequence.astype(np.int64))
+    if isinstance(critic, PolicyModel):
+        inner, outer = critic.value_head.inner, critic.value_head.outer  # type: ignore[union-attr]
+        hidden_SH = critic.language_model(ids[None], output_hidden_states=True).hidden_states[-1][0]
+        states = range(len(rollout.prompt.ids) - 1, len(ids) - 1)
+        return [(inner.weight @ hidden_SH[s] + inner.bias).clamp(min=0) @ outer.weight[0] + outer.bias[0] for s in states]
     hidden_SH = critic.trunk(ids[None]).last_hidden_state[0]
     states = range(len(rollout.prompt.ids) - 1, len(ids) - 1)
     return [hidden_SH[state] @ critic.head.weight[0] + critic.head.bias[0] for state in states]
@@ -186,13 +192,13 @@ def literal_adam(gradients: list[torch.Tensor], weights: list[torch.Tensor]) -> 
 # --- what the learner runs -----------------------------------------------------------------------------------------------
 
 
-def forward(policy: PreTrainedModel, critic: ValueModel | None, tokens: TokenBatch) -> PolicyOutputs:
+def forward(policy: PreTrainedModel, critic: ValueModel | PolicyModel | None, tokens: TokenBatch) -> PolicyOutputs:
     """As LearnerWorker does it."""
-    logprobs_BT, entropy_BT = PolicyModel(policy)(
+    model = critic if isinstance(critic, PolicyModel) else PolicyModel(policy)
+    logprobs_BT, entropy_BT, values_BT = model(
         tokens.ids_BS, tokens.attention_BS, tokens.prompt_lengths_B, tokens.mask_BT, TEMPERATURE, True
     )
-    values_BT = None
-    if critic is not None:
+    if isinstance(critic, ValueModel):
         values_BS = critic(tokens.ids_BS, tokens.attention_BS)
         values_BT = gather_response(values_BS[:, :-1], tokens.prompt_lengths_B, tokens.mask_BT)
     return PolicyOutputs(logprobs_BT, values_BT, entropy_BT)

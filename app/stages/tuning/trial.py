@@ -53,6 +53,7 @@ class TrialInputs:
     scorers: Mapping[str, Scorer]
     prompts: PromptSets
     template: Template
+    pretraining: Path | None = None
 
 
 class Marked(Exception):
@@ -166,7 +167,8 @@ def train(
     with ExitStack() as stack:
         engines = bundles(1 + learners, recipe.rollout.engines.count)
         pool = stack.enter_context(open_pool(recipe, inputs.sft_path, sets.all, template.eos_id, engines, note=logger.warning))
-        learner = stack.enter_context(start_learner(recipe, inputs.sft_path, inputs.reward_path, bundles(1, learners)))
+        ranks = bundles(1, learners)
+        learner = stack.enter_context(start_learner(recipe, inputs.sft_path, inputs.reward_path, ranks, pretraining=inputs.pretraining))
         deadline = recipe.run.deadline_seconds
         reward = stack.enter_context(open_reward(recipe.reward, inputs.scorers, decode, deadline_seconds=deadline))
         pool.ready()

@@ -129,6 +129,8 @@ def test_a_wrong_override_is_refused_with_its_remedy(recipe: Path, override: str
     assert all(part in message for part in parts), message
 
 
+VALUE_HEAD = ["--ppo.critic_model=value_head"]
+TEXTS = ["--ppo.pretraining.path=texts.txt", "--ppo.pretraining.coef=1"]
 NO_CRITIC = ["--ppo.algorithm.name=rloo", "--ppo.samples_per_prompt=4"]
 
 
@@ -149,6 +151,19 @@ NO_CRITIC = ["--ppo.algorithm.name=rloo", "--ppo.samples_per_prompt=4"]
         (["--rollout.min_engines=3", "--rollout.engines.count=2"], ["rollout.min_engines = 3", "rollout.engines.count = 2"]),
         (["--rollout.min_engines=1", "--rollout.engines.gpus=1"], ["rollout.min_engines", 'rollout.transfer = "object_store"']),
         (["--rollout.min_engines=1", "--run.determinism=exact"], ["rollout.min_engines = 1", "null"]),
+        ([*NO_CRITIC, "--ppo.critic_model=value_head"], ["ppo.critic_model is not read", "rloo trains no critic"]),
+        ([*NO_CRITIC, "--ppo.critic_warmup_steps=2"], ["rloo has none", "set ppo.critic_warmup_steps = 0"]),
+        (["--ppo.critic_warmup_steps=3"], ["leaves none of ppo.steps = 3"]),
+        ([*VALUE_HEAD, "--ppo.critic.lr=1e-5"], ["ppo.critic.lr is not read", "choose another ppo.critic_model than value_head"]),
+        (
+            [*VALUE_HEAD, "--ppo.critic_warmup_steps=2", "--ppo.policy.weight_decay=0.1"],
+            ["would shrink the policy", "set ppo.policy.weight_decay = 0"],
+        ),
+        (["--ppo.pretraining.coef=1"], ["weighs the loss on text that is not given", "set path"]),
+        (
+            [*TEXTS, "--ppo.pretraining.batch_size=30", "--ppo.workers.count=2"],
+            ["ppo.pretraining.batch_size = 30 is no multiple", "choose a multiple of 16"],
+        ),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(recipe: Path, overrides: list[str], parts: list[str]) -> None:
@@ -167,6 +182,21 @@ def test_changing_the_algorithm_alone_leaves_what_was_inherited(recipe: Path, tm
     again = to_toml(loaded)
     assert "# ppo.critic.lr = 0.0001  (not read: rloo trains no critic)" in again
     assert load_recipe(write(tmp_path / "again.toml", again)).ppo.make_algorithm() == loaded.ppo.make_algorithm()
+
+
+def test_a_value_head_leaves_the_critics_optimizer_unread(recipe: Path) -> None:
+    ppo = load_recipe(recipe, VALUE_HEAD).ppo
+    assert (ppo.has_critic_model, ppo.has_value_head) == (False, True)
+    assert "# ppo.critic.lr = 3e-06  (not read: ppo.policy is what trains a value head)" in to_toml(load_recipe(recipe, VALUE_HEAD))
+    assert (Recipe().ppo.has_critic_model, Recipe().ppo.has_value_head) == (True, False)
+    without = load_recipe(recipe, NO_CRITIC).ppo
+    assert (without.has_critic_model, without.has_value_head) == (False, False)
+
+
+def test_the_warm_up_takes_steps_from_the_policy_alone(recipe: Path) -> None:
+    ppo = load_recipe(recipe, ["--ppo.steps=10", "--ppo.critic_warmup_steps=3", "--ppo.epochs=2", "--ppo.minibatches=4"]).ppo
+    assert [ppo.policy_learns(step) for step in (0, 2, 3, 9)] == [False, False, True, True]
+    assert (ppo.optimizer_steps(of_policy=True), ppo.optimizer_steps(of_policy=False)) == (56, 80)
 
 
 def test_the_penalty_stands_where_the_algorithm_has_it_unless_told_otherwise(recipe: Path) -> None:

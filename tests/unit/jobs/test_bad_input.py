@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from app.config.loading import with_values
+from app.config.loading import load_recipe, with_values
 from app.config.recipe import Recipe
 from app.errors import ConfigError
 from jobs.inputs import check_inputs
@@ -123,6 +123,19 @@ def test_missing_data(refused: Refused, tmp_path: Path) -> None:
     assert "nowhere.jsonl" in refused("sft", TINY, "--data.path=/nowhere.jsonl", f"--run.dir={tmp_path / 'run'}")
 
 
+def test_texts_to_mix_in_that_cannot_be_learnt_from(refused: Refused, data: Callable[..., str], tmp_path: Path) -> None:
+    """Named as what they are, before Ray starts; without a weight nobody looks at them."""
+    run = f"--run.dir={tmp_path / 'run'}"
+    mix = ("--ppo.pretraining.coef=1", "--scoring.reference.cpus=0.05")
+    questions = data(json.dumps({"prompt": "Why?"}), json.dumps({"prompt": "How?"}))
+    for path, reason in (("/nowhere.jsonl", "no such file"), (questions, "no text or conversation in it")):
+        error = refused("pipeline", TINY, f"--ppo.pretraining.path={path}", *mix, run)
+        assert "ppo.pretraining: " in error and reason in error
+    searched = "--tune.space.ppo.pretraining.path={type='choice', values=['a', 'b']}"
+    assert "all trials read the same text" in refused("tune", TINY, searched, run)
+    check_inputs(load_recipe(TINY, ["--ppo.pretraining.path=/nowhere.jsonl"]), "pipeline")
+
+
 def test_a_malformed_line_is_named_when_strict(refused: Refused, data: Callable[..., str], tmp_path: Path) -> None:
     path = data(json.dumps(tree(1, 2)), "{broken", json.dumps(tree(2, 2)))
     error = refused("sft", TINY, f"--data.path={path}", "--data.strict=true", f"--run.dir={tmp_path / 'run'}")
@@ -181,11 +194,9 @@ def test_models_that_cannot_do_what_a_command_needs(refused: Refused, data: Call
         assert "ranked" in error, "the model was accepted: the data is read after it is checked"
     for command in ("ppo", "tune"):
         assert "PPO's critic" in refused(command, TINY, f"--model.path={whole}", f"--reward.path={encoder}", run)
-    from app.config.loading import load_recipe
-    from jobs.inputs import check_inputs
-
     without_critic = ["--ppo.algorithm.name=rloo", "--ppo.samples_per_prompt=2"]
-    check_inputs(load_recipe(TINY, [f"--model.path={whole}", f"--reward.path={encoder}", *without_critic]), "ppo")
+    for remedy in (without_critic, ["--ppo.critic_model=value_head"]):
+        check_inputs(load_recipe(TINY, [f"--model.path={whole}", f"--reward.path={encoder}", *remedy]), "ppo")
     assert not (tmp_path / "run").exists()
 
 

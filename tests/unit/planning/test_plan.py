@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -14,10 +15,13 @@ from hypothesis import strategies as st
 from app.config.loading import load_recipe, with_values
 from app.config.recipe import Recipe
 from app.errors import ConfigError
+from app.models.heads import ValueHead
 from app.planning.cluster_file import cluster_from_file
 from app.planning.hardware import GPUS, MACHINES, Cluster, Machine, cluster_from_spec
-from app.planning.memory import total
+from app.planning.memory import total, value_head
 from app.planning.plan import Plan, make_plan
+from app.planning.roles import Roles
+from app.planning.shapes import SHAPES
 from app.planning.timing import Workload
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -99,6 +103,29 @@ def test_everything_on_one_gpu_in_turns() -> None:
     assert "reference 1 of 1 needs 0.1 GPU" in shortage
 
 
+def test_a_value_head_takes_the_place_of_a_second_model() -> None:
+    """Its parameters are those of the real one, and are trained with the policy; nothing else of a critic is there."""
+    head = ValueHead(12, seed=0)
+    assert value_head(replace(SHAPES["pythia-70m"], hidden=12)) == sum(parameter.numel() for parameter in head.parameters())
+    policy, reward = SHAPES["pythia-12b"], SHAPES["pythia-1.4b"]
+    learners = [Roles(with_values(PPO_12B, {"ppo.critic_model": model})).learner() for model in ("reward_model", "value_head")]
+    two, one = (learner.working["weights"] / 2 for learner in learners)
+    assert (two, one) == (policy.parameters + reward.trunk, policy.parameters + value_head(policy))
+    times = [plan(with_values(PPO_12B, {"ppo.critic_model": model}), "1x8xA100-80GB") for model in ("reward_model", "value_head")]
+    updates = [times.stages[0].timing.phases["update"] for times in times if times.stages[0].timing]
+    assert updates[1] < updates[0]
+
+
+def test_texts_beside_the_rollouts_take_time_and_room() -> None:
+    values = {"ppo.pretraining.path": "texts", "ppo.pretraining.coef": 1.0, "ppo.pretraining.batch_size": 96}  # of data.max_length = 512
+    mixed = with_values(PPO_12B, values)
+    (without,), (found,) = plan(PPO_12B, "1x8xA100-80GB").stages, plan(mixed, "1x8xA100-80GB").stages
+    assert without.timing is not None and found.timing is not None
+    assert found.timing.phases["update"] > 1.3 * without.timing.phases["update"]
+    short = [Roles(with_values(recipe, {"rollout.max_new_tokens": 8})).learner() for recipe in (PPO_12B, mixed)]
+    assert short[1].working["logits"] > 10 * short[0].working["logits"]
+
+
 RUNS = {"ppo-12b": "ppo", "sft-12b": "sft", "sft-6.9b": "sft", "sft-70m": "sft", "rm-1.4b": "rm", "rm-6.9b": "rm"}
 
 
@@ -154,7 +181,9 @@ def test_faster_machines_take_less_time_and_longer_answers_more() -> None:
 
 def test_an_algorithm_without_a_critic_updates_in_half_the_time() -> None:
     def phases(name: str) -> Mapping[str, float]:
-        recipe = with_values(PPO_12B, {"reward.path": None, "ppo.algorithm.name": name, "ppo.samples_per_prompt": 2})
+        recipe = with_values(
+            PPO_12B, {"reward.path": None, "ppo.algorithm.name": name, "ppo.samples_per_prompt": 2, "ppo.critic_model": "reward_model"}
+        )
         (stage,) = plan(recipe, "1x8xA100-80GB").stages
         assert stage.timing is not None
         return stage.timing.phases

@@ -61,6 +61,7 @@ def test_ppo_12b_has_open_assistants_split_and_numbers() -> None:
     gpus = {role.name: role.need("GPU") for role in placement(recipe, "ppo")[0].roles}
     assert gpus == {"learner": 6, "engine": 0, "reward": 1, "reference": 1}
     assert (recipe.ppo.batch_size, recipe.ppo.epochs, recipe.ppo.accumulation) == (96, 4, 8)
+    assert recipe.ppo.has_value_head and recipe.ppo.make_algorithm().config.value_coef == 1.0
     assert (recipe.ppo.kl.coef, recipe.ppo.reward.clip, recipe.ppo.algorithm.clip, recipe.rollout.top_p) == (0.1, 4.0, 0.4, 1.0)
 
 

@@ -45,6 +45,7 @@ class World:
         self.with_critic = True
         self.experiences: list[Experience] = []
         self.trained: list[list[str]] = []
+        self.steps: list[int] = []
         self.logged: list[Mapping[str, float]] = []
         self.saved: list[Mapping[str, Any]] = []
         self.events: list[str] = []
@@ -68,8 +69,9 @@ class World:
         values_BT = torch.zeros(tokens.mask_BT.shape) if self.with_critic else None
         return torch.where(tokens.mask_BT, self.learner_logprob, 0.0), values_BT
 
-    def update(self, experience: Experience, *, seed: int) -> Mapping[str, float]:
+    def update(self, experience: Experience, *, step: int) -> Mapping[str, float]:
         self.journal.append("update")
+        self.steps.append(step)
         self.experiences.append(experience)
         self.trained.append([str(i) for i in experience.tokens.ids_BS[:, 0].tolist()])
         return {"policy_loss": 0.0}
@@ -126,6 +128,24 @@ def test_synchronous_order(tmp_path: Path) -> None:
     ]
     assert state == LoopState(step=3, version=3, prompt_cursor=12, kl_coef=0.05)
     assert [saved["step"] for saved in world.saved] == [2, 3]
+
+
+def test_while_the_critic_warms_up_the_policy_keeps_its_version_and_the_penalty_its_weight(tmp_path: Path) -> None:
+    """Each push says truthfully which weights it carries; the controller rests, since the KL is none of its doing."""
+    world = World(reference_logprob=LOGPROB - 0.5)
+    state = actor_learner_loop(parts(world, tmp_path), config(critic_warmup_steps=2, **ADAPTIVE), LoopState(), seed=0)
+    assert [entry for entry in world.journal if "publish" in entry] == ["publish 0", "publish 0", "publish 0", "publish 1"]
+    assert [logged["critic_warmup"] for logged in world.logged] == [1, 1, 0]
+    assert [logged["kl_coef"] for logged in world.logged] == [0.1] * 3 and state.kl_coef == pytest.approx(0.1008)
+    assert (state.step, state.version) == (3, 1)
+    assert world.steps == [0, 1, 2]
+    assert "critic_warmup" not in logged_without_warm_up(tmp_path)
+
+
+def logged_without_warm_up(folder: Path) -> Mapping[str, float]:
+    world = World()
+    actor_learner_loop(parts(world, folder), config(steps=1), LoopState(), seed=0)
+    return world.logged[0]
 
 
 def test_lag_samples_ahead_of_the_update_and_ends_with_nothing_in_flight(tmp_path: Path) -> None:
@@ -244,7 +264,7 @@ def test_a_metric_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> 
 
 def test_a_metric_of_the_update_that_is_not_finite_stops_after_it_is_recorded(tmp_path: Path) -> None:
     class Broken(World):
-        def update(self, experience: Experience, *, seed: int) -> Mapping[str, float]:
+        def update(self, experience: Experience, *, step: int) -> Mapping[str, float]:
             return {"policy_grad_norm": float("inf"), "value_loss": float("nan")}
 
     world = Broken()

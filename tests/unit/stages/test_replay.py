@@ -57,7 +57,7 @@ class Varied:
         first, second = (torch.from_numpy(self.floats(tokens.mask_BT.numel())).reshape(tokens.mask_BT.shape) for _ in range(2))
         return torch.where(tokens.mask_BT, first - 1, 0.0), torch.where(tokens.mask_BT, second, 0.0)
 
-    def update(self, experience: Experience, *, seed: int) -> Mapping[str, float]:
+    def update(self, experience: Experience, *, step: int) -> Mapping[str, float]:
         """The losses of a single optimizer step: one whole-batch pass over the weights that gave log-probs and values."""
         batch = Minibatch.from_rows(experience, torch.arange(len(experience.tokens)))
         outputs = PolicyOutputs(experience.proximal_BT, experience.values_BT, torch.ones_like(experience.values_BT))

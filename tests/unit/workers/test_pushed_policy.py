@@ -12,6 +12,7 @@ import torch
 from app.config.shared import AdapterConfig
 from app.config.training import SftConfig
 from app.models.adapters import is_adapter
+from app.models.heads import ValueHead
 from app.models.load import load_causal_lm
 from app.models.policy import PolicyModel
 from app.models.trainable import choose_trainable, merged_state
@@ -39,7 +40,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
 
 
 def policy_of(folder: str, config: SftConfig) -> PolicyModel:
-    model = PolicyModel(load_causal_lm(folder))
+    model = PolicyModel(load_causal_lm(folder), ValueHead(64, seed=0))  # which no engine is given
     choose_trainable(model.language_model, config, seed=0)
     move(model)
     return model
