@@ -78,6 +78,11 @@ class VllmRolloutPool:
         self._restarts_left = 0
         self.each("set_version", version)
 
+    def discard(self) -> None:
+        """Forget what is being sampled and where the weights came from: their learner is gone, and the next one brings its own."""
+        self._current = ("pid", ())
+        self.each("discard")
+
     def each(self, method: str, *args: Any) -> list[Any]:
         """Call `method` on every engine and wait for all answers."""
         engines = list(self.engines)

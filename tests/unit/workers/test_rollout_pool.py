@@ -44,7 +44,7 @@ class Engine:
         self.version, self.life = version, life
         self.seeds: list[int] = []
         self.generate = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._generate))
-        self.pid = self.load_buckets = SimpleNamespace(remote=lambda *arguments: arguments)
+        self.pid = self.load_buckets = self.discard = SimpleNamespace(remote=lambda *arguments: arguments)
 
     def _generate(self, prompts: Sequence[Any], seeds: Sequence[int]) -> Iterator[Any]:
         self.seeds += seeds
@@ -106,3 +106,12 @@ def test_engines_are_replaced_so_often_and_no_more(monkeypatch: pytest.MonkeyPat
     pool = pool_of([Engine(3, life=1), Engine(4), Engine(5, life=1), Engine(6)], monkeypatch, restarts=1)
     with pytest.raises(RolloutError, match="max_restarts"):
         pool.submit(PROMPTS, seed=1).result()
+
+
+def test_a_learner_that_is_gone_leaves_no_weights_for_engines_that_start_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    mortal, heir = Engine(3, life=0), Engine(0)
+    heir.load_buckets = SimpleNamespace(remote=lambda *arguments: RolloutError("the owner of the weights is dead"))
+    pool = pool_of([mortal, Engine(4), heir], monkeypatch)
+    pool.load([], 3)
+    pool.discard()
+    assert pool.replace(0, mortal) is heir
