@@ -25,7 +25,7 @@ from app.errors import CheckpointError
 MODEL = "model"
 LOCK = ".lock"
 NOT_IDENTITY = re.compile(
-    r"run\.(dir|resume|deadline_seconds)|(sft|rm)\.keep_checkpoints|tracking\..*|alarms\..*|ppo\.keep_rollouts|evaluation\..*"
+    r"run\.(dir|resume|deadline_seconds|stacks_after)|(sft|rm)\.keep_checkpoints|tracking\..*|alarms\..*|ppo\.keep_rollouts|evaluation\..*"
     r"|(ppo|rollout)\.max_restarts"
 )
 """Keys that may change between two starts of one run: they do not touch what is computed."""

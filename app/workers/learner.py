@@ -23,6 +23,7 @@ from app.data.batch_order import PassLimit, RowShape, micro_batches
 from app.errors import LearnerError, NonFiniteError
 from app.experience import Experience, FloatArray, IntArray, Minibatch, PolicyOutputs, TokenBatch, Totals
 from app.numerics import gather_response
+from app.workers.stacks import write_stacks_on_signal
 
 BUCKET_BYTES = 64 * 2**20  # weights travel in pieces of about this size
 
@@ -76,6 +77,7 @@ class LearnerWorker:
         from app.workers.deepspeed_engine import import_deepspeed, start_engine
 
         config = spec.config
+        write_stacks_on_signal(f"learner rank {rank}")
         torch.set_num_threads(config.workers.threads)
         os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world), MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
         self._device = torch.device("cuda", 0) if config.workers.gpus > 0 else torch.device("cpu")

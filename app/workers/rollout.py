@@ -13,10 +13,11 @@ import numpy as np
 import ray
 
 from app.config.ppo import RolloutConfig
-from app.errors import DeadlineError, EngineDiedError, RolloutError
+from app.errors import EngineDiedError, RolloutError
 from app.experience import FinishReason, FloatArray, IntArray, Prompt, Rollout
 from app.workers.pending import collect
 from app.workers.rollout_engine import RolloutEngine, Sampled, Weights, engine_options
+from app.workers.watchdog import late, patiently
 
 Note = Callable[[str], None]
 """Tells the user something that happened."""
@@ -154,12 +155,14 @@ class Sampling:
     def finished(self) -> Iterator[list[int]]:
         """Places of responses that have just ended, group after group until all have. Raises RolloutError, DeadlineError."""
         while self._streams:
-            ready, _ = ray.wait(list(self._streams), num_returns=1, timeout=self._deadline_seconds)
-            if not ready:
-                raise DeadlineError(
-                    f"rollout: none of {len(self._prompts) - len(self._rollouts)} responses ended within {self._deadline_seconds:g} s "
-                    "(raise run.deadline_seconds if the work is simply that long)"
-                )
+            try:
+                patiently(self._wait_for_one, phase="rollout", seconds=self._deadline_seconds)
+            except TimeoutError:
+                raise late(
+                    "rollout",
+                    f"none of {len(self._prompts) - len(self._rollouts)} responses ended within {self._deadline_seconds:g} s "
+                    "(raise run.deadline_seconds if the work is simply that long)",
+                ) from None
             ready, _ = ray.wait(list(self._streams), num_returns=len(self._streams), timeout=0)
             places = [place for stream in ready for place in self._take(stream)]
             if places:
@@ -174,6 +177,11 @@ class Sampling:
         for _ in self.finished():
             pass
         return [self._rollouts[place] for place in range(len(self._prompts))]
+
+    def _wait_for_one(self, seconds: float) -> None:
+        ready, _ = ray.wait(list(self._streams), num_returns=1, timeout=seconds)
+        if not ready:
+            raise TimeoutError
 
     def _deal(self, share: _Share) -> None:
         prompts, seeds = [self._prompts[i].ids for i in share.places], [self._seeds[i] for i in share.places]

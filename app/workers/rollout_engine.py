@@ -22,6 +22,7 @@ from app.config.shared import WorkersConfig
 from app.errors import RolloutError
 from app.experience import FloatArray, IntArray
 from app.workers.processes import process_options
+from app.workers.stacks import write_stacks_on_signal
 from app.workers.step_loop import StepLoop
 
 BATCHED_TOKENS = 8192
@@ -62,6 +63,7 @@ class RolloutEngine:
     def __init__(
         self, model_path: str, config: RolloutConfig, *, precision: str, max_model_len: int, eos_ids: Sequence[int], seed: int
     ) -> None:
+        write_stacks_on_signal("rollout engine")
         self._config = config
         self._eos_ids = list(eos_ids)
         self._sleeps = config.colocate and config.engines.gpus > 0

@@ -23,6 +23,7 @@ from app.durable import read_json, replace_folder, settle_folder, write_json
 from app.errors import CheckpointError, ConfigError, NonFiniteError
 from app.workers.deepspeed_engine import backward_scaled, begin_micro_batch, full_weights, load_engine, optimizer_step, start_engine
 from app.workers.shared_checkpoints import SharedCheckpoints
+from app.workers.stacks import write_stacks_on_signal
 from app.workers.supervised_task import TrainingJob, TrainingResult, WorkerOutcome
 
 HELD_OUT = "held_out.json"
@@ -56,6 +57,7 @@ class Window:
 
 def train_worker(job: TrainingJob) -> WorkerOutcome:
     """The function that Ray Train runs on every rank."""
+    write_stacks_on_signal(f"training rank {dist.get_rank()}")
     try:
         return TrainingLoop(job).run()
     except (NonFiniteError, CheckpointError, ConfigError) as error:  # every rank raises it at the same point, and would after a restart
