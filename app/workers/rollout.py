@@ -16,7 +16,7 @@ from app.config.ppo import RolloutConfig
 from app.errors import EngineDiedError, RolloutError
 from app.experience import FinishReason, FloatArray, IntArray, Prompt, Rollout
 from app.workers.pending import collect
-from app.workers.rollout_engine import RolloutEngine, Sampled, Weights, engine_options
+from app.workers.rollout_engine import RolloutEngine, Sampled, Weights, engine_options, uses_nccl
 from app.workers.watchdog import late, patiently
 
 Note = Callable[[str], None]
@@ -41,6 +41,7 @@ class VllmRolloutPool:
         self._start = start
         self.exact = exact
         self._restarts_left = config.max_restarts
+        self._over_nccl = uses_nccl(config)
         self._deadline_seconds = deadline_seconds
         self._note = note
         self._current: tuple[str, tuple[Any, ...]] = ("pid", ())  # the call that gives a new engine the weights of now
@@ -80,9 +81,17 @@ class VllmRolloutPool:
         self.each("set_version", version)
 
     def discard(self) -> None:
-        """Forget what is being sampled and where the weights came from: their learner is gone, and the next one brings its own."""
+        """Forget what is being sampled and where the weights came from: their learner is gone, and the next one brings its own.
+
+        Engines that are in an NCCL group with the lost learner are ended, and others take their places."""
         self._current = ("pid", ())
-        self.each("discard")
+        if not self._over_nccl:
+            self.each("discard")
+            return
+        for engine in self.engines:
+            ray.kill(engine)
+        self.engines = [self._start(k) for k in range(len(self.engines))]
+        self.ready()
 
     def each(self, method: str, *args: Any) -> list[Any]:
         """Call `method` on every engine and wait for all answers."""

@@ -15,20 +15,20 @@ from app.workers.stacks import write_stacks_on_signal
 from app.workers.watchdog import watching
 
 
-class Worker:
-    def __init__(self, role: str) -> None:
-        write_stacks_on_signal(role)
-        write_stacks_on_signal("again")
-
-    def work(self) -> str:
-        return "done"
-
-    def hang_in_c(self, seconds: int) -> str:
-        ctypes.PyDLL(None).sleep(seconds)  # holds the interpreter's lock: no thread of Python runs meanwhile
-        return "woken"
-
-
 def test_a_hung_process_is_shown_where_it_hangs(tmp_path: Path) -> None:
+
+    class Worker:
+        def __init__(self, role: str) -> None:
+            write_stacks_on_signal(role)
+            write_stacks_on_signal("again")
+
+        def work(self) -> str:
+            return "done"
+
+        def hang_in_c(self, seconds: int) -> str:
+            ctypes.PyDLL(None).sleep(seconds)  # holds the interpreter's lock: no thread of Python runs meanwhile
+            return "woken"
+
     notes: list[str] = []
     actor = ray.remote(num_cpus=0)(Worker)
     hung, idle = actor.remote("learner rank 0"), actor.remote("rollout engine")

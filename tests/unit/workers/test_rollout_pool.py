@@ -56,7 +56,9 @@ class Engine:
             yield index, Sampled(ids, np.full(len(ids), -1.0, np.float32), np.full(len(ids), self.version, np.int32), "stop")
 
 
-def pool_of(engines: Sequence[Engine], monkeypatch: pytest.MonkeyPatch, restarts: int = 3, *, exact: bool = False) -> VllmRolloutPool:
+def pool_of(
+    engines: Sequence[Engine], monkeypatch: pytest.MonkeyPatch, restarts: int = 3, *, exact: bool = False, **config: Any
+) -> VllmRolloutPool:
     """A pool of the first engines in the list; the others wait to replace those that die."""
 
     def collect(references: Sequence[Any], **_: Any) -> Sequence[Any]:
@@ -69,8 +71,8 @@ def pool_of(engines: Sequence[Engine], monkeypatch: pytest.MonkeyPatch, restarts
     monkeypatch.setattr(rollout, "collect", collect)
     monkeypatch.setattr(rollout, "ray", SimpleNamespace(**calls))
     waiting = iter(engines)
-    config = RolloutConfig(engines=WorkersConfig(count=2), max_restarts=restarts)
-    return VllmRolloutPool(lambda k: next(waiting), config, deadline_seconds=1, note=lambda text: None, exact=exact)
+    settings = RolloutConfig(engines=WorkersConfig(count=2), max_restarts=restarts, **config)
+    return VllmRolloutPool(lambda k: next(waiting), settings, deadline_seconds=1, note=lambda text: None, exact=exact)
 
 
 PROMPTS = [Prompt(str(k), "", np.array([10 + k], np.int32)) for k in range(7)]
@@ -115,3 +117,10 @@ def test_a_learner_that_is_gone_leaves_no_weights_for_engines_that_start_later(m
     pool.load([], 3)
     pool.discard()
     assert pool.replace(0, mortal) is heir
+
+
+def test_engines_in_a_group_with_a_learner_that_is_gone_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = [Engine(k) for k in range(4)]
+    pool = pool_of(engines, monkeypatch, transfer="nccl")
+    pool.discard()
+    assert pool.engines == engines[2:]
