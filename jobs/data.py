@@ -84,8 +84,11 @@ def show(inspection: Inspection) -> None:
         console.print("languages of the trees: " + ", ".join(f"{lang} {count}" for lang, count in inspection.languages.items()))
     for reason, count in inspection.reasons.items():
         console.print(f"set aside {count}: {reason}", markup=False)
+    if not inspection.lengths:
+        return
     bins = histogram(inspection.lengths)
-    console.print(f"\nlength of SFT threads in {inspection.unit}: {facts['length_percentiles']}", markup=False)
+    percentiles = ", ".join(f"{name} {length:,}" for name, length in facts["length_percentiles"].items())
+    console.print(f"\nlength of SFT threads in {inspection.unit}: {percentiles}", markup=False)
     highest = max((count for _, _, count in bins), default=1)
     for low, high, count in bins:
         console.print(f"{low:>7}-{high - 1:<7} {count:>7}  {'█' * round(40 * count / highest)}")
