@@ -60,8 +60,13 @@ def patiently(wait: Callable[[float], T], *, phase: str, seconds: float) -> T:
 
 def late(phase: str, message: str) -> DeadlineError:
     """The error of a wait that has passed its deadline, with the stacks of all processes as they are now."""
+    return DeadlineError(f"{phase}: {message}{where_stacks_are(phase)}")
+
+
+def where_stacks_are(phase: str) -> str:
+    """To end the message of an error with: where the stacks of all processes as they are now have been written; empty where nowhere."""
     file = _stacks(phase)
-    return DeadlineError(f"{phase}: {message}" + (f"; what every process did is in {file}" if file else ""))
+    return f"; what every process did is in {file}" if file else ""
 
 
 def _stacks(phase: str) -> Path | None:

@@ -33,7 +33,7 @@ from tests.unit.stages.pending import Done
 
 STEPS, BATCH = 6, 8
 OPTIONS = {
-    "run.determinism": "exact", "run.deadline_seconds": 200,
+    "data.path": "prompts.jsonl", "run.determinism": "exact", "run.deadline_seconds": 200,
     "ppo.steps": STEPS, "ppo.batch_size": BATCH, "ppo.micro_batch_size": 2, "ppo.minibatches": 1, "ppo.save_every": 2,
     "ppo.workers.count": 2, "ppo.workers.cpus": 1,
     "rollout.max_new_tokens": 24, "rollout.kv_cache_gib": 0.1, "rollout.engines.cpus": 1, "evaluation.prompts": 4,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,9 @@ def test_a_hung_process_is_shown_where_it_hangs(tmp_path: Path) -> None:
             return "done"
 
         def hang_in_c(self, seconds: int) -> str:
-            ctypes.PyDLL(None).sleep(seconds)  # holds the interpreter's lock: no thread of Python runs meanwhile
+            end = time.monotonic() + seconds
+            while (left := end - time.monotonic()) > 0:  # a signal ends C's sleep
+                ctypes.PyDLL(None).sleep(1 + int(left))  # holds the interpreter's lock: no thread of Python runs meanwhile
             return "woken"
 
     notes: list[str] = []
