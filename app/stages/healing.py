@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Generic, Protocol, TypeVar
 
-from app.errors import AlarmError, CorralError, Interrupted, LearnerError, NonFiniteError
+from app.errors import AlarmError, ConfigError, CorralError, DataError, Interrupted, LearnerError, ModelError, NonFiniteError
 
-WOULD_COME_AGAIN = (AlarmError, Interrupted, LearnerError, NonFiniteError)
+WOULD_COME_AGAIN = (AlarmError, ConfigError, DataError, Interrupted, LearnerError, ModelError, NonFiniteError)
 """Failures that say something about the run, not about its processes."""
 
 

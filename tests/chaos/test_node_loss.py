@@ -80,9 +80,9 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 4})
     try:
+        ray.init(address=nodes.address, logging_level="ERROR", log_to_driver=False)  # now, so that the driver is the head's
         nodes.add_node(num_cpus=2)
         nodes.add_node(num_cpus=2)
-        ray.init(address=nodes.address, logging_level="ERROR", log_to_driver=False)
         yield nodes
     finally:
         ray.shutdown()

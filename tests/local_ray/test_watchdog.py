@@ -39,7 +39,7 @@ def test_a_hung_process_is_shown_where_it_hangs(tmp_path: Path) -> None:
     try:
         ray.get([worker.work.remote() for worker in (hung, idle, gone)])
         ray.kill(gone)
-        calls = [hung.hang_in_c.remote(9), idle.work.remote()]
+        calls = [hung.hang_in_c.remote(6), idle.work.remote()]
         with (
             watching(tmp_path / "logs", note=notes.append, early_share=0.5),
             pytest.raises(
