@@ -86,7 +86,7 @@ def corral_steps(arguments: argparse.Namespace, rows: Sequence[GroupRow], *, sha
     )
     engine.train()
     for start in range(0, len(rows), arguments.groups):
-        batch = sorted(rows[start : start + arguments.groups], key=task.length)
+        batch = sorted(rows[start : start + arguments.groups], key=lambda row: task.shape(row).longest)
         began = time.perf_counter()
         for number in range(accumulation):
             if number:

@@ -136,6 +136,8 @@ class Nowhere:
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None: ...
 
+    def event(self, stage: str, step: int, text: str) -> None: ...
+
 
 def run(arguments: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of every turn, by phase."""

@@ -195,9 +195,10 @@ class RowOrder:
 
 def rounds(arguments: argparse.Namespace, job: Any, folder: Path) -> list[dict[str, float]]:
     """One entry per round after the first, which warms caches up."""
+    from app.data.batch_order import step_rows
     from app.workers import training_loop
 
-    loop, order = training_loop.TrainingLoop(job), RowOrder(training_loop.step_rows)
+    loop, order = training_loop.TrainingLoop(job), RowOrder(step_rows)
     shape = Shape.of(loop.engine.module.language_model)
     measured: list[dict[str, float]] = []
     with patch.object(training_loop, "step_rows", order):

@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def answer(value: dict[str, float]) -> None:
 class OnDemand(TrainerCallback):
     """Lets a step begin when it is asked for, and tells how long it took."""
 
-    def __init__(self, batches: list[dict[str, float]]) -> None:
+    def __init__(self, batches: Iterable[Mapping[str, float]]) -> None:
         self.batches = iter(batches)
         self.began = 0.0
 

@@ -13,6 +13,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 
 from app.data.templates import OASST_CHAT_TEMPLATE, OASST_TOKENS
 from app.models.context import EMBEDDED_CONTEXT
+from app.models.saving import save_folder
 
 EOS, PAD = "<|endoftext|>", "<|padding|>"
 VOCABULARY = 1024
@@ -80,8 +81,7 @@ def build_embedded(folder: Path, *, texts: Iterable[str], seed: int) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GPTNeoXForCausalLM(build_config(len(tokenizer), eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id))
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
+    save_folder(temporary, model, tokenizer)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     return folder

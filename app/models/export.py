@@ -25,6 +25,7 @@ from transformers import (
 from app.durable import sync, sync_tree
 from app.errors import ConfigError, ModelError, first_line
 from app.models.load import DTYPES, check_model_folder, load_tokenizer
+from app.models.saving import save_folder
 
 ADAPTER_FILE = "adapter_config.json"
 CLASSIFIER = "ForSequenceClassification"
@@ -85,8 +86,7 @@ def write_export(loaded: Loaded, folder: Path, shape: Shape) -> list[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        loaded.model.save_pretrained(temporary, max_shard_size=shape.shard_size)
-        loaded.tokenizer.save_pretrained(temporary)
+        save_folder(temporary, loaded.model, loaded.tokenizer, max_shard_size=shape.shard_size)
         sync_tree(temporary)
         temporary.rename(folder)
     except (OSError, ValueError) as error:

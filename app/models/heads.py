@@ -26,6 +26,7 @@ from app.errors import ModelError, first_line
 from app.models.forward import hidden_states
 from app.models.load import DTYPES, check_model_folder, load_config, load_tokenizer
 from app.models.open_assistant import OpenAssistantConfig, load_open_assistant
+from app.models.saving import save_folder
 from app.models.trainable import merged_state
 
 Pooling = Literal["last", "mean"]
@@ -105,11 +106,10 @@ def convert_reward_model(path: str, folder: str | Path, *, precision: Precision 
 def save_reward_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, reward_offset: float) -> None:
     """Write a folder that plain transformers loads: safetensors, config with `reward_offset`, tokenizer that pads as the model reads."""
     model.config.reward_offset = float(reward_offset)
-    model.save_pretrained(folder, state_dict=merged_state(model))
     padding = copy.deepcopy(tokenizer)
     padding.padding_side = "right"
     padding.pad_token = tokenizer.convert_ids_to_tokens(model.config.get_text_config().pad_token_id)
-    padding.save_pretrained(folder)
+    save_folder(folder, model, padding, state_dict=merged_state(model))
 
 
 def reward_offset(model: PreTrainedModel) -> float:

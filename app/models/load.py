@@ -30,6 +30,7 @@ from app.errors import ModelError, first_line
 from app.models.embedded import EMBEDDING_MULTIPLE, build_embedded
 from app.models.gguf import PACKAGED, convert_gguf, packaged_gguf
 from app.models.open_assistant import OpenAssistantConfig, load_open_assistant
+from app.models.saving import save_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -82,14 +83,14 @@ def _complete(path: str, config: ModelConfig, target: Path, for_oasst: bool) -> 
         model = _load_whole(path, config.precision, config.trust_remote_code)
         if len(tokenizer) > rows:
             model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=EMBEDDING_MULTIPLE)
-        model.save_pretrained(target)
+        save_folder(target, model, tokenizer)
     else:
         for file in Path(path).resolve().iterdir():
             if file.is_file():
                 os.symlink(file, target / file.name)
         for file in target.glob("*token*"):
             file.unlink()  # the completed tokenizer replaces these links, not what they point to
-    tokenizer.save_pretrained(target)
+        tokenizer.save_pretrained(target)
     return str(target)
 
 

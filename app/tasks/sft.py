@@ -21,6 +21,7 @@ from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, SftRow, read_threads
 from app.models.forward import target_logits
 from app.models.load import load_causal_lm, load_tokenizer
 from app.models.residual_dropout import add_residual_dropout
+from app.models.saving import save_folder
 from app.models.segments import attend_by_segment
 from app.models.trainable import choose_trainable, merged_state
 from app.numerics import label_logprobs
@@ -101,5 +102,5 @@ class SftTask:
 
     def export(self, model: nn.Module, folder: Path) -> None:
         assert isinstance(model, TargetLoss)
-        model.language_model.save_pretrained(folder, state_dict=merged_state(model.language_model))
-        load_tokenizer(self.model_path, self.trust_remote_code).save_pretrained(folder)
+        tokenizer = load_tokenizer(self.model_path, self.trust_remote_code)
+        save_folder(folder, model.language_model, tokenizer, state_dict=merged_state(model.language_model))

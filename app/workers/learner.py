@@ -298,11 +298,12 @@ class LearnerWorker:
     def export(self, folder: str) -> None:
         """Rank 0 writes the policy as a Hugging Face folder. Collective."""
         from app.models.load import load_tokenizer
+        from app.models.saving import save_folder
 
         weights = {name: tensor.cpu().clone() for name, tensor in self.policy_parameters()}
         if self._rank == 0:
-            self._policy.module.language_model.save_pretrained(folder, state_dict=weights)
-            load_tokenizer(self._spec.policy_path, self._spec.trust_remote_code).save_pretrained(folder)
+            tokenizer = load_tokenizer(self._spec.policy_path, self._spec.trust_remote_code)
+            save_folder(folder, self._policy.module.language_model, tokenizer, state_dict=weights)
 
     def pid(self) -> int:
         return os.getpid()

@@ -65,6 +65,12 @@ def test_fp32_is_the_same_model_with_all_that_belongs_to_it(folder: str, capsys:
     assert "torch.float32" in capsys.readouterr().out
 
 
+def test_others_may_read_the_weights_as_they_may_the_config(folder: str) -> None:
+    output = exported(folder)
+    modes = {file.stat().st_mode for file in output.iterdir()}
+    assert modes == {(output / "config.json").stat().st_mode}
+
+
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_weights_are_recast_and_shards_are_no_larger_than_asked(folder: str, name: str, dtype: torch.dtype) -> None:
     output = exported(folder, "--dtype", name, "--shard-size", "40KB")
