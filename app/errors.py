@@ -120,6 +120,10 @@ class CheckpointError(CorralError, RuntimeError):
     exit_code = 2
 
 
+class StorageError(CorralError, RuntimeError):
+    """What a run left in its folder could not be brought to `run.storage`."""
+
+
 class DeadlineError(CorralError, TimeoutError):
     """A wait passed its deadline: names the phase and what it waited for."""
 

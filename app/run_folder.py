@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from filelock import FileLock, Timeout
 from app.config.recipe import Recipe
 from app.durable import MANIFEST, damage, file_hashes, hash_of, read_json, without_non_finite, write_json
 from app.errors import CheckpointError
+from app.process_record import me
 
 MODEL = "model"
 LOCK = ".lock"
 NOT_IDENTITY = re.compile(
-    r"run\.(dir|resume|deadline_seconds|stacks_after)|(sft|rm)\.keep_checkpoints|tracking\..*|alarms\..*|ppo\.keep_rollouts|evaluation\..*"
-    r"|(ppo|rollout)\.max_restarts"
+    r"run\.(dir|storage|resume|deadline_seconds|stacks_after)|(sft|rm)\.keep_checkpoints|tracking\..*|alarms\..*|evaluation\..*"
+    r"|ppo\.keep_rollouts|(ppo|rollout)\.max_restarts"
 )
 """Keys that may change between two starts of one run: they do not touch what is computed."""
 SHOWN_DIFFERENCES = 5
@@ -44,8 +46,8 @@ class RunFolder:
         self._started: dict[str, float] = {}
 
     @classmethod
-    def open(cls, recipe: Recipe, command: str) -> RunFolder:
-        """Make `run.dir`, or go on in it.
+    def open(cls, recipe: Recipe, command: str, fill: Callable[[Path, Mapping[str, Any]], None] | None = None) -> RunFolder:
+        """Make `run.dir`, or go on in it. fill: brings the locked folder, given with the run's identity, to what is kept elsewhere.
 
         Raises CheckpointError, before anything is written, where the folder holds a run of another configuration (named key
         by key), another process works in it, or it is not empty although `run.resume` is false.
@@ -64,12 +66,14 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             lock = lock_folder(path)  # before the manifest is read: a run that is just ending may still write it
             try:
+                if fill is not None:
+                    fill(path, identity)
                 if (path / MANIFEST).exists():
                     before = read_json(path / MANIFEST)
                     if not is_blank(before):
                         refuse_other_config(path, before, identity)
                         manifest = before
-                manifest["sessions"].append({"command": command, "started": now, "code_version": code_version()})
+                manifest["sessions"].append({"command": command, "started": now, "code_version": code_version(), **me(), "job": ray_job()})
                 write_json(path / MANIFEST, manifest)
             except BaseException:
                 lock.release()
@@ -84,6 +88,11 @@ class RunFolder:
         folder = self.path / name
         folder.mkdir(exist_ok=True)
         return folder
+
+    def end_session(self, outcome: str, reason: str | None = None) -> None:
+        """Note how this start of the run ended: `finished`, `interrupted` or `failed`. A session without a note was killed."""
+        self._manifest["sessions"][-1] |= {"ended": time.time(), "outcome": outcome} | ({"reason": reason} if reason else {})
+        write_json(self.path / MANIFEST, self._manifest)
 
     def record_data(self, sha256: str, **facts: Any) -> None:
         """Note which data this run reads. CheckpointError where it is other data than the run began with."""
@@ -196,12 +205,12 @@ def lock_folder(path: Path) -> FileLock:
     return lock
 
 
-def refuse_other_config(path: Path, manifest: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+def refuse_other_config(path: Path | str, manifest: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """CheckpointError that names the keys in which the run in `path` differs from this one."""
     try:
         before = saved_identity(_identity(manifest["config"]))
     except (KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path / MANIFEST} is no manifest of a run: choose another --run.dir") from error
+        raise CheckpointError(f"{path}/{MANIFEST} is no manifest of a run: choose another --run.dir") from error
     absent = object()
     keys = [key for key in sorted({*before, *identity}) if before.get(key, absent) != identity.get(key, absent)]
     if not keys:
@@ -220,6 +229,12 @@ def content_hash(files: Mapping[str, Mapping[str, Any]], results: Mapping[str, A
     if files:
         return hash_of({name.removeprefix(f"{MODEL}/"): record for name, record in files.items()})
     return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()
+
+
+def ray_job() -> str | None:
+    """The submission id of the Ray job that this process is the driver of, or None."""
+    config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return (config.get("metadata") or {}).get("job_submission_id")
 
 
 def code_version() -> str:

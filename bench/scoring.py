@@ -6,7 +6,11 @@ the rest of it goes: `slower`, the same batches taking longer while clients and 
 for work.
 
     .venv/bin/python -m bench.scoring --model FOLDER --threads 2 --requests 4 --longest 128 --json
+    .venv/bin/python -m bench.scoring --triton /tmp/triton/bin/python
     .venv/bin/python -m bench.scoring --load 10000
+
+With `--triton` a real Triton server (see bench/triton.py) takes a turn in every round as well, and gRPC requests are those of Triton's
+public client in a process of its own; without, those of a stub in this one.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,6 +46,7 @@ from app.models.forward import pad_sequences, sequence_logprobs
 from app.models.load import load_causal_lm, load_config, seen_from_anywhere
 from app.workers.scoring_client import ServeScorer, flatten
 from app.workers.scoring_messages import ScoringAnswer, ScoringRequest
+from bench.triton import asked_by_triton_clients, triton_server
 from jobs.local_ray import running_ray, uses_cluster
 from serve.batching import Batch
 from serve.deploying import deployed, target
@@ -57,6 +62,9 @@ BIG_VOCABULARY = 50_000
 
 Ask = Callable[[IntArray], np.ndarray[Any, np.dtype[np.float32]]]
 """Log-probs of one row of tokens."""
+
+Way = Callable[[list[IntArray]], tuple[float, list[float]]]
+"""All clients ask for their share of the rows: seconds of all, and of each call."""
 
 
 class RecordingReplica(ModelReplica):
@@ -158,35 +166,69 @@ def asked_by(clients: int, asks: list[Ask], rows: list[IntArray]) -> tuple[float
         return time.perf_counter() - began, [seconds for client in each for seconds in client]
 
 
-def throughput(service: Service, arguments: argparse.Namespace, vocabulary: int) -> dict[str, dict[str, float]]:
-    """Per way in: medians over the rounds; the first round warms up."""
-    ways = {"handles": [service.over_handles()], "grpc": [service.over_grpc() for _ in range(arguments.channels)]}
+def throughput(service: Service, arguments: argparse.Namespace, vocabulary: int, folder: Path, triton: int | None) -> dict[str, Any]:
+    """Per way in: medians over the rounds; the first round warms up. triton: its server's port, whose `ahead` is the gRPC door's
+    tokens/s in parts of Triton's."""
+
+    def by_stub(asks: list[Ask]) -> Way:
+        return lambda rows: asked_by(arguments.clients, asks, rows)
+
+    def by_triton_client(port: int) -> Way:
+        return lambda rows: _checked(asked_by_triton_clients(arguments.triton, port, arguments.clients, rows, folder), answers)
+
+    answers: list[list[np.ndarray]] = []
+    ways = {"handles": by_stub([service.over_handles()])}
+    ways["grpc"] = by_triton_client(service.port) if triton else by_stub([service.over_grpc() for _ in range(arguments.channels)])
+    if triton:
+        ways["triton"] = by_triton_client(triton)
     rounds: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     handle = service.scorer.handle(REFERENCE)
     for number in range(arguments.rounds + 1):
-        for way, asks in ways.items():
-            count = arguments.clients * (arguments.requests if number else 1)
-            rows = rows_of_tokens(count, arguments.longest, vocabulary, seed=number)
-            wall, latencies = asked_by(arguments.clients, asks, rows)
-            replay = handle.replay.remote().result(timeout_s=300)
+        rows = rows_of_tokens(arguments.clients * (arguments.requests if number else 1), arguments.longest, vocabulary, seed=number)
+        answers.clear()
+        for way, ask in ways.items():
+            wall, latencies = ask(rows)
+            measured = rates(wall, latencies, rows)
+            if way != "triton":
+                measured |= shares(wall, handle.replay.remote().result(timeout_s=300))
             if number:
-                rounds[way].append(summary(wall, latencies, replay))
-                sys.stderr.write(f"round {number}, {way}: {rounds[way][-1]}\n")
-    return {way: {key: statistics.median(one[key] for one in found) for key in found[0]} for way, found in rounds.items()}
+                rounds[way].append(measured)
+                sys.stderr.write(f"round {number}, {way}: {measured}\n")
+    found = {way: {key: statistics.median(one[key] for one in each) for key in each[0]} for way, each in rounds.items()}
+    if triton:
+        pairs = zip(rounds["grpc"], rounds["triton"], strict=True)
+        found["ahead"] = {"each": [ours["tokens_per_second"] / theirs["tokens_per_second"] for ours, theirs in pairs]}
+        found["ahead"]["median"] = statistics.median(found["ahead"]["each"])
+    return found
 
 
-def summary(wall: float, latencies: list[float], replay: dict[str, float]) -> dict[str, float]:
-    """Of one round. Shares are parts of its wall time; ratio + slower + idle = 1."""
-    bare, served = replay["bare_seconds"], replay["served_seconds"]
+def _checked(asked: tuple[float, list[float], list[np.ndarray]], before: list[list[np.ndarray]]) -> tuple[float, list[float]]:
+    """Both servers must have given the same answers to the same rows."""
+    wall, latencies, answers = asked
+    for others in before:
+        worst = max(float(np.abs(answer - other).max(initial=0)) for answer, other in zip(answers, others, strict=True))
+        assert worst < 1e-4, f"Triton's answers differ from ours by {worst:.3g}"
+    before.append(answers)
+    return wall, latencies
+
+
+def rates(wall: float, latencies: list[float], rows: list[IntArray]) -> dict[str, float]:
     p50, p99 = np.quantile(latencies, [0.5, 0.99])
+    return {
+        "tokens_per_second": sum(map(len, rows)) / wall,
+        "requests_per_second": len(rows) / wall,
+        "p50_ms": 1e3 * float(p50),
+        "p99_ms": 1e3 * float(p99),
+    }
+
+
+def shares(wall: float, replay: dict[str, float]) -> dict[str, float]:
+    """Parts of a round's wall time, ratio + slower + idle = 1; and its batches."""
+    bare, served = replay["bare_seconds"], replay["served_seconds"]
     return {
         "ratio": bare / wall,
         "slower": (served - bare) / wall,
         "idle": (wall - served) / wall,
-        "tokens_per_second": replay["tokens"] / wall,
-        "requests_per_second": len(latencies) / wall,
-        "p50_ms": 1e3 * float(p50),
-        "p99_ms": 1e3 * float(p99),
         "rows_per_batch": replay["rows"] / replay["batches"],
         "padding": replay["padding"] / (replay["tokens"] + replay["padding"]),
     }
@@ -252,14 +294,25 @@ def small_model(folder: Path) -> str:
     return str(folder)
 
 
+def triton_of(arguments: argparse.Namespace, model: str, folder: Path) -> AbstractContextManager[int | None]:
+    """The port of Triton's server, with batches as large as ours may be; None where none is asked for."""
+    if arguments.triton is None:
+        return nullcontext()
+    batching = BatchingConfig()
+    rows = max(1, batching.max_batch_tokens // arguments.longest)
+    return triton_server(arguments.triton, model, folder, threads=arguments.threads, rows=rows, wait_seconds=batching.wait_seconds)
+
+
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model = seen_from_anywhere(arguments.model) if arguments.model else small_model(folder / "model")
     vocabulary = int(load_config(model, False).get_text_config().vocab_size)
     with running(model, arguments.threads, folder / "logs") as service:
         if arguments.load:
             return load(service, arguments, model, vocabulary)
+        with triton_of(arguments, model, folder) as triton:
+            measured = throughput(service, arguments, vocabulary, folder, triton)
         return {
-            "throughput": throughput(service, arguments, vocabulary),
+            "throughput": measured,
             "overhead_ms": overhead(service, vocabulary),
             "wire": wire(service, vocabulary),
         }
@@ -274,6 +327,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=16, help="of each client in each round, of one row each")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--longest", type=int, default=256, help="tokens of the longest row")
+    parser.add_argument("--triton", metavar="PYTHON", help="Python that has nvidia-pytriton: compare with its Triton server")
     parser.add_argument("--load", type=int, help="only send so many requests and compare each answer with the direct forward pass")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     arguments = parser.parse_args()

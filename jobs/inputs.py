@@ -43,7 +43,7 @@ def check_inputs(recipe: Recipe, command: str) -> None:
     _check_lengths(recipe, command)
     if command in MIX_COMMANDS:
         _check_reward_parts(recipe)
-    if command == "evaluate":
+    if command == "evaluate" and recipe.run.storage is None:  # else the model may still be there only
         _check_run_has_ppo_model(Path(recipe.run.dir))
     if recipe.reward.path is not None:
         _check_model(recipe.reward.path, trained=False, writes=False)
@@ -104,7 +104,7 @@ def _check_colocation(recipe: Recipe) -> None:
 def _finds_own_reward_model(recipe: Recipe, command: str) -> bool:
     """PPO and Tune train one for the embedded model; an evaluation takes the one of its run folder."""
     if command == "evaluate":
-        return (Path(recipe.run.dir) / "rm" / "model").is_dir()
+        return recipe.run.storage is not None or (Path(recipe.run.dir) / "rm" / "model").is_dir()
     return recipe.model.path == "embedded"
 
 

@@ -181,7 +181,7 @@ def _key_list(sections: tuple[str, ...]) -> str:
     from app.config.keys import section_keys
 
     lines = ["recipe keys (default): what they are"]
-    for key in section_keys(sections):
+    for key in (leaf for outer in section_keys(sections) for leaf in (outer, *outer.inside())):
         lines.append(f"  --{key.name} ({json.dumps(key.default, default=str)})")
         lines += [f"      {key.description}"] if key.description else []
     return "\n".join(lines) + "\n"

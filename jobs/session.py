@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from app.errors import CorralError, Interrupted
+from app.errors import CorralError, Interrupted, first_line
 
 if TYPE_CHECKING:
     from app.config.recipe import Recipe
@@ -36,36 +36,55 @@ def session(recipe: Recipe, command: str) -> Iterator[Session]:
     from app.run_folder import RunFolder
     from app.trackers.opening import open_services, require_packages
     from app.tracking import RunTracker
-    from app.workers.pending import TRACE
     from app.workers.watchdog import watching
     from jobs import local_ray
     from jobs.inputs import check_inputs, read_data
+    from jobs.run_storage import mirrored
 
     check_feasible(recipe, command, local_ray.cluster_resources(), local_ray.cluster_nodes())
     check_inputs(recipe, command)
     require_packages(recipe.tracking)
-    run = RunFolder.open(recipe, command)
+    with mirrored(recipe) as mirror:
+        run = RunFolder.open(recipe, command, fill=None if mirror is None else mirror.fill)
+        if mirror is not None:
+            mirror.start(run.path)
+        with _ended(run):
+            corpus = read_data(recipe, command, run)
+            services = open_services(recipe, run.path)
+            with (
+                _imported_in_background("app.stages.pipeline"),  # seconds of imports while Ray's own processes start
+                RunTracker(run.path, services=services) as tracker,
+                local_ray.running_ray(run.path / "logs"),
+                watching(run.path / "logs", note=tracker.note, early_share=recipe.run.stacks_after),
+            ):
+                yield Session(run, corpus, tracker)
+    for name in ("summary.json", "report.html"):
+        if (run.path / name).is_file():
+            sys.stdout.write(f"{run.path / name}\n")
+
+
+@contextmanager
+def _ended(run: RunFolder) -> Iterator[None]:
+    """Records how the block ends. Raises Interrupted for Ctrl-C."""
+    from app.workers.pending import TRACE
+
     try:
-        corpus = read_data(recipe, command, run)
-        services = open_services(recipe, run.path)
-        with (
-            _imported_in_background("app.stages.pipeline"),  # seconds of imports while Ray's own processes start
-            RunTracker(run.path, services=services) as tracker,
-            local_ray.running_ray(run.path / "logs"),
-            watching(run.path / "logs", note=tracker.note, early_share=recipe.run.stacks_after),
-        ):
-            yield Session(run, corpus, tracker)
+        yield
     except KeyboardInterrupt as error:
+        run.end_session("interrupted")
         raise Interrupted(f"stopped; {_kept(run)} The same command goes on from there") from error
     except CorralError as error:
+        interrupted = isinstance(error, Interrupted)
+        run.end_session("interrupted" if interrupted else "failed", None if interrupted else str(error))
         if error.exit_code == CorralError.exit_code:  # a failed run, no input to mend
             trace = run.path / TRACE
             trace.parent.mkdir(exist_ok=True)
             trace.write_text(traceback.format_exc())
         raise
-    for name in ("summary.json", "report.html"):
-        if (run.path / name).is_file():
-            sys.stdout.write(f"{run.path / name}\n")
+    except BaseException as error:
+        run.end_session("failed", f"{type(error).__name__}: {first_line(error)}")
+        raise
+    run.end_session("finished")
 
 
 @contextmanager

@@ -3,63 +3,109 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from app.errors import ConfigError
 from jobs.command import Tool
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
+    from app.config.recipe import Recipe
+    from jobs.job_server import JobServer
+    from jobs.packing import Package
 
 COMMANDS = ("pipeline", "sft", "rm", "ppo", "tune", "serve", "evaluate")
-# anchored: a bare `data` would leave out app/data as well
-EXCLUDES = [
-    "/.git",
-    "/.venv",
-    "/runs",
-    "/data",
-    "/docs",
-    "**/__pycache__",
-    "/.mypy_cache",
-    "/.ruff_cache",
-    "/.pytest_cache",
-    "/.hypothesis",
-]
+RUN_KEY = "corral_run"
+"""In a job's metadata: the run folder."""
+ADDRESS_HELP = "URL of the Ray dashboard, such as http://head:8265 (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or this machine)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "words", nargs="+", metavar="[COMMAND] RECIPE", help=f"COMMAND is one of {', '.join(COMMANDS)}; pipeline by default"
     )
-    parser.add_argument(
-        "--address", help="of the Ray dashboard, such as http://head:8265 (default: RAY_API_SERVER_ADDRESS, or this machine)"
-    )
+    parser.add_argument("--address", help=ADDRESS_HELP)
     parser.add_argument(
         "--follow", action=argparse.BooleanOptionalAction, default=True, help="stream the job's output and wait for its end"
+    )
+    parser.add_argument(
+        "--install", metavar="LOCK", help="install the packages of this lock for the job, where the nodes lack them: requirements/cuda.txt"
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, and stop")
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Submit, follow, and return the job's exit code (0 or 1); raises ConfigError for a bad recipe or when no cluster answers."""
+    """Submit, follow, and return the job's exit code; raises ConfigError for bad input or when no cluster answers, CorralError when the
+    cluster is lost."""
     command, path = _command_and_recipe(arguments.words)
     from app.config.loading import load_recipe
+    from jobs.packing import pack
 
     recipe = load_recipe(path, overrides)
-    words = ["python", "-m", "jobs", command, path, *overrides, f"--run.dir={Path(recipe.run.dir).absolute()}"]
+    package = pack(Path.cwd())
+    words = ["python", "-m", "jobs", command, _inside(package, path), *overrides, *located(recipe, package)]
     entrypoint = shlex.join(words)
+    environment = runtime_environment(recipe, package, arguments.install)
     if arguments.dry_run:
-        sys.stdout.write(f"{entrypoint}\n")
+        sys.stdout.write(f"{entrypoint}\n# {len(package.sizes)} files, {package.bytes / 2**20:.1f} MiB\n")
         return 0
-    client = _client(arguments.address)
-    job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": ".", "excludes": EXCLUDES})
+    from jobs.job_server import ask, connect
+
+    server = connect(arguments.address)
+    metadata = {RUN_KEY: str(Path(recipe.run.dir).absolute())}
+    job = ask(lambda: server.submit_job(entrypoint=entrypoint, runtime_env=environment, metadata=metadata))
     sys.stdout.write(f"job {job}: {entrypoint}\n")
     sys.stdout.flush()
-    return _follow(client, job) if arguments.follow else 0
+    return followed(server, job) if arguments.follow else 0
+
+
+def followed(server: JobServer, job: str) -> int:
+    """Show a job's output until it ends; returns its exit code. Ctrl-C leaves the job running, and returns 130."""
+    from jobs.job_server import exit_code, follow, outcome
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    try:
+        info = follow(server, job, write)
+    except KeyboardInterrupt:
+        write(f"\njob {job} goes on: `corral logs {job} --follow` shows it again, `corral stop {job}` stops it\n")
+        return 130
+    write(f"{outcome(job, info)}\n")
+    return exit_code(info)
+
+
+def located(recipe: Recipe, package: Package) -> list[str]:
+    """Overrides that make paths absolute: the run folder, and local data and models that do not go along with the job."""
+    paths = {"run.dir": recipe.run.dir, "model.path": recipe.model.path, "reward.path": recipe.reward.path}
+    if recipe.data.sets:
+        paths |= {f"data.sets.{name}.path": given.path for name, given in recipe.data.sets.items()}
+    else:
+        paths["data.path"] = recipe.data.path
+    return [
+        f"--{key}={Path(path).expanduser().absolute()}"
+        for key, path in paths.items()
+        if path is not None and (key == "run.dir" or (Path(path).expanduser().exists() and not package.holds(Path(path).expanduser())))
+    ]
+
+
+def runtime_environment(recipe: Recipe, package: Package, lock: str | None) -> dict[str, Any]:
+    """The job's Ray runtime environment. Raises ConfigError for a lock that is none."""
+    # a stopped job saves a checkpoint at the end of its step; without this Ray kills it after 3 s
+    variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(int(recipe.run.deadline_seconds))}
+    environment: dict[str, Any] = {"working_dir": str(package.root), "excludes": list(package.excludes), "env_vars": variables}
+    from jobs.packing import missing_modules, packages_of
+
+    if modules := missing_modules(package):
+        environment["py_modules"] = modules
+    if lock is not None:
+        import importlib.metadata
+
+        environment["uv"] = packages_of(Path(lock), importlib.metadata.version("torch").partition("+")[0])
+    return environment
 
 
 def _command_and_recipe(words: list[str]) -> tuple[str, str]:
@@ -70,44 +116,24 @@ def _command_and_recipe(words: list[str]) -> tuple[str, str]:
     raise ConfigError(f"submit takes [COMMAND] RECIPE, with COMMAND one of {', '.join(COMMANDS)}; got: {' '.join(words)}")
 
 
-def _client(address: str | None) -> JobSubmissionClient:
-    from jobs.local_ray import use_token
-
-    use_token()
-    from ray.job_submission import JobSubmissionClient
-
-    try:
-        return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+def _inside(package: Package, recipe: str) -> str:
+    """The recipe's path as the job will find it, relative to the working directory. ConfigError where it does not go along."""
+    if not package.holds(recipe):
         raise ConfigError(
-            f"no Ray cluster answers at {address or 'the default address'} ({reason}): start one with `ray start --head`, or give --address"
-        ) from error
-
-
-def _follow(client: JobSubmissionClient, job: str) -> int:
-    """The job's output as it comes, then its exit code. Ctrl-C stops the job too."""
-
-    async def stream() -> None:
-        async for text in client.tail_job_logs(job):
-            sys.stdout.write(text)
-            sys.stdout.flush()
-
-    try:
-        asyncio.run(stream())
-    except KeyboardInterrupt:
-        client.stop_job(job)
-        raise
-    info = client.get_job_info(job)
-    sys.stdout.write(f"job {job}: {info.status}\n")
-    return info.driver_exit_code or 0 if info.status == "SUCCEEDED" else info.driver_exit_code or 1
+            f"{recipe} does not go along with the job: put it into {package.root}, which is sent, and not under "
+            "what .gitignore, .rayignore or `corral submit` leave out (runs/, data/, docs/)"
+        )
+    return Path(recipe).resolve().relative_to(package.root).as_posix()
 
 
 TOOL = Tool(
     purpose="run a command as a Ray job on a cluster",
     details=(
-        "Packs the current folder, submits `python -m jobs COMMAND RECIPE ...` and follows its output; the exit code is the job's.\n"
-        "A relative run.dir is taken relative to the current folder, so on another machine give a path that its nodes share.\n"
+        "Sends the current folder (at most 100 MiB, without run folders, data/ and what .gitignore and .rayignore name), submits\n"
+        "`python -m jobs COMMAND RECIPE ...` and follows its output; the exit code is the job's. Ctrl-C only stops following:\n"
+        "the job goes on, `corral logs JOB --follow` shows it again and `corral stop JOB` stops it.\n"
+        "A relative run.dir is taken relative to the current folder, and so are data and models that are not sent, so on another\n"
+        "machine give paths that its nodes share, or a run.storage.\n"
         "Authenticates with Ray's token (RAY_AUTH_TOKEN or ~/.ray/auth_token).\n\n"
         "example:\n  ray start --head && corral submit jobs/recipes/tiny/pipeline.toml --run.dir=/shared/demo"
     ),

@@ -7,7 +7,7 @@ arrive a few milliseconds apart never share a pass. Here a batch is closed when 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -23,8 +23,8 @@ RATE_MEMORY = 0.8
 SHORTEST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.05, 60.0
 
 LENGTH_RATIO, SHORT_ROW = 1.5, 32
-"""Rows share a batch where the longer is at most this many times as long as the shorter; rows of up to `SHORT_ROW` tokens cost so
-little that all of them do."""
+"""Padded rows share a batch where the longer is at most this many times as long as the shorter; rows of up to `SHORT_ROW` tokens cost
+so little that all of them do."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,12 @@ class _Waiting(Generic[Item, Answer]):
 class Batcher(Generic[Item, Answer]):
     """Collects items of concurrent callers and computes them together, in one thread beside the event loop.
 
-    An item is one or more rows of tokens, padded to the longest row of its batch. A batch is the item that has waited longest, so
-    that nobody waits for ever, and those of similar length, the most similar first, up to `max_tokens` with the padding (one item
-    alone may exceed it). compute: a batch -> answers in the order of its items; an answer that is an exception belongs to its caller
-    alone. An idle model waits at most `wait_seconds` for more callers. More than `max_waiting` tokens are not held.
+    An item is one or more rows of tokens. A batch is the item that has waited longest, so that nobody waits for ever, and others up
+    to `max_tokens` (one item alone may exceed it): in order of arrival where rows are computed without padding; where `padded` says
+    that all are padded to the longest, those of similar length, the most similar first, and the padding counts.
+
+    compute: a batch -> answers in the order of its items; an answer that is an exception belongs to its caller alone. An idle model
+    waits at most `wait_seconds` for more callers. More than `max_waiting` tokens are not held.
     """
 
     def __init__(
@@ -63,8 +65,10 @@ class Batcher(Generic[Item, Answer]):
         max_tokens: int,
         wait_seconds: float,
         max_waiting: int,
+        padded: Callable[[], bool],
     ) -> None:
         self._compute = compute
+        self._padded = padded
         self._max_tokens = max_tokens
         self._wait_seconds = wait_seconds
         self._max_waiting = max_waiting
@@ -146,15 +150,28 @@ class Batcher(Generic[Item, Answer]):
         oldest, *others = self._waiting
         batch = [oldest]
         if not oldest.alone:
-            rows, longest = oldest.rows, oldest.longest
-            for other in sorted(others, key=lambda other: abs(other.longest - oldest.longest)):  # equal ones stay in order of arrival
-                padded = (rows + other.rows) * max(longest, other.longest)
-                if not other.alone and padded <= self._max_tokens and similar(oldest.longest, other.longest):
-                    batch.append(other)
-                    rows, longest = rows + other.rows, max(longest, other.longest)
+            together = [other for other in others if not other.alone]
+            batch += self._similar(oldest, together) if self._padded() else self._next(oldest, together)
         for waiting in batch:
             self._forget(waiting)
         return batch
+
+    def _next(self, oldest: _Waiting[Item, Answer], others: list[_Waiting[Item, Answer]]) -> Iterator[_Waiting[Item, Answer]]:
+        """Of `others` what fits beside the oldest."""
+        tokens = oldest.tokens
+        for other in others:
+            if tokens + other.tokens <= self._max_tokens:
+                tokens += other.tokens
+                yield other
+
+    def _similar(self, oldest: _Waiting[Item, Answer], others: list[_Waiting[Item, Answer]]) -> Iterator[_Waiting[Item, Answer]]:
+        """Of `others` what fits beside the oldest with the padding, and wastes little on it."""
+        rows, longest = oldest.rows, oldest.longest
+        for other in sorted(others, key=lambda other: abs(other.longest - oldest.longest)):  # equal ones stay in order of arrival
+            padded = (rows + other.rows) * max(longest, other.longest)
+            if padded <= self._max_tokens and similar(oldest.longest, other.longest):
+                rows, longest = rows + other.rows, max(longest, other.longest)
+                yield other
 
     def _forget(self, waiting: _Waiting[Item, Answer]) -> None:
         if waiting in self._waiting:

@@ -23,6 +23,7 @@ from app.errors import ConfigError, ModelError
 from app.models.context import context_of
 from app.models.heads import Precision
 from app.models.load import check_model_folder, load_config, seen_from_anywhere, writes_text
+from app.planning.shapes import shape_from_config
 from app.workers.processes import process_environment
 from app.workers.rollout_engine import DTYPES, ENGINE_VARIABLES, cpu_settings
 from serve import access_log
@@ -162,11 +163,10 @@ def _length(model: ChatModelConfig) -> int:
 def _cache_bytes(config: PretrainedConfig, tokens: int, precision: Precision) -> int:
     """KV cache of one conversation; 0 for models that keep less of it than keys and values of every layer, which vLLM counts itself."""
     text = config.get_text_config()
-    if getattr(text, "sliding_window", None) or getattr(text, "kv_lora_rank", None) or not getattr(text, "num_attention_heads", None):
+    shape = shape_from_config(text.to_dict())
+    if shape is None or getattr(text, "sliding_window", None) or getattr(text, "kv_lora_rank", None):
         return 0
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(tokens * text.num_hidden_layers * 2 * heads * size * DTYPE_BYTES[precision])
+    return tokens * shape.kv_bytes(DTYPE_BYTES[precision])
 
 
 def _front(config: ServingConfig, credentials: Credentials) -> FastAPI:

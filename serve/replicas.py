@@ -74,6 +74,7 @@ class ModelReplica:
             max_tokens=config.batching.max_batch_tokens,
             wait_seconds=config.batching.wait_seconds,
             max_waiting=config.batching.max_waiting_tokens,
+            padded=lambda: not self._loaded.model.packs,
         )
 
     async def infer(self, request: ScoringRequest) -> ScoringAnswer:

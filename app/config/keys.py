@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any, get_args, get_origin
 
 from pydantic import TypeAdapter
+from pydantic.fields import FieldInfo
 
 from app.config.recipe import Recipe
 from app.schema import Config
@@ -25,8 +26,8 @@ class RecipeKey:
 
     @property
     def is_table(self) -> bool:
-        """The value is a table whose keys are free (`ppo.deepspeed.extra`, `tune.space`)."""
-        return get_origin(self.annotation) is dict
+        """The value is a table whose keys are free (`ppo.deepspeed.extra`, `tune.space`), or a section that may be absent."""
+        return get_origin(self.annotation) is dict or self.section is not None
 
     @property
     def is_nested_table(self) -> bool:
@@ -36,9 +37,20 @@ class RecipeKey:
     @property
     def entry(self) -> type[Config] | None:
         """The config class of every entry of a free table; None where the entries are of no such class."""
-        inside = get_args(self.annotation)[1] if self.is_table else None
+        inside = get_args(self.annotation)[1] if get_origin(self.annotation) is dict else None
         inside = getattr(inside, "__origin__", inside)  # out of Annotated[...]
         return inside if isinstance(inside, type) and issubclass(inside, Config) else None
+
+    @property
+    def section(self) -> type[Config] | None:
+        """The config class of a section that may be absent (`ppo.lora`); None for any other key."""
+        return next((part for part in get_args(self.annotation) if isinstance(part, type) and issubclass(part, Config)), None)
+
+    def inside(self) -> Iterator[RecipeKey]:
+        """The leaf keys of a section that may be absent, with the defaults (None: to be given) that they have where it is there."""
+        for name, info in self.section.model_fields.items() if self.section else ():
+            default = None if info.is_required() else info.get_default(call_default_factory=True)
+            yield from _leaf(info, default, (self.name, name))
 
     def accepts(self, value: Any) -> bool:
         """Whether `value` has the key's type (its range is checked with the whole recipe)."""
@@ -62,11 +74,14 @@ def recipe_keys() -> dict[str, RecipeKey]:
 
 def _leaves(config: Config, path: tuple[str, ...]) -> Iterator[RecipeKey]:
     for name, info in type(config).model_fields.items():
-        value = getattr(config, name)
-        if isinstance(value, Config):
-            yield from _leaves(value, (*path, name))
-        else:
-            yield RecipeKey(".".join((*path, name)), info.annotation, value, " ".join((info.description or "").split()))
+        yield from _leaf(info, getattr(config, name), (*path, name))
+
+
+def _leaf(info: FieldInfo, value: Any, path: tuple[str, ...]) -> Iterator[RecipeKey]:
+    if isinstance(value, Config):
+        yield from _leaves(value, path)
+    else:
+        yield RecipeKey(".".join(path), info.annotation, value, " ".join((info.description or "").split()))
 
 
 def section_keys(sections: Iterable[str]) -> list[RecipeKey]:

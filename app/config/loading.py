@@ -194,8 +194,9 @@ def _parse_value(text: str, name: str, key: RecipeKey) -> Any:
 
 
 def _inside_table(key: RecipeKey, inner: str, value: Any, settings: Settings) -> dict[str, Any]:
-    """The free table of `key` with one more entry; several overrides may fill one table."""
-    table: dict[str, Any] = copy.deepcopy(settings[key.name].value) if key.name in settings else {}
+    """The table of `key` with one more entry; several overrides may fill one table."""
+    there = settings[key.name].value if key.name in settings else None
+    table: dict[str, Any] = copy.deepcopy(there) if isinstance(there, dict) else {}
     parts = inner.split(".") if key.is_nested_table else [inner]
     target = table
     for part in parts[:-1]:
@@ -230,9 +231,13 @@ def _describe(error: ValidationError, settings: Settings, source: str) -> str:
     if key is None:  # a rule about a whole section; it carries its own remedy
         return f"{source}: {f'{path}: ' if path else ''}{reason}{more}"
     where = settings[key.name].source if key.name in settings else source
-    if first["type"] == "extra_forbidden" and key.entry is not None:
-        near = difflib.get_close_matches(str(first["loc"][-1]), key.entry.model_fields, n=1)
-        return f"{where}: unknown key {path}: {f'did you mean {near[0]}?' if near else ', '.join(key.entry.model_fields)}{more}"
+    entries = key.entry or key.section
+    if first["type"] == "extra_forbidden" and entries is not None:
+        near = difflib.get_close_matches(str(first["loc"][-1]), entries.model_fields, n=1)
+        return f"{where}: unknown key {path}: {f'did you mean {near[0]}?' if near else ', '.join(entries.model_fields)}{more}"
+    if key.section is not None and first["type"] == "value_error":  # a rule about a whole section, again
+        return f"{where}: {path}: {reason}{more}"
+    key = next((leaf for leaf in key.inside() if leaf.name == path), key)
     value = json.dumps(first["input"], default=str)
     return f"{where}: {path} = {value}: {reason[0].lower() + reason[1:]}; default: {toml_value(key.default)}{more}"
 

@@ -11,7 +11,7 @@ from app.algorithms.algorithm import Algorithm
 from app.algorithms.kl_penalty import KlConfig
 from app.algorithms.shaping import RewardShapingConfig
 from app.algorithms.surrogate import Surrogate, SurrogateConfig
-from app.config.shared import DeepSpeedConfig, OptimizerConfig, WorkersConfig
+from app.config.shared import AdapterConfig, DeepSpeedConfig, OptimizerConfig, WorkersConfig, require_one_way
 from app.schema import Config
 
 
@@ -38,6 +38,22 @@ else:  # a section for every entry of ALGORITHMS, so that a new one needs no lin
         __doc__=ChosenAlgorithm.__doc__,
         **{name: (algorithm.options, algorithm.options()) for name, algorithm in ALGORITHMS.items()},
     )
+
+
+class PolicyAdapterConfig(AdapterConfig):
+    """Low-rank adapters (LoRA) of the policy: a push to the rollout engines carries them alone, the exported model has them merged."""
+
+    embeddings: bool = False
+    """Train the token embeddings and the output head as well; every push then carries them too."""
+
+    @model_validator(mode="after")
+    def _nothing_drops_out(self) -> PolicyAdapterConfig:
+        if self.dropout:
+            raise ValueError(
+                f"ppo.lora.dropout = {self.dropout} trains another policy than the one that sampled, which makes every importance "
+                "ratio wrong: set ppo.lora.dropout = 0"
+            )
+        return self
 
 
 class PpoConfig(Config):
@@ -74,6 +90,11 @@ class PpoConfig(Config):
     reward: RewardShapingConfig = RewardShapingConfig()
     policy: OptimizerConfig = OptimizerConfig(lr=3e-6, eps=1e-5)
     critic: OptimizerConfig = OptimizerConfig(lr=3e-6, eps=1e-5)
+    freeze_layers: int = Field(0, ge=0)
+    """Freeze the embeddings of the policy and this many layers above them; the critic trains whole."""
+    lora: PolicyAdapterConfig | None = None
+    """Train low-rank adapters of the policy instead of its weights; they want a higher `policy.lr`, such as 1e-4. The critic trains
+    whole."""
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     workers: WorkersConfig = WorkersConfig()
     max_logprob_mismatch: float = Field(1e-3, gt=0)
@@ -102,6 +123,7 @@ class PpoConfig(Config):
                 f"each worker gets {rows} rollouts per minibatch, no multiple of ppo.micro_batch_size = "
                 f"{self.micro_batch_size}: choose a divisor of {rows}"
             )
+        require_one_way(self)
         return self
 
     @model_validator(mode="after")
@@ -214,7 +236,7 @@ class ScoringConfig(Config):
     reward: WorkersConfig = WorkersConfig(cpus=0.25)
     reference: WorkersConfig = WorkersConfig(cpus=0.25)
     max_batch_tokens: int = Field(8192, ge=1)
-    """Tokens (with padding) per forward pass."""
+    """Tokens per forward pass, with the padding of models that need it."""
     batch_wait_seconds: float = Field(0.005, ge=0)
     """How long a deployment waits for more callers before it computes."""
     timeout_seconds: float = Field(120.0, gt=0)

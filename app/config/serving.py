@@ -28,7 +28,7 @@ class BatchingConfig(Config):
     """How requests of all callers are put together."""
 
     max_batch_tokens: int = Field(8192, ge=1)
-    """Tokens (with padding) per forward pass."""
+    """Tokens per forward pass, with the padding of models that need it."""
     wait_seconds: float = Field(0.005, ge=0)
     """How long an idle model waits for more callers before it computes."""
     max_waiting_tokens: int = Field(2**22, ge=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,8 @@ class RunConfig(Config):
 
     dir: str = "runs/run"
     """Run folder: everything the run leaves is under it. On several nodes it must be a path that all of them share."""
+    storage: str | None = None
+    """URL (`s3://`, `gs://`, `file:///`) where the run folder is kept too: an empty run.dir, on any machine, goes on from there."""
     seed: int = 1
     """Seed of data generation, data order, initialisation and sampling."""
     resume: bool = True
@@ -28,6 +30,12 @@ class RunConfig(Config):
     all processes are left in the run's logs/, and the error names the file."""
     stacks_after: float | None = Field(0.5, gt=0, lt=1)
     """Share of the deadline after which the same stacks are written while the wait goes on, once per phase; null: never early."""
+
+    @model_validator(mode="after")
+    def _dir_is_local(self) -> RunConfig:
+        if "://" in self.dir:
+            raise ValueError(f"dir = {self.dir} is a URL, and a run works in a local folder: give the URL as run.storage beside a run.dir")
+        return self
 
 
 class ModelConfig(Config):
@@ -73,6 +81,37 @@ class OptimizerConfig(Config):
     """Optimizer steps of linear warm-up from 0."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this global norm."""
+
+
+class AdapterConfig(Config):
+    """Low-rank adapters (LoRA), merged into the model when it is saved."""
+
+    rank: int = Field(16, ge=1)
+    """Rank of each adapter."""
+    alpha: int = Field(32, ge=1)
+    """Adapters are scaled by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout in front of each adapter."""
+    targets: tuple[str, ...] = ()
+    """Linear layers of the trunk to adapt, by the last part of their names; empty takes all."""
+    embeddings: bool = True
+    """Train the token embeddings and the output head as well, which role tokens new to the model need."""
+
+
+class Trainable(Protocol):
+    """Says which parameters of a model are trained: all of them, the upper layers, or low-rank adapters."""
+
+    @property
+    def freeze_layers(self) -> int: ...
+
+    @property
+    def lora(self) -> AdapterConfig | None: ...
+
+
+def require_one_way(config: Trainable) -> None:
+    """Raises ValueError where both ways to train a part are asked for."""
+    if config.freeze_layers and config.lora:
+        raise ValueError("freeze_layers and lora exclude each other: adapters freeze the whole trunk")
 
 
 class DeepSpeedConfig(Config):

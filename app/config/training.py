@@ -6,23 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from app.config.shared import DeepSpeedConfig, OptimizerConfig, WorkersConfig
+from app.config.shared import AdapterConfig, DeepSpeedConfig, OptimizerConfig, WorkersConfig, require_one_way
 from app.schema import Config
-
-
-class AdapterConfig(Config):
-    """Low-rank adapters (LoRA), merged into the model when it is saved."""
-
-    rank: int = Field(16, ge=1)
-    """Rank of each adapter."""
-    alpha: int = Field(32, ge=1)
-    """Adapters are scaled by alpha / rank."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout in front of each adapter."""
-    targets: tuple[str, ...] = ()
-    """Linear layers of the trunk to adapt, by the last part of their names; empty takes all."""
-    embeddings: bool = True
-    """Train the token embeddings and the output head as well, which role tokens new to the model need."""
 
 
 class TrainingConfig(Config):
@@ -71,8 +56,7 @@ class TrainingConfig(Config):
                 f"batch_size = {self.batch_size} is no multiple of micro_batch_size x workers.count = "
                 f"{micro} x {self.workers.count}: choose a multiple of {micro * self.workers.count}"
             )
-        if self.freeze_layers and self.lora:
-            raise ValueError("freeze_layers and lora exclude each other: adapters freeze the whole trunk")
+        require_one_way(self)
         return self
 
     @property

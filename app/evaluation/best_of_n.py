@@ -12,6 +12,7 @@ from typing import Any
 from app.durable import write_json
 from app.evaluation.reply_scores import ReplyScorer
 from app.evaluation.sampling_report import Conversation, PromptResults, SamplingReport, pool
+from app.formats.records import is_usable
 
 Scored = tuple[str, float]
 
@@ -49,11 +50,11 @@ def _statistics(scores: Sequence[float]) -> dict[str, Any]:
 
 
 def sft_rows(choices: Sequence[Choice]) -> list[dict[str, Any]]:
-    """The selected answers as conversations to train on, in the `messages` format; the same answer once, empty ones left out."""
+    """The selected answers as conversations to train on, in the `messages` format; the same answer once, unusable ones left out."""
     rows = []
     for choice in choices:
         prompt = [message.as_dict() for message in choice.conversation]
-        texts = dict.fromkeys(text for text, _ in choice.selected if text.strip())
+        texts = dict.fromkeys(text for text, _ in choice.selected if is_usable(text))
         rows += [{"messages": [*prompt, {"role": "assistant", "content": text}]} for text in texts]
     return rows
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.evaluation.sampling_report import Answer, Conversation, SamplingReport, pool
+from app.formats.records import is_usable
 
 STATE = "ranking"
 NAMESPACE = uuid.uuid5(uuid.NAMESPACE_OID, "corral synthetic trees")
@@ -25,14 +26,14 @@ class SyntheticTrees:
 
 
 def synthetic_trees(reports: Iterable[SamplingReport], *, max_replies: int = 5, lang: str = "en", seed: int = 0) -> SyntheticTrees:
-    """One tree per prompt with at least two distinct answers, of which at most `max_replies` are drawn by `seed`.
+    """One tree per prompt with at least two distinct usable answers, of which at most `max_replies` are drawn by `seed`.
 
     Answers are marked synthetic and name their model and sampling; earlier turns of a prompt stand above them.
     """
     trees: list[dict[str, Any]] = []
     left_out: Counter[str] = Counter()
     for conversation, answers in pool(reports).items():
-        distinct = list({answer.text.strip(): answer for answer in reversed(answers) if answer.text.strip()}.values())[::-1]
+        distinct = list({answer.text.strip(): answer for answer in reversed(answers) if is_usable(answer.text)}.values())[::-1]
         if conversation[0].role == "system":
             left_out["the format has no system message"] += 1
         elif len(distinct) < 2:

@@ -109,6 +109,15 @@ def fault_of(text: str) -> str | None:
     return "holds half a character (a lone surrogate)" if _SURROGATE.search(text) else None
 
 
+def is_usable(text: str) -> bool:
+    """Whether a text is fit for a row: it says something, and has no fault.
+
+    >>> is_usable("Why?"), is_usable(" "), is_usable(chr(0) + "Why?")
+    (True, False, False)
+    """
+    return bool(text.strip()) and fault_of(text) is None
+
+
 @dataclass(frozen=True)
 class Row:
     """One decoded row: where it stood (`line` counts from 1) and its raw text."""

@@ -93,7 +93,7 @@ def sequence_logprobs(
     blank_BR = torch.zeros(pick_BR.shape, dtype=torch.float32, device=ids_BS.device)
     if not pick_BR.any():
         return blank_BR
-    pieces = (_logits_by_rows if _transforms_logits(model) else _logits_by_tokens)(model, ids_BS, attention_BS, pick_BR, chunk)
+    pieces = (_logits_by_rows if transforms_logits(model) else _logits_by_tokens)(model, ids_BS, attention_BS, pick_BR, chunk)
     logprobs = [label_logprobs(logits_nV[None], targets_n[None], temperature)[0] for logits_nV, targets_n in pieces]
     return blank_BR.masked_scatter(pick_BR, torch.cat(logprobs))
 
@@ -112,14 +112,14 @@ def target_logits(
         inputs["segments"] = segment_lengths(positions_BS[0])
     inputs |= {"input_ids": ids_BS, "position_ids": positions_BS}
     pick_BR = targets_BS[:, 1:]
-    if _transforms_logits(model):
+    if transforms_logits(model):
         logits_NV = model(**inputs).logits[:, :-1][pick_BR]
     else:
         logits_NV = model.get_output_embeddings()(model.base_model(**inputs).last_hidden_state[:, :-1][pick_BR])
     return logits_NV, ids_BS[:, 1:][pick_BR]
 
 
-def _transforms_logits(model: PreTrainedModel) -> bool:
+def transforms_logits(model: PreTrainedModel) -> bool:
     """Whether logits are more than what the output head gives."""
     config = model.config.get_text_config()
     return any(getattr(config, key, None) not in (None, 1.0) for key in LOGIT_TRANSFORMS)

@@ -26,6 +26,7 @@ from app.errors import ModelError, first_line
 from app.models.forward import hidden_states
 from app.models.load import DTYPES, check_model_folder, load_config, load_tokenizer
 from app.models.open_assistant import OpenAssistantConfig, load_open_assistant
+from app.models.packed import PackedRow, packed_hidden_states
 from app.models.saving import save_folder
 from app.models.trainable import merged_state
 
@@ -50,7 +51,7 @@ def init_reward_model(path: str, *, seed: int, pooling: Pooling = "last", trust_
         torch.manual_seed(seed)
         model, missing = _load_classifier(path, config, "fp32", trust_remote_code)
     _refuse_missing([name for name in missing if not _of_head(name, model)], path)
-    if not _has_score_head(model):
+    if not has_score_head(model):
         if pooling != "last":
             raise ModelError(f"rm.pooling = {pooling}: {type(model).__name__} scores by its own head; set rm.pooling = last")
     elif missing:
@@ -119,7 +120,7 @@ def reward_offset(model: PreTrainedModel) -> float:
 
 def pooling_of(model: PreTrainedModel) -> Pooling:
     """What a decoder's score head reads; "last" where its config does not say. Raises ModelError."""
-    pooling = getattr(model.config, "pooling", "last") if _has_score_head(model) else "last"
+    pooling = getattr(model.config, "pooling", "last") if has_score_head(model) else "last"
     if pooling not in ("last", "mean"):
         raise ModelError(f"{type(model).__name__}: pooling = {pooling!r} in its config.json is neither last nor mean")
     return cast(Pooling, pooling)
@@ -127,7 +128,7 @@ def pooling_of(model: PreTrainedModel) -> Pooling:
 
 def sequence_scores(model: PreTrainedModel, ids_BS: torch.Tensor, attention_BS: torch.Tensor) -> torch.Tensor:
     """Raw logit of each row, float32 [B] (the offset is not subtracted), whichever way the rows are padded. Carries gradients."""
-    if not _has_score_head(model):
+    if not has_score_head(model):
         return _own_head_scores(model, ids_BS, attention_BS)
     hidden_BSH = hidden_states(model.base_model, ids_BS, attention_BS)
     if pooling_of(model) == "mean":
@@ -137,6 +138,16 @@ def sequence_scores(model: PreTrainedModel, ids_BS: torch.Tensor, attention_BS: 
         last_B = (tokens_S * attention_BS.long()).argmax(-1)
         hidden_BH = hidden_BSH[torch.arange(len(ids_BS), device=ids_BS.device), last_B]
     return _score_head(model)(hidden_BH.to(hidden_BSH.dtype)).squeeze(-1).float()
+
+
+def packed_scores(model: PreTrainedModel, row: PackedRow) -> torch.Tensor:
+    """Raw logit of each sequence of a row, float32 [B]; for models with a `score` head and attention by segment. Raises ModelError."""
+    head, hidden_NH = _score_head(model), packed_hidden_states(model.base_model, row)
+    if pooling_of(model) == "mean":
+        hidden_BH = torch.stack([states.float().mean(0) for states in hidden_NH.split(row.lengths)])
+    else:
+        hidden_BH = hidden_NH[row.last_B]
+    return head(hidden_BH.to(hidden_NH.dtype)).squeeze(-1).float()
 
 
 def _own_head_scores(model: PreTrainedModel, ids_BS: torch.Tensor, attention_BS: torch.Tensor) -> torch.Tensor:
@@ -222,19 +233,20 @@ def _load_classifier(
     return model, {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
 
 
-def _has_score_head(model: PreTrainedModel) -> bool:
+def has_score_head(model: PreTrainedModel) -> bool:
+    """Whether scores come from a linear head over a decoder's states."""
     return isinstance(getattr(model, "score", None), nn.Linear)
 
 
 def _of_head(name: str, model: PreTrainedModel) -> bool:
     """Whether a weight belongs to the classification head; an encoder's pooler does, wherever it stands."""
-    if _has_score_head(model):
+    if has_score_head(model):
         return name == "score.weight"
     return "pooler" in name or not name.startswith(f"{model.base_model_prefix}.")
 
 
 def _score_head(model: PreTrainedModel) -> nn.Linear:
-    if not _has_score_head(model):
+    if not has_score_head(model):
         raise ModelError(
             f"{type(model).__name__} has no linear `score` head over a decoder, so no critic can start from it: PPO needs a reward model "
             "trained from a decoder (GPT-NeoX, Llama, Mistral, Qwen and the like)"

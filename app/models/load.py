@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from httpx2 import HTTPError
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.constants import CONFIG_NAME
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -155,11 +158,26 @@ def _is_classifier(architectures: list[str] | None) -> bool:
 
 def _stored_config(path: str | Path) -> dict[str, Any]:
     """What config.json says, by which no code of the folder is run."""
+    if not Path(path).expanduser().is_dir():
+        _ask_hub(str(path))
     try:
         config: dict[str, Any] = PretrainedConfig.get_config_dict(str(path))[0]
     except (OSError, ValueError) as error:
         raise ModelError(f"model {path}: its config cannot be read ({first_line(error)}); check model.path or the network") from error
     return config
+
+
+def _ask_hub(name: str) -> None:
+    """Raises ModelError at once for a model that is neither in the hub's cache nor on the hub, or where that cannot be reached:
+    Transformers itself goes on trying for half a minute."""
+    if isinstance(try_to_load_from_cache(name, CONFIG_NAME), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, CONFIG_NAME))
+    except (OSError, HTTPError) as error:
+        raise ModelError(
+            f"model {name}: no such folder, and not to be had from the Hugging Face hub ({first_line(error)}); check the path or the network"
+        ) from error
 
 
 def _missing_weights(folder: Path) -> str | None:

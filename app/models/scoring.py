@@ -1,6 +1,10 @@
-"""What scoring computes, wherever it runs: token ids in, scores, log-probs or logits out, in padded passes of sequences of similar length.
+"""What scoring computes, wherever it runs: token ids in, scores, log-probs or logits out.
 
-Shape legend: B sequences of a pass, S tokens of the longest, R = S - 1 predicted tokens, V vocabulary.
+The sequences of a pass stand behind each other in one row, where the model can attend to each of them by itself; otherwise they are
+padded, those of similar length together.
+
+Shape legend: B sequences of a pass, S tokens of the longest, R = S - 1 predicted tokens, V vocabulary; N tokens of all sequences,
+P = N - B predicted ones.
 """
 
 from __future__ import annotations
@@ -18,9 +22,11 @@ from transformers import PreTrainedModel
 from app.config.serving import OUTPUTS, ModelKind, Output
 from app.errors import ModelError, ScoringError
 from app.experience import IntArray
-from app.models.forward import LOGITS_PER_CHUNK, pad_sequences, padded_batches, positions, sequence_logprobs
-from app.models.heads import Precision, load_reward_model, reward_offset, sequence_scores
+from app.models.forward import LOGITS_PER_CHUNK, pad_sequences, padded_batches, positions, sequence_logprobs, transforms_logits
+from app.models.heads import Precision, has_score_head, load_reward_model, packed_scores, reward_offset, sequence_scores
 from app.models.load import load_causal_lm, scores_text, writes_text
+from app.models.packed import pack_sequences, packed_batches, packed_logprobs
+from app.models.segments import attend_by_segment
 
 Answer = np.ndarray[Any, np.dtype[Any]]
 
@@ -39,7 +45,7 @@ WHERE_IT_CAME_FROM = ("_name_or_path", "transformers_version")
 
 
 class ScoringModel:
-    """A loaded model, in evaluation mode. Raises ModelError.
+    """A loaded model, in evaluation mode. Raises ModelError. `packs`: whether its passes hold no padding.
 
     What it gives for a sequence of s tokens, by output: rewards, float32 [1], logit - reward_offset; logprobs, float32 [s - 1],
     log p(ids[t+1] | ids[..t]) of logits divided by `temperature`; logits, float16 [s, V].
@@ -61,6 +67,8 @@ class ScoringModel:
             self.model = load_causal_lm(path, precision, trust_remote_code)
         torch.nn.Module.to(self.model, device)  # in place
         self.path, self.kind = path, kind
+        own_head = kind == "reward" and not has_score_head(self.model)  # an encoder's, which looks for its first token in every row
+        self.packs = not own_head and not transforms_logits(self.model) and attend_by_segment(self.model)
         config = self.model.config.get_text_config()
         self.vocabulary: int = config.vocab_size
         self.context: int | None = getattr(config, "max_position_embeddings", None)
@@ -90,19 +98,33 @@ class ScoringModel:
         if output == "logits":  # which are as large as log-probs are small
             max_batch_tokens = min(max_batch_tokens, max(1, LOGITS_PER_CHUNK // self.vocabulary))
         answers: dict[int, Answer] = {}
-        for rows in padded_batches(sequences, max_batch_tokens):
-            ids_BS, attention_BS = pad_sequences([sequences[row] for row in rows], self._device)
-            answers.update(zip(rows, self.forward(ids_BS, attention_BS, output), strict=True))
+        for rows in (packed_batches if self.packs else padded_batches)(sequences, max_batch_tokens):
+            together = [sequences[row] for row in rows]
+            answers.update(
+                zip(rows, self._packed_pass(together, output) if self.packs else self._padded_pass(together, output), strict=True)
+            )
             on_pass(len(rows))
-            on_padding(ids_BS.numel() - sum(len(sequences[row]) for row in rows))
+            on_padding(0 if self.packs else len(rows) * max(map(len, together)) - sum(map(len, together)))
         if not all(np.isfinite(answer).all() for answer in answers.values()):
             raise ScoringError(f"{self.path}: computed NaN or infinity; check the model folder, or use --model.precision=fp32")
         return [answers[row] for row in range(len(sequences))]
 
     @torch.inference_mode()
-    def forward(self, ids_BS: torch.Tensor, attention_BS: torch.Tensor, output: Output) -> list[Answer]:
-        """Answers of one padded pass."""
-        lengths = attention_BS.sum(-1).tolist()
+    def _packed_pass(self, sequences: Sequence[IntArray], output: Output) -> list[Answer]:
+        row = pack_sequences(sequences, self._device)
+        if output == "rewards":
+            scores_B = packed_scores(self.model, row) - reward_offset(self.model)
+            return list(scores_B[:, None].cpu().numpy())
+        if output == "logprobs":
+            logprobs_P = packed_logprobs(self.model, row, temperature=self._temperature).cpu().numpy()
+            return np.split(logprobs_P, np.cumsum(row.lengths)[:-1] - np.arange(1, len(row.lengths)))
+        logits_NV = self.model(**row.inputs).logits[0].half().cpu()
+        return [logits.numpy() for logits in logits_NV.split(row.lengths)]
+
+    @torch.inference_mode()
+    def _padded_pass(self, sequences: Sequence[IntArray], output: Output) -> list[Answer]:
+        ids_BS, attention_BS = pad_sequences(sequences, self._device)
+        lengths = [len(ids) for ids in sequences]
         if output == "rewards":
             scores_B = sequence_scores(self.model, ids_BS, attention_BS) - reward_offset(self.model)
             return list(scores_B[:, None].cpu().numpy())

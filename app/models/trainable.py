@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
-from app.config.training import AdapterConfig, TrainingConfig
+from app.config.shared import AdapterConfig, Trainable
 from app.errors import ModelError
+from app.models.adapters import ADAPTER, merged_weights
+from app.models.load import load_config
 
-ADAPTER = "default"
-"""The name that peft gives an adapter."""
 
-
-def choose_trainable(model: PreTrainedModel, config: TrainingConfig, *, seed: int) -> None:
+def choose_trainable(model: PreTrainedModel, config: Trainable, *, seed: int) -> None:
     """Freeze or adapt `model`, in place, as `config.freeze_layers` and `config.lora` say. Raises ModelError."""
     if config.lora is not None:
         add_adapters(model, config.lora, seed=seed)
     elif config.freeze_layers:
         freeze_lower_layers(model, config.freeze_layers)
+
+
+def check_trainable(path: str, config: Trainable, *, trust_remote_code: bool = False) -> None:
+    """Raises ModelError where `choose_trainable` would refuse the model in `path`, whose weights are not loaded."""
+    if config.lora is None and not config.freeze_layers:
+        return
+    with torch.device("meta"):
+        trunk = AutoModel.from_config(load_config(path, trust_remote_code), trust_remote_code=trust_remote_code)
+        choose_trainable(trunk, config, seed=0)
 
 
 def freeze_lower_layers(model: PreTrainedModel, count: int) -> None:
@@ -73,15 +79,8 @@ def merged_state(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
 
     The model itself stays as it is. None for a model without adapters, whose own state is what to save.
     """
-    adapters: dict[str, Any] = {name: part for name, part in model.named_modules() if isinstance(part, LoraLayer)}
-    if not adapters:
+    scales = {part.scaling[ADAPTER] for part in model.modules() if isinstance(part, LoraLayer)}
+    if not scales:
         return None
-    merged = {}
-    for name, tensor in model.state_dict().items():
-        owner, found, leaf = name.rpartition(".base_layer.")
-        if found:
-            delta = adapters[owner].get_delta_weight(ADAPTER) if leaf == "weight" else None
-            merged[f"{owner}.{leaf}"] = tensor if delta is None else tensor + delta.to(tensor.dtype)
-        elif not any(name.startswith(f"{adapted}.") for adapted in adapters):
-            merged[name] = tensor
-    return merged
+    (scale,) = scales
+    return dict(merged_weights(model.state_dict().items(), scale))

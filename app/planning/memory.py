@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from app.config.shared import DeepSpeedConfig
-from app.config.training import TrainingConfig
+from app.config.shared import AdapterConfig, DeepSpeedConfig, Trainable
 from app.planning.shapes import ModelShape
 
 Parts = dict[str, int]
@@ -116,6 +115,7 @@ def _gradients(model: Trained, ds: DeepSpeedConfig, width: int, ranks: int) -> i
 def _backward_buffers(model: Trained, ds: DeepSpeedConfig, width: int, on_gpu: bool) -> int:
     """Gradients waiting to be reduced, the largest one on its way there and, under ZeRO 3, parameters gathered for use."""
     largest = width * model.shape.embedding * (2 if model.shape.tied else 1)  # tied: the head's gradient waits for the embeddings'
+    largest = min(largest, width * model.trained)
     if ds.zero_stage == 0:
         return largest
     settings = ds.extra.get("zero_optimization", {})
@@ -189,14 +189,23 @@ def cpu_engine_memory(shape: ModelShape, *, width: int, kv_cache: int) -> Parts:
     return {"weights": width * (shape.parameters + shape.embedding), "kv_cache": kv_cache}
 
 
-def trained_parameters(shape: ModelShape, config: TrainingConfig, parameters: int) -> int:
-    """Parameters with gradients, of `parameters` in all: everything, the upper layers, or adapters with or without the embeddings."""
+def adapter_parameters(shape: ModelShape, lora: AdapterConfig) -> int:
+    """Of adapters beside every linear layer of the trunk."""
+    wide, inner, ends = shape.hidden, shape.intermediate, 2 * shape.queries + 2 * shape.keys
+    split = (4, 3) if shape.kind == "llama" else (2, 2)  # linear layers of attention and MLP that the hidden states enter or leave
+    return shape.layers * lora.rank * (split[0] * wide + ends + split[1] * (wide + inner))
+
+
+def trained_parameters(shape: ModelShape, config: Trainable, parameters: int) -> int:
+    """Parameters with gradients, of a model of `parameters`: everything, the upper layers, or adapters with or without the embeddings."""
     if config.freeze_layers:
         return parameters - shape.embedding - min(config.freeze_layers, shape.layers) * shape.layer
     if config.lora is None:
         return parameters
-    wide, inner, ends = shape.hidden, shape.intermediate, 2 * shape.queries + 2 * shape.keys
-    split = (4, 3) if shape.kind == "llama" else (2, 2)  # linear layers of attention and MLP that the hidden states enter or leave
-    adapted = shape.layers * config.lora.rank * (split[0] * wide + ends + split[1] * (wide + inner))
-    ends_trained = parameters - shape.layers * shape.layer if config.lora.embeddings else 0
-    return adapted + ends_trained
+    return adapter_parameters(shape, config.lora) + (parameters - shape.layers * shape.layer if config.lora.embeddings else 0)
+
+
+def trained_model(shape: ModelShape, config: Trainable, parameters: int, batch: Batch, passes: int = 1) -> Trained:
+    """A model of `parameters` of which `config` says what is trained."""
+    adapters = adapter_parameters(shape, config.lora) if config.lora else 0
+    return Trained(shape, parameters + adapters, trained_parameters(shape, config, parameters), batch, passes)

@@ -24,7 +24,7 @@ from app.planning.memory import (
     engine_memory,
     scoring_memory,
     total,
-    trained_parameters,
+    trained_model,
     training_memory,
 )
 from app.planning.packing import Request, Strategy
@@ -101,8 +101,8 @@ class Roles:
         models, loaded = [], 0
         if shape is not None:
             parameters = shape.trunk if reward_model else shape.parameters
-            trained = trained_parameters(shape, config, parameters)
-            models = [Trained(shape, parameters, trained, Batch(rows, length, 0 if reward_model else rows * (length - 1)))]
+            batch = Batch(rows, length, 0 if reward_model else rows * (length - 1))
+            models = [trained_model(shape, config, parameters, batch)]
             loaded = (FLOAT32 if reward_model else self.width) * parameters
         memory = training_memory(models, config.deepspeed, width=self.width, ranks=config.workers.count, on_gpu=config.workers.gpus > 0)
         return self._training_role(name, f"{name}.workers", config.workers, memory, loaded)
@@ -119,7 +119,7 @@ class Roles:
         models = []
         if policy is not None:
             batch = Batch(rows, length, rows * recipe.rollout.max_new_tokens)
-            models.append(Trained(policy, policy.parameters, policy.parameters, batch, passes))
+            models.append(trained_model(policy, ppo, policy.parameters, batch, passes))
         if critic is not None and ppo.make_algorithm().has_critic:
             models.append(Trained(critic, critic.trunk, critic.trunk, Batch(rows, length), passes))
         memory = training_memory(models, ppo.deepspeed, width=self.width, ranks=ppo.workers.count, on_gpu=ppo.workers.gpus > 0)

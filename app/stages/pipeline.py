@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from app.config.loading import with_values
 from app.config.recipe import Recipe
 from app.data.corpus import Corpus
+from app.errors import ModelError
 from app.models.load import seen_from_anywhere, writes_text
+from app.models.trainable import check_trainable
 from app.planning.placement import engines_load_early
 from app.report import write_report
 from app.run_folder import MODEL, RunFolder
@@ -53,6 +55,17 @@ class Pipeline:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._open.close()
         self._memory.__exit__(kind, error, trace)
+
+    def check_trainable(self, *stages: Literal["sft", "ppo"]) -> None:
+        """Raises ModelError that names the stage, before anything is trained, where the model has not the layers that are to be frozen
+        or adapted."""
+        for stage in stages:
+            try:
+                check_trainable(
+                    self.prepared.model_path, getattr(self.recipe, stage), trust_remote_code=self.recipe.model.trust_remote_code
+                )
+            except ModelError as error:
+                raise ModelError(f"{stage}: {error}") from error
 
     @cached_property
     def prompts(self) -> PromptSets:
@@ -164,6 +177,7 @@ class Pipeline:
 def run_sft(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker) -> dict[str, Any]:
     """`corral sft`. Returns the summary."""
     with Pipeline(recipe, run, corpus, tracker) as pipeline:
+        pipeline.check_trainable("sft")
         pipeline.sft()
         return pipeline.summarise()
 
@@ -178,6 +192,7 @@ def run_rm(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker) 
 def run_ppo(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker, start_scoring: StartScoring) -> dict[str, Any]:
     """`corral ppo`. Returns the summary."""
     with Pipeline(recipe, run, corpus, tracker) as pipeline:
+        pipeline.check_trainable("ppo")
         sft_path = pipeline.sft_model()
         pipeline.ppo(sft_path, pipeline.given_reward_model(sft_path), start_scoring)
         return pipeline.summarise()
@@ -186,6 +201,7 @@ def run_ppo(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker,
 def run_pipeline(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker, start_scoring: StartScoring) -> dict[str, Any]:
     """`corral pipeline`. Returns the summary."""
     with Pipeline(recipe, run, corpus, tracker) as pipeline:
+        pipeline.check_trainable("sft", "ppo")
         sft_path = pipeline.sft()
         pipeline.ppo(sft_path, pipeline.reward_model(sft_path), start_scoring)
         return pipeline.summarise()

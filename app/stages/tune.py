@@ -166,6 +166,7 @@ def run_tune(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker
     """
     space = search_space(recipe.tune)
     with Pipeline(recipe, run, corpus, tracker) as pipeline:
+        pipeline.check_trainable("ppo")
         sft_path = pipeline.sft_model()
         reward_path = pipeline.given_reward_model(sft_path)
         pipeline.close_engines()  # trials bring their own, in their own placement groups

@@ -183,20 +183,22 @@ def optimizer_step(engine: DeepSpeedEngine) -> float | None:
     return float(engine.get_global_grad_norm() if norm is None else norm)
 
 
-def full_parameters(engine: DeepSpeedEngine) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter once (tied ones under their first name) with its full, detached tensor, under any ZeRO stage.
+def full_parameters(
+    engine: DeepSpeedEngine, wanted: Callable[[str, torch.nn.Parameter], bool] = lambda name, parameter: True
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every wanted parameter once (tied ones under their first name) with its full, detached tensor, under any ZeRO stage.
 
     Under ZeRO 3 each step of the iteration is a collective: every worker has to iterate to the end. The tensor is only
     valid until the next step; copy what is to be kept.
     """
-    sharded = engine.zero_optimization_stage() == 3
+    parameters = [(name, parameter) for name, parameter in engine.module.named_parameters() if wanted(name, parameter)]
+    if engine.zero_optimization_stage() != 3:
+        yield from ((name, parameter.detach()) for name, parameter in parameters)
+        return
     deepspeed = import_deepspeed()
-    for name, parameter in engine.module.named_parameters():
-        if sharded:
-            with deepspeed.zero.GatheredParameters([parameter]):
-                yield name, parameter.detach().clone()
-        else:
-            yield name, parameter.detach()
+    for name, parameter in parameters:
+        with deepspeed.zero.GatheredParameters([parameter]):
+            yield name, parameter.detach().clone()
 
 
 @contextmanager

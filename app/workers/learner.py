@@ -23,9 +23,8 @@ from app.data.batch_order import PassLimit, RowShape, micro_batches
 from app.errors import LearnerError, NonFiniteError
 from app.experience import Experience, FloatArray, IntArray, Minibatch, PolicyOutputs, TokenBatch, Totals
 from app.numerics import gather_response
+from app.workers.pushed_policy import PolicyOutbox, PushedPolicy
 from app.workers.stacks import write_stacks_on_signal
-
-BUCKET_BYTES = 64 * 2**20  # weights travel in pieces of about this size
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,12 @@ class LearnerWorker:
 
     def start(self, spec: LearnerSpec, rank: int, world: int, address: tuple[str, int]) -> None:
         """Join the process group and build the engines."""
+        from app.models.adapters import scale_of
         from app.models.heads import ValueModel
         from app.models.load import load_causal_lm
         from app.models.policy import PolicyModel
         from app.models.segments import attend_by_segment
+        from app.models.trainable import choose_trainable
         from app.workers.deepspeed_engine import import_deepspeed, start_engine
 
         config = spec.config
@@ -101,7 +102,9 @@ class LearnerWorker:
 
         language_model = load_causal_lm(spec.policy_path, "fp32", spec.trust_remote_code)  # DeepSpeed casts and keeps float32 masters
         packs = config.packing and attend_by_segment(language_model)
+        choose_trainable(language_model, config, seed=spec.seed)
         self._policy = engine(PolicyModel(language_model), config.policy)
+        self._outbox = PolicyOutbox(self._policy, scale=scale_of(config.lora) if config.lora else None, sends=rank == 0)
         self._critic: Any = None
         if self._algorithm.has_critic:
             critic = ValueModel.from_reward_model(spec.critic_path, trust_remote_code=spec.trust_remote_code)
@@ -243,29 +246,13 @@ class LearnerWorker:
             answers.append(logprobs_BT[0].cpu().numpy())
         return answers
 
-    def weight_buckets(self) -> list[ray.ObjectRef[Any]]:
-        """Rank 0: the policy's full weights in Ray's object store, in buckets of name -> array. Collective."""
-        buckets: list[ray.ObjectRef[Any]] = []
-        bucket: dict[str, np.ndarray[Any, Any]] = {}
-        size = 0
-        for name, tensor in self.policy_parameters():
-            if self._rank:
-                continue
-            bucket[name] = tensor.float().cpu().numpy()
-            size += bucket[name].nbytes
-            if size >= BUCKET_BYTES:
-                buckets.append(ray.put(bucket))
-                bucket, size = {}, 0
-        if bucket:
-            buckets.append(ray.put(bucket))
-        return buckets
+    def pushed_policy(self) -> PushedPolicy:
+        """The policy as rank 0 puts it into Ray's object store. Collective."""
+        return self._outbox.push()
 
     def policy_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Full parameters of the language model under its own names. Collective under ZeRO 3."""
-        from app.workers.deepspeed_engine import full_parameters
-
-        for name, tensor in full_parameters(self._policy):
-            yield name.removeprefix("language_model."), tensor
+        """Full parameters of the language model under its own names, adapters merged. Collective under ZeRO 3."""
+        return self._outbox.merged()
 
     def connect_nccl(self, engines: Sequence[Any], tensor_parallel: int, address: tuple[str, int]) -> None:
         """Open the NCCL group of rank 0 and all engine workers."""
@@ -280,9 +267,12 @@ class LearnerWorker:
     def save(self, folder: str) -> None:
         """Every engine and every rank's random state. Collective."""
         from app.workers.deepspeed_engine import save_engine
+        from app.workers.ppo_checkpoint import describe_adapters
 
         for name, engine in self._engines():
             save_engine(engine, Path(folder) / name, {})
+        if self._rank == 0:
+            describe_adapters(Path(folder), self._spec.config.lora)
 
     def load(self, folder: str) -> None:
         """Restore `save`. Raises CheckpointError if a part is missing."""

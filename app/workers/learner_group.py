@@ -18,6 +18,7 @@ from app.experience import Experience, FloatArray, IntArray, TokenBatch
 from app.workers.learner import LearnerSpec, LearnerWorker
 from app.workers.pending import collect
 from app.workers.processes import process_options
+from app.workers.pushed_policy import PushedPolicy
 
 LOST_SECONDS = 30.0
 """How long a rank that answers nothing, because it works or hangs, is given to turn out to be dead: Ray takes so long to see that a
@@ -67,8 +68,8 @@ class RayLearner:
     def logprobs(self, sequences: Sequence[IntArray]) -> list[FloatArray]:
         return self._each("logprobs", list(sequences), failure=WeightPushError)[0]
 
-    def weight_buckets(self) -> list[ray.ObjectRef[Any]]:
-        return self._each("weight_buckets", failure=WeightPushError)[0]
+    def pushed_policy(self) -> PushedPolicy:
+        return self._each("pushed_policy", failure=WeightPushError)[0]
 
     def connect_nccl(self, engines: Sequence[Any], *, tensor_parallel: int) -> None:
         address = self._each("address")[0]

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 
 from app.checkpoint import CheckpointStore
-from app.durable import MANIFEST, read_json
+from app.config.shared import AdapterConfig
+from app.durable import MANIFEST, read_json, write_json
 from app.errors import CheckpointError
+from app.models.adapters import merged_weights, scale_of
 from app.workers.deepspeed_engine import saved_weights
+from app.workers.pushed_policy import LANGUAGE_MODEL
 
 POLICY = "policy"
-PREFIX = "language_model."
+ADAPTERS = "adapters.json"
 
 
 def find_checkpoint(path: Path) -> Path | None:
@@ -24,10 +27,18 @@ def find_checkpoint(path: Path) -> Path | None:
     return saved.path if saved and (saved.path / POLICY).is_dir() else None
 
 
+def describe_adapters(checkpoint: Path, lora: AdapterConfig | None) -> None:
+    """Write beside a policy with adapters how they are scaled, which their weights do not say."""
+    if lora is not None:
+        write_json(checkpoint / POLICY / ADAPTERS, {"scale": scale_of(lora)})
+
+
 def policy_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The language model's weights under its own names, float32. Raises CheckpointError."""
-    weights = saved_weights(checkpoint / POLICY)
-    return {name.removeprefix(PREFIX): tensor for name, tensor in weights.items() if name.startswith(PREFIX)}
+    """The language model's weights under its own names, adapters merged, float32. Raises CheckpointError."""
+    saved = saved_weights(checkpoint / POLICY)
+    weights = {name.removeprefix(LANGUAGE_MODEL): tensor for name, tensor in saved.items() if name.startswith(LANGUAGE_MODEL)}
+    adapters = checkpoint / POLICY / ADAPTERS
+    return dict(merged_weights(weights.items(), read_json(adapters)["scale"])) if adapters.is_file() else weights
 
 
 def starting_policy(checkpoint: Path) -> str:

@@ -16,7 +16,8 @@ from app.config.ppo import RolloutConfig
 from app.errors import EngineDiedError, RolloutError
 from app.experience import FinishReason, FloatArray, IntArray, Prompt, Rollout
 from app.workers.pending import collect
-from app.workers.rollout_engine import RolloutEngine, Sampled, Weights, engine_options, uses_nccl
+from app.workers.pushed_policy import PushedPolicy
+from app.workers.rollout_engine import RolloutEngine, Sampled, engine_options, uses_nccl
 from app.workers.watchdog import late, patiently
 
 Note = Callable[[str], None]
@@ -65,10 +66,10 @@ class VllmRolloutPool:
     def logprobs(self, sequences: Sequence[IntArray]) -> list[FloatArray]:
         return self.each("logprobs", list(sequences))[0]
 
-    def load(self, buckets: Sequence[ray.ObjectRef[Weights]], version: int) -> None:
+    def load(self, policy: PushedPolicy, version: int) -> None:
         """Give every engine new weights, through Ray's object store. They stay there for engines that start later."""
-        self._current = ("load_buckets", (buckets, version))
-        self.each("load_buckets", buckets, version)
+        self._current = ("load_policy", (policy, version))
+        self.each("load_policy", policy, version)
 
     def load_folder(self, path: str, version: int) -> None:
         """Give every engine the weights of a Hugging Face folder of the same architecture. Needs rollout.transfer = object_store."""
@@ -102,23 +103,28 @@ class VllmRolloutPool:
     def replace(self, k: int, lost: Any) -> Any:
         """The engine in place k after `lost` has died: a new one with the current weights, started unless somebody did before.
 
-        Raises RolloutError once `rollout.max_restarts` engines were lost.
+        Where that one dies too before it has them, as on a node of which Ray does not know yet that it is gone, the next one is
+        started. Raises RolloutError once `rollout.max_restarts` engines were lost.
         """
         if self.engines[k] is not lost:
             return self.engines[k]
-        if not self._restarts_left:
-            raise RolloutError(
-                f"rollout engine {k} died and cannot be replaced (rollout.max_restarts is used up, or weights go over NCCL): "
-                "look at its last lines under the run's logs/; the same command goes on from the last checkpoint"
-            )
-        self._restarts_left -= 1
-        self._note(f"rollout engine {k} died; starting another one ({self._restarts_left} more may be lost)")
-        ray.kill(lost)
-        engine = self._start(k)
         method, args = self._current
-        collect([getattr(engine, method).remote(*args)], **self._waiting("restart"))
-        self.engines[k] = engine
-        return engine
+        while True:
+            if not self._restarts_left:
+                raise RolloutError(
+                    f"rollout engine {k} died and cannot be replaced (rollout.max_restarts is used up, or weights go over NCCL): "
+                    "look at its last lines under the run's logs/; the same command goes on from the last checkpoint"
+                )
+            self._restarts_left -= 1
+            self._note(f"rollout engine {k} died; starting another one ({self._restarts_left} more may be lost)")
+            ray.kill(lost)
+            lost = self._start(k)
+            try:
+                collect([getattr(lost, method).remote(*args)], **self._waiting("restart"), died=EngineDiedError)
+            except EngineDiedError:
+                continue
+            self.engines[k] = lost
+            return lost
 
     def _answer(self, k: int, engine: Any, call: ray.ObjectRef[Any], method: str, args: tuple[Any, ...]) -> Any:
         while True:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import ray
 
 from app.config.ppo import RolloutConfig
 from app.config.shared import WorkersConfig
 from app.errors import RolloutError
 from app.experience import FloatArray, IntArray
 from app.workers.processes import process_options
+from app.workers.pushed_policy import PushedPolicy, Weights
 from app.workers.stacks import write_stacks_on_signal
 from app.workers.step_loop import StepLoop
 
@@ -34,7 +34,6 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 ENGINE_VARIABLES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
 """The environment that vLLM reads while it is imported."""
 
-Weights = Mapping[str, np.ndarray[Any, Any]]  # parameter name -> array
 T = TypeVar("T")
 
 
@@ -93,12 +92,12 @@ class RolloutEngine:
         found = {place: output.prompt_logprobs async for place, output in self._outputs(sequences, [settings] * len(sequences))}
         return [_of_tokens(found[place][1:], ids[1:]) for place, ids in enumerate(sequences)]  # no distribution before the first token
 
-    async def load_buckets(self, buckets: Sequence[ray.ObjectRef[Weights]], version: int) -> None:
-        """Replace all weights by the given buckets; tokens from here on carry `version`.
+    async def load_policy(self, policy: PushedPolicy, version: int) -> None:
+        """Replace all weights by those of `policy`; tokens from here on carry `version`.
 
         What happens to requests in flight is `rollout.in_flight`.
         """
-        await self._load(lambda: ray.get(list(buckets)), version)
+        await self._load(policy.weights, version)
 
     async def load_folder(self, path: str, version: int) -> None:
         """Replace all weights by those of a Hugging Face folder of the same architecture. Needs rollout.transfer = object_store."""

@@ -57,7 +57,6 @@ class Window:
 
 def train_worker(job: TrainingJob) -> WorkerOutcome:
     """The function that Ray Train runs on every rank."""
-    write_stacks_on_signal(f"training rank {dist.get_rank()}")
     try:
         return TrainingLoop(job).run()
     except (NonFiniteError, CheckpointError, ConfigError) as error:  # every rank raises it at the same point, and would after a restart
@@ -74,6 +73,7 @@ class TrainingLoop:
         torch.set_num_threads(job.config.workers.threads)
         job.events.stop_requested()  # the first call only places the order; by the first step the answer may be there
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        write_stacks_on_signal(f"training rank {self.rank}")
         self.device: torch.device = ray.train.torch.get_device()
         self.checkpoints = SharedCheckpoints(job.checkpoint_folder, self.config.keep_checkpoints, self.device)
         saved = self.checkpoints.newest()
@@ -97,6 +97,8 @@ class TrainingLoop:
         if saved is not None:
             state = load_engine(self.engine, saved)
             self.progress, self.window = Progress(**state["progress"]), Window(**state["window"])
+            if self.config.keep_best and math.isfinite(self.progress.best_loss):
+                self.look_for_best()
 
     def run(self) -> WorkerOutcome:
         """Train to the last step, out of patience, or to a stop request, which alone leaves no model."""
@@ -263,6 +265,14 @@ class TrainingLoop:
                 write_json(unfinished / HELD_OUT, {"step": self.progress.step, "metrics": self.progress.evaluated})
                 replace_folder(target, unfinished)
         dist.barrier()
+
+    def look_for_best(self) -> None:
+        """Judge anew where the best model did not come along with the checkpoint. Collective."""
+        if self.rank == 0:
+            settle_folder(self.best_folder)
+        dist.barrier()
+        if not any((folder / HELD_OUT).is_file() for folder in (self.best_folder, self.job.model_folder)):
+            self.progress.best_loss, self.progress.stale, self.progress.evaluated_step = math.inf, 0, -1
 
     def take_best(self) -> dict[str, float]:
         """Make the best model the stage's model; returns its held-out metrics. Collective.

@@ -1,8 +1,8 @@
 """The learner's policy weights into the rollout engines, through vLLM's own weight-transfer interface.
 
-Two ways: the object store (works everywhere: the arrays that rank 0 gathers are put into Ray's object store in buckets
-and every engine reads them from there) and NCCL (engines that own their GPUs). Either way the push ends with a check:
-both sides compute the log-probs of canary sequences, and they must agree.
+Two ways: the object store (works everywhere: see `app.workers.pushed_policy`; what is not trained travels once) and NCCL (engines
+that own their GPUs; the whole policy each time, adapters merged). Either way the push ends with a check: both sides compute the
+log-probs of canary sequences, and they must agree.
 """
 
 from __future__ import annotations
@@ -121,15 +121,17 @@ class WeightPublisher:
             learner.connect_nccl(pool.engines, tensor_parallel=nccl_tensor_parallel)
 
     def publish(self, version: int) -> dict[str, float]:
-        began = time.perf_counter()
+        began, metrics = time.perf_counter(), dict[str, float]()
         if self._nccl:
             self._learner.broadcast_nccl()
             self._pool.label(version)
         else:
-            self._pool.load(self._learner.weight_buckets(), version)
+            policy = self._learner.pushed_policy()
+            self._pool.load(policy, version)
+            metrics = {"push/bytes": float(policy.bytes), "push/share": policy.share}
         pushed = time.perf_counter()
-        mismatch = self._verify(version)
-        return {"push/seconds": pushed - began, "push/verify_seconds": time.perf_counter() - pushed, "push/canary_mismatch": mismatch}
+        metrics |= {"push/canary_mismatch": self._verify(version)}
+        return metrics | {"push/seconds": pushed - began, "push/verify_seconds": time.perf_counter() - pushed}
 
     def _verify(self, version: int) -> float:
         expected = self._learner.logprobs(self._canaries)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from app.config.ppo import PpoConfig, RolloutConfig
+from app.config.ppo import PolicyAdapterConfig, PpoConfig, RolloutConfig
 from app.config.shared import DeepSpeedConfig, OptimizerConfig, WorkersConfig
 from app.errors import WeightPushError
 from app.experience import Experience, Prompt, Rollout, TokenBatch, pad_rows
@@ -62,10 +62,17 @@ def test_push(make: Callable[[Path], str], zero_stage: int, tmp_path: Path) -> N
     rng = np.random.default_rng(0)
     prompts = [Prompt(str(i), "", rng.integers(4, VOCABULARY, size=5 + i, dtype=np.int32)) for i in range(8)]
     spec = LearnerSpec(policy, reward, "fp32", 1.0, config)
-    with (
-        rollout_pool(policy, rollout, precision="fp32", max_prompt_length=64, eos_ids=[1], seed=0, deadline_seconds=300) as pool,
-        learner_group(spec, deadline_seconds=300) as learner,
-    ):
+    with rollout_pool(policy, rollout, precision="fp32", max_prompt_length=64, eos_ids=[1], seed=0, deadline_seconds=300) as pool:
+        canaries = check_whole_policy(spec, pool, rollout, prompts, tmp_path)
+        check_adapters(spec, pool, prompts, canaries)
+
+
+def check_whole_policy(
+    spec: LearnerSpec, pool: VllmRolloutPool, rollout: RolloutConfig, prompts: list[Prompt], tmp_path: Path
+) -> list[np.ndarray]:
+    """Every weight is trained and pushed. Returns sequences that engine and learner were compared on."""
+    policy, config = spec.policy_path, spec.config
+    with learner_group(spec, deadline_seconds=300) as learner:
         pool.ready()
         learner.ready()
         rollouts = pool.submit(prompts, seed=1).result()
@@ -81,7 +88,9 @@ def test_push(make: Callable[[Path], str], zero_stage: int, tmp_path: Path) -> N
         publisher = WeightPublisher(learner, pool, canaries, limit=LIMIT, nccl_tensor_parallel=None)
         with pytest.raises(WeightPushError, match="policy version 1"):
             publisher._verify(1)  # the engine still holds the old weights, and that is noticed
-        assert publisher.publish(1)["push/canary_mismatch"] < LIMIT
+        pushed = publisher.publish(1)
+        assert pushed["push/canary_mismatch"] < LIMIT
+        assert pushed["push/share"] == 1
         after = pool.logprobs(canaries)
         assert canary_mismatch(before, after) > 100 * LIMIT
         again = pool.submit(prompts, seed=1).result()
@@ -95,7 +104,26 @@ def test_push(make: Callable[[Path], str], zero_stage: int, tmp_path: Path) -> N
         pool.load_folder(str(tmp_path / "exported"), 2)
         assert canary_mismatch(pool.logprobs(canaries), learner.logprobs(canaries)) < LIMIT
         check_push_between_two_tokens(pool, learner, prompts)
-        check_replaced_engine(pool, learner, prompts, canaries)
+    return canaries
+
+
+def check_adapters(spec: LearnerSpec, pool: VllmRolloutPool, prompts: list[Prompt], canaries: list[np.ndarray]) -> None:
+    """Adapters are trained; from the second push on they are all that travels, and an engine that starts later has them too."""
+    config = spec.config.model_copy(update={"lora": PolicyAdapterConfig(rank=2), "workers": WorkersConfig(cpus=0.5)})
+    with learner_group(replace(spec, config=config), deadline_seconds=300) as learner:
+        learner.ready()
+        publisher = WeightPublisher(learner, pool, canaries, limit=LIMIT, nccl_tensor_parallel=None)
+        whole = publisher.publish(4)
+        before = pool.logprobs(canaries)
+        assert canary_mismatch(before, [direct_logprobs(spec.policy_path, ids) for ids in canaries]) < LIMIT  # new adapters add nothing
+        experience = experience_of(pool.submit(prompts, seed=1).result(), learner)
+        assert float((experience.proximal_BT - experience.behaviour_BT).abs().max()) < LIMIT
+        learner.update(config.make_algorithm().credit(experience, kl_coef=0.0), seed=0)
+        adapters = publisher.publish(5)
+        assert adapters["push/canary_mismatch"] < LIMIT
+        assert canary_mismatch(before, pool.logprobs(canaries)) > 100 * LIMIT
+        assert adapters["push/share"] < 0.1 < 1 < whole["push/share"]
+        check_replaced_engine(pool, learner, prompts, canaries, version=5)
 
 
 def check_rollouts(pool: VllmRolloutPool, rollouts: list[Rollout], prompts: list[Prompt], policy: str) -> None:
@@ -116,14 +144,16 @@ def check_push_between_two_tokens(pool: VllmRolloutPool, learner: RayLearner, pr
     """Unfinished responses go on under the new weights, and every token is labelled with the version that sampled it."""
     sampling = pool.submit(prompts * 40, seed=1)
     next(sampling.finished())  # more than fit into the engine at a time: the others are on their way
-    pool.load(learner.weight_buckets(), 3)
+    pool.load(learner.pushed_policy(), 3)
     rollouts = sampling.result()
     assert {version for rollout in rollouts for version in rollout.versions.tolist()} == {2, 3}
     assert all((np.diff(rollout.versions) >= 0).all() for rollout in rollouts)
     assert any(rollout.versions[0] < rollout.versions[-1] for rollout in rollouts)
 
 
-def check_replaced_engine(pool: VllmRolloutPool, learner: RayLearner, prompts: list[Prompt], canaries: list[np.ndarray]) -> None:
+def check_replaced_engine(
+    pool: VllmRolloutPool, learner: RayLearner, prompts: list[Prompt], canaries: list[np.ndarray], *, version: int
+) -> None:
     """An engine killed while it samples costs nothing but time: its successor has the current weights and samples the same."""
     undisturbed = pool.submit(prompts, seed=4).result()
     sampling = pool.submit(prompts, seed=4)
@@ -131,7 +161,7 @@ def check_replaced_engine(pool: VllmRolloutPool, learner: RayLearner, prompts: l
     os.kill(process, signal.SIGKILL)
     assert [rollout.ids.tolist() for rollout in sampling.result()] == [rollout.ids.tolist() for rollout in undisturbed]
     assert pool.each("pid") != [process]
-    assert {rollout.policy_version for rollout in sampling.result()} == {3}
+    assert {rollout.policy_version for rollout in sampling.result()} == {version}
     assert canary_mismatch(pool.logprobs(canaries), learner.logprobs(canaries)) < LIMIT
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from app.config.keys import nearest_key, recipe_keys
 from app.config.loading import load_recipe, resolved, to_toml, with_values
+from app.config.ppo import PolicyAdapterConfig
 from app.config.recipe import Recipe
 from app.errors import ConfigError
 
@@ -72,6 +73,15 @@ def test_free_tables_take_any_key(recipe: Path) -> None:
     assert list(loaded.tune.space) == ["ppo.kl.coef"]
 
 
+def test_a_section_that_may_be_absent_is_there_once_one_of_its_keys_is_given(recipe: Path, tmp_path: Path) -> None:
+    assert load_recipe(recipe).ppo.lora is None
+    loaded = load_recipe(recipe, ["--ppo.lora.rank=4", '--ppo.lora.targets=["q_proj"]'])
+    assert loaded.ppo.lora == PolicyAdapterConfig(rank=4, targets=("q_proj",))
+    base = write(tmp_path / "lora.toml", "[ppo.lora]\nrank = 2\nalpha = 8\n")
+    assert load_recipe(base, ["--ppo.lora.rank=4"]).ppo.lora == PolicyAdapterConfig(rank=4, alpha=8)
+    assert load_recipe(base, ["--ppo.lora=null"]).ppo.lora is None
+
+
 def test_resolved_recipe_reads_back(recipe: Path, tmp_path: Path) -> None:
     loaded = load_recipe(recipe, ['--tune.space.ppo.epochs={type = "choice", values = [1, 2]}', "--ppo.reward.missing_eos_score=null"])
     assert load_recipe(write(tmp_path / "again.toml", to_toml(loaded))) == loaded
@@ -79,6 +89,7 @@ def test_resolved_recipe_reads_back(recipe: Path, tmp_path: Path) -> None:
 
 def test_with_values_checks_the_whole_recipe() -> None:
     assert with_values(Recipe(), {"ppo.kl.coef": 0.3}).ppo.kl.coef == 0.3
+    assert with_values(Recipe(), {"ppo.lora.rank": 4}).ppo.lora == PolicyAdapterConfig(rank=4)
     with pytest.raises(ConfigError, match="multiple of"):
         with_values(Recipe(), {"ppo.minibatches": 7})
 
@@ -105,6 +116,9 @@ def test_with_values_checks_the_whole_recipe() -> None:
         ("--ppo.samples_per_prompt=5", ["ppo.batch_size = 64 is no multiple", "choose 60"]),
         ("--ppo.kl.controller=adaptive", ["has no target", "nats per sequence"]),
         ("--ppo.kl.place=both_sides", ["ppo.kl.place"]),
+        ("--ppo.lora.rnk=4", ["unknown key ppo.lora.rnk", "did you mean rank?"]),
+        ("--ppo.lora.rank=0", ["ppo.lora.rank = 0", "greater than or equal to 1", "default: 16"]),
+        ("--ppo.lora.dropout=0.1", ["ppo.lora", "importance ratio", "set ppo.lora.dropout = 0"]),
         ("--ppo.reward.overlong_buffer=65", ["longer than rollout.max_new_tokens = 64"]),
         ("--tune.space.ppo.kl.cof={type='choice', values=[1]}", ["tune.space", "did you mean ppo.kl.coef?"]),
         ("--tune.space.ppo.kl.coef={type='choice', values=[0.1, -1]}", ["tune.space", "ppo.kl.coef = -1"]),
@@ -124,6 +138,7 @@ NO_CRITIC = ["--ppo.algorithm.name=rloo", "--ppo.samples_per_prompt=4"]
         ([*NO_CRITIC, "--ppo.algorithm.ppo.value_clip=0.3"], ["ppo.algorithm.ppo.value_clip is not read", "belongs to ppo"]),
         ([*NO_CRITIC, "--ppo.critic.lr=1e-5"], ["ppo.critic.lr is not read", "rloo trains no critic"]),
         ([*NO_CRITIC, '--tune.space.ppo.critic.lr={type = "uniform", low = 1e-6, high = 1e-5}'], ["tune.space", "rloo trains no critic"]),
+        (["--ppo.lora.rank=4", "--ppo.freeze_layers=1"], ["ppo", "freeze_layers and lora exclude each other"]),
         (["--ppo.max_lag=1", "--ppo.algorithm.max_importance=null"], ["ppo.max_lag = 1", "set ppo.algorithm.max_importance = 2.0"]),
         (
             ["--ppo.algorithm.name=reinforce_pp", "--ppo.algorithm.reinforce_pp.group_baseline=true"],

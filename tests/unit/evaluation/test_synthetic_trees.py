@@ -13,7 +13,7 @@ from app.evaluation.synthetic_trees import synthetic_trees
 from app.formats.records import Message
 from tests.unit.evaluation.reports import report
 
-SFT = report({"Why?": {"k50": ["a", "b "], "greedy": ["a"]}, "How?": {"greedy": ["a"]}})
+SFT = report({"Why?": {"k50": ["a", "b "], "greedy": ["a"]}, "How?": {"greedy": ["a", "NUL \0"]}})
 PPO = report({"Why?": {"k50": ["b", "c", " "]}, "When?": {"k50": list("abcdefgh")}}, "runs/ppo/model")
 
 

@@ -1,4 +1,4 @@
-"""The command line: help, dry runs, overrides, signals, submission."""
+"""The command line: help, dry runs, overrides, signals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from app.config.loading import load_recipe
 from app.errors import Interrupted
-from jobs import interrupts, submission
+from jobs import interrupts
 from jobs.main import RECIPE_COMMANDS, TOOLS, main, split_overrides
 
 RECIPES = Path(__file__).resolve().parents[3] / "jobs" / "recipes"
@@ -84,34 +84,12 @@ def test_an_interrupted_run_exits_with_130(monkeypatch: pytest.MonkeyPatch, caps
 TEXTS = {"purpose": "", "details": "", "example": ""}
 
 
-def test_submit_names_the_job(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(RECIPES.parents[1])
-    recipe = "jobs/recipes/tiny/pipeline.toml"
-    assert main(["submit", recipe, "--dry-run"]) == 0
-    assert capsys.readouterr().out == f"python -m jobs pipeline {recipe} --run.dir={Path.cwd() / 'runs/demo'}\n"
-    assert main(["submit", "sft", recipe, "--dry-run", "--run.dir", "/shared/a", "--sft.epochs=1"]) == 0
-    assert capsys.readouterr().out.startswith(f"python -m jobs sft {recipe} --run.dir /shared/a --sft.epochs=1")
-    assert main(["submit", "nothing", recipe]) == 2
-
-
-def test_submit_packs_the_code_and_nothing_large() -> None:
-    assert "/data" in submission.EXCLUDES
-    assert not {"data", "app", "jobs", "serve"} & set(submission.EXCLUDES)  # unanchored, `data` would leave out app/data
-
-
-def test_submit_without_a_cluster(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    assert main(["submit", TINY, "--address", "http://127.0.0.1:9"]) == 2
-    error = capsys.readouterr().err
-    assert "http://127.0.0.1:9" in error
-    assert error.count("\n") == 1
-
-
 def test_doctor_reports_a_recipe_that_does_not_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from jobs import doctor
+    from jobs.diagnosis import machine
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(doctor, "imports", lambda: doctor.Check("imports", "not now"))
+    monkeypatch.setattr(machine, "imports", lambda: doctor.Check("imports", "not now"))
     assert main(["doctor", str(RECIPES / "pythia" / "ppo-12b.toml"), "--for", "ppo"]) == 1
     out = capsys.readouterr().out
     assert "FAILED recipe: stage ppo needs 8 GPUs" in out

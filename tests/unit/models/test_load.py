@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from app.config.shared import ModelConfig
 from app.data.templates import OASST_TOKENS, build_template
 from app.errors import ModelError
 from app.models.embedded import train_tokenizer
-from app.models.load import check_model_folder, load_causal_lm, load_tokenizer, resolve_model, seen_from_anywhere
+from app.models.load import check_model_folder, load_causal_lm, load_tokenizer, resolve_model, scores_text, seen_from_anywhere
 
 TEXTS = ["Name three things that go with the beach.", "Arr! Try towel, goggles and shells, matey."] * 8
 
@@ -132,6 +133,17 @@ def test_missing_folder_and_file(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such file"):
         resolve_model(ModelConfig(path=str(tmp_path / "no.gguf")), texts=[], seed=1, folder=tmp_path, for_oasst=False)
     check_model_folder("owner/name")  # may exist on the hub
+
+
+def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    )
+    began = time.monotonic()
+    with pytest.raises(ModelError, match="model nosuch: no such folder, and not to be had from the Hugging Face hub .*refused"):
+        scores_text("nosuch")
+    assert time.monotonic() - began < 5
 
 
 def test_packaged_model_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
-from app.config.training import AdapterConfig, RewardModelConfig, SftConfig
+from app.config.shared import AdapterConfig
+from app.config.training import RewardModelConfig, SftConfig
 from app.errors import ModelError
 from app.models.load import load_causal_lm
 from app.models.residual_dropout import add_residual_dropout, layer_probabilities

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from app.config.training import AdapterConfig, SftConfig
+from app.config.shared import AdapterConfig
+from app.config.training import SftConfig
 from app.data.collate import SftBatch, collate_threads
 from app.data.token_cache import SftRow
 from app.errors import ModelError

@@ -10,19 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from app.config.shared import DeepSpeedConfig
-from app.config.training import AdapterConfig, SftConfig
+from app.config.ppo import PpoConfig
+from app.config.shared import AdapterConfig, DeepSpeedConfig
+from app.config.training import SftConfig
 from app.planning.memory import (
     GIB,
     Batch,
     Parts,
     Trained,
+    TrainingMemory,
     activations,
     add,
     engine_memory,
     layer_activations,
     scoring_memory,
     total,
+    trained_model,
     trained_parameters,
     training_memory,
 )
@@ -179,6 +182,29 @@ def test_what_is_not_trained_has_no_gradients() -> None:
     assert everything == shape.parameters
     assert upper == 2 * shape.layer + shape.embedding + shape.hidden
     assert adapters == 39_976_960  # what peft counts for r = 16 on all linear layers of Llama-7B
+
+
+@FEW
+@given(NAMES, CONFIGS, BATCHES, WIDTHS, RANKS, st.integers(1, 64), st.integers(1, 80))
+def test_a_policy_that_trains_less_takes_less(
+    name: str, ds: DeepSpeedConfig, batch: Batch, width: int, ranks: int, rank: int, frozen: int
+) -> None:
+    shape = SHAPES[name]
+
+    def memory(**settings: object) -> TrainingMemory:
+        config = PpoConfig.model_validate(settings)
+        return training_memory([trained_model(shape, config, shape.parameters, batch)], ds, width=width, ranks=ranks, on_gpu=True)
+
+    whole, upper, more = memory(), memory(freeze_layers=min(frozen, shape.layers - 1)), memory(freeze_layers=shape.layers)
+    adapters, wider = memory(lora={"rank": rank}), memory(lora={"rank": 2 * rank})
+    for part in ("optimizer", "gradients"):
+        assert whole.working[part] > upper.working[part] >= more.working[part]
+        assert wider.working[part] >= adapters.working[part] > 0
+    assert whole.resting["weights"] == upper.resting["weights"] < adapters.resting["weights"]
+    if rank <= shape.hidden // 16:
+        assert adapters.working["optimizer"] < whole.working["optimizer"] / 2
+        assert total(adapters.working) < total(whole.working)
+    assert total(upper.working) < total(whole.working)
 
 
 @FEW

@@ -30,8 +30,12 @@ class Model:
 class Items:
     """A batcher of numbers that are their own size."""
 
-    def __init__(self, model: Model, *, max_tokens: int = 100, wait_seconds: float = 0.0, max_waiting: int = 1000) -> None:
-        self.batcher: Batcher[int, int] = Batcher(model, max_tokens=max_tokens, wait_seconds=wait_seconds, max_waiting=max_waiting)
+    def __init__(
+        self, model: Model, *, max_tokens: int = 100, wait_seconds: float = 0.0, max_waiting: int = 1000, padded: bool = True
+    ) -> None:
+        self.batcher: Batcher[int, int] = Batcher(
+            model, max_tokens=max_tokens, wait_seconds=wait_seconds, max_waiting=max_waiting, padded=lambda: padded
+        )
 
     async def submit(self, item: int, *, timeout_seconds: float = 10.0, alone: bool = False) -> int:
         return await self.batcher.submit(item, [item], timeout_seconds=timeout_seconds, alone=alone)
@@ -79,6 +83,16 @@ def test_rows_of_very_different_length_do_not_pad_each_other() -> None:
         batches = batcher(model, max_tokens=10_000, wait_seconds=0.05, max_waiting=10_000)
         await asyncio.gather(*map(batches.submit, (10, 300, 48, 200, 199)))
         assert model.batches == [[10, 48], [300, 200], [199]]
+
+    asyncio.run(scenario())
+
+
+def test_without_padding_a_batch_takes_what_fits_in_order_of_arrival() -> None:
+    async def scenario() -> None:
+        model = Model()
+        batches = batcher(model, max_tokens=120, wait_seconds=0.05, padded=False)
+        await asyncio.gather(*map(batches.submit, (10, 90, 40, 20, 500, 35)))
+        assert model.batches == [[10, 90, 20], [40, 35], [500]]
 
     asyncio.run(scenario())
 

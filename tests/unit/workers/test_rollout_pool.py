@@ -14,6 +14,7 @@ from app.config.shared import WorkersConfig
 from app.errors import EngineDiedError, RolloutError
 from app.experience import Prompt
 from app.workers import rollout
+from app.workers.pushed_policy import PushedPolicy, Shipment
 from app.workers.rollout import VllmRolloutPool
 from app.workers.rollout_engine import Sampled
 
@@ -44,7 +45,7 @@ class Engine:
         self.version, self.life = version, life
         self.seeds: list[int] = []
         self.generate = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._generate))
-        self.pid = self.load_buckets = self.discard = SimpleNamespace(remote=lambda *arguments: arguments)
+        self.pid = self.load_policy = self.discard = SimpleNamespace(remote=lambda *arguments: arguments)
 
     def _generate(self, prompts: Sequence[Any], seeds: Sequence[int]) -> Iterator[Any]:
         self.seeds += seeds
@@ -112,9 +113,9 @@ def test_engines_are_replaced_so_often_and_no_more(monkeypatch: pytest.MonkeyPat
 
 def test_a_learner_that_is_gone_leaves_no_weights_for_engines_that_start_later(monkeypatch: pytest.MonkeyPatch) -> None:
     mortal, heir = Engine(3, life=0), Engine(0)
-    heir.load_buckets = SimpleNamespace(remote=lambda *arguments: RolloutError("the owner of the weights is dead"))
+    heir.load_policy = SimpleNamespace(remote=lambda *arguments: RolloutError("the owner of the weights is dead"))
     pool = pool_of([mortal, Engine(4), heir], monkeypatch)
-    pool.load([], 3)
+    pool.load(PushedPolicy(Shipment(), Shipment(), None, first=True), 3)
     pool.discard()
     assert pool.replace(0, mortal) is heir
 
@@ -124,3 +125,13 @@ def test_engines_in_a_group_with_a_learner_that_is_gone_make_room_for_others(mon
     pool = pool_of(engines, monkeypatch, transfer="nccl")
     pool.discard()
     assert pool.engines == engines[2:]
+
+
+def test_an_engine_that_dies_before_it_has_the_weights_is_replaced_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray may place it on a node of which it does not know yet that it is gone."""
+    mortal, stillborn, heir = Engine(3, life=1), Engine(0), Engine(5)
+    stillborn.pid = SimpleNamespace(remote=lambda *arguments: EngineDiedError("its node has died"))
+    pool = pool_of([mortal, Engine(4), stillborn, heir], monkeypatch, restarts=2)
+    assert [rollout.policy_version for rollout in pool.submit(PROMPTS, seed=1).result()] == [5, 4, 5, 4, 5, 4, 3]
+    with pytest.raises(RolloutError, match="max_restarts"):
+        pool.replace(0, heir)

@@ -11,9 +11,11 @@ import pytest
 
 from app.errors import WeightPushError
 from app.workers.learner_group import RayLearner
+from app.workers.pushed_policy import PushedPolicy, Shipment
 from app.workers.rollout import VllmRolloutPool
 from app.workers.weight_transfer import WeightPublisher
 
+POLICY = PushedPolicy(Shipment((), bytes=100, whole=20), Shipment((), bytes=980, whole=980), scale=2.0, first=False)
 CANARIES = [np.arange(4, dtype=np.int32), np.arange(3, dtype=np.int32)]
 
 
@@ -27,11 +29,11 @@ class Sides:
     def logprobs(self, sequences: Sequence[Any]) -> list[Any]:
         return [np.full(len(ids) - 1, -1.0, np.float32) for ids in sequences]
 
-    def weight_buckets(self) -> list[str]:
-        return ["bucket"]
+    def pushed_policy(self) -> PushedPolicy:
+        return POLICY
 
-    def load(self, buckets: Sequence[str], version: int) -> None:
-        self.calls.append(("load", buckets, version))
+    def load(self, policy: PushedPolicy, version: int) -> None:
+        self.calls.append(("load", policy, version))
 
     def each(self, method: str, *args: Any) -> list[Any]:
         self.calls.append((method, *args))
@@ -46,8 +48,10 @@ def publisher(sides: Sides) -> WeightPublisher:
 
 def test_weights_are_labelled_and_compared() -> None:
     sides = Sides(apart=5e-4)
-    assert publisher(sides).publish(7)["push/canary_mismatch"] == pytest.approx(5e-4, rel=1e-3)
-    assert sides.calls[0] == ("load", ["bucket"], 7)
+    metrics = publisher(sides).publish(7)
+    assert metrics["push/canary_mismatch"] == pytest.approx(5e-4, rel=1e-3)
+    assert (metrics["push/bytes"], metrics["push/share"]) == (100, 0.1)
+    assert sides.calls[0] == ("load", POLICY, 7)
     assert sides.calls[1][0] == "logprobs"
 
 

@@ -1,0 +1,288 @@
+"""A run folder kept at a URL too (`run.storage`), so that the run goes on from there on another machine.
+
+The URL has the layout of the folder and its rule: a manifest comes last and describes what is complete. So whatever moment either
+side dies at, a checkpoint or a finished stage is whole there or does not count.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from app.checkpoint import PREFIX
+from app.durable import MANIFEST, damage, read_json, write_json
+from app.errors import CheckpointError, StorageError, first_line
+from app.lease import Lease
+from app.mirrored_files import (
+    BEST,
+    BEST_LAST,
+    CHECKPOINTS,
+    Stamp,
+    is_checkpoint,
+    needed,
+    rank,
+    stamp_of,
+    stamp_or_none,
+    tracked,
+    unfinished_checkpoints,
+)
+from app.run_folder import is_blank, refuse_other_config
+from app.storage import Place
+
+INDEX = ".storage.json"
+"""In the local folder: what the URL has of it, so that a restart in the same folder sends only what has changed."""
+POLL_SECONDS, FLUSH_SECONDS = 2.0, 60.0
+"""Between two looks for a new manifest, and the longest time that metrics wait when there is none."""
+RETRY_SECONDS = (1.0, 5.0, 20.0)
+THREADS = 4
+
+
+class Mirror:
+    """`fill` the folder, `start` to follow it, `close` at the end of the run. `tell` hears what a person should know."""
+
+    def __init__(self, place: Place, lease: Lease | None, tell: Callable[[str], object] = lambda text: None) -> None:
+        self.place, self._lease, self._tell = place, lease, tell
+        self.lost_to: str | None = None
+        self._path = Path()
+        self._sent: dict[str, Stamp] = {}
+        self._pushing = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="corral-storage", daemon=True)
+        self._pushed = 0.0
+        self._failing = False
+
+    def fill(self, path: Path, identity: Mapping[str, Any]) -> None:
+        """Bring the run's local folder to what the URL holds, unless it is as far or further. Only what is needed to go on is fetched.
+
+        Raises CheckpointError where the URL holds a run of another configuration, or another run than the folder, and StorageError.
+        """
+        try:
+            self._fill(path, identity)
+        except OSError as error:
+            raise StorageError(
+                f"{self.place.url}: the run cannot be fetched ({first_line(error)}); the same command tries again"
+            ) from error
+
+    def _fill(self, path: Path, identity: Mapping[str, Any]) -> None:
+        self._path = path
+        there = self._manifest_there()
+        if there is None or is_blank(there):
+            return
+        refuse_other_config(self.place.url, there, identity)
+        here = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else None
+        relation = "behind" if here is None or is_blank(here) else lineage(here["sessions"], there["sessions"])
+        if relation == "other":
+            raise CheckpointError(
+                f"run folder {path} and {self.place.url} hold two different runs: choose another --run.dir or another --run.storage"
+            )
+        if relation == "behind":
+            self._fetch()
+        else:
+            self._sent = self._read_index()
+
+    def start(self, path: Path) -> None:
+        """Send what the URL lacks, and follow the folder from now on. Raises StorageError."""
+        self._path = path
+        self._push_at_last()
+        self._thread.start()
+
+    def push(self) -> None:
+        """Send every change, manifests last, then delete there what is gone here. Raises OSError."""
+        with self._pushing:
+            if self.lost_to is None:
+                self._push()
+                self._pushed = time.monotonic()
+
+    def lose(self, holder: str) -> None:
+        """Send nothing any more: the URL belongs to another process."""
+        self.lost_to = holder
+
+    def close(self) -> None:
+        """Send the last changes and free the URL. Raises StorageError where that does not work."""
+        self._stop.set()
+        try:
+            if self._thread.ident is not None:  # else the folder may not be this run's
+                self._thread.join()
+                self._push_at_last()
+        finally:
+            self._release()
+        if self.lost_to is not None:
+            raise StorageError(
+                f"{self.lost_to} took {self.place.url} over, so this run was stopped: what it did since is only in {self._path}; "
+                "make sure that one run at a time uses a run.storage"
+            )
+
+    def _push_at_last(self) -> None:
+        for pause in (*RETRY_SECONDS, None):
+            try:
+                self.push()
+                return
+            except OSError as error:
+                if pause is None:
+                    raise StorageError(
+                        f"{self.place.url} lacks the last changes of {self._path} ({first_line(error)}): "
+                        "the same command sends them when it works again"
+                    ) from error
+                time.sleep(pause)
+
+    def _release(self) -> None:
+        if self._lease is None:
+            return
+        try:
+            self._lease.release()
+        except OSError as error:
+            self._tell(f"storage: {self.place.url} stays marked as in use for a minute ({first_line(error)})")
+
+    def _follow(self) -> None:
+        known = self._manifests()
+        while not self._stop.wait(POLL_SECONDS):
+            now = self._manifests()
+            if now == known and time.monotonic() - self._pushed < FLUSH_SECONDS:
+                continue
+            try:
+                self.push()
+                known = now
+                self._say(failing=False)
+            except OSError as error:
+                self._say(failing=True, reason=first_line(error))
+
+    def _say(self, *, failing: bool, reason: str = "") -> None:
+        """Once when sending begins to fail, and once when it works again."""
+        if failing and not self._failing:
+            self._tell(f"storage: {self.place.url} cannot be written ({reason}); trying again")
+        elif self._failing and not failing:
+            self._tell(f"storage: {self.place.url} is written again")
+        self._failing = failing
+
+    def _push(self) -> None:
+        manifests = self._manifests()  # before the rest: what a manifest describes is then surely among the files
+        files = dict(tracked(self._path))
+        changed = [name for name, stamp in files.items() if self._sent.get(name) != stamp]
+        best = [name for name in changed if PurePosixPath(name).parent.name == BEST]
+        for folder in sorted({str(PurePosixPath(name).parent) for name in best}):
+            self.place.delete(f"{folder}/{BEST_LAST}")  # without it a half-sent model does not count
+        parts = [name for name in changed if rank(name) == 0]
+        with ThreadPoolExecutor(THREADS) as pool:
+            arrived = dict(zip(parts, pool.map(lambda name: self._send(name, files[name]), parts), strict=True))
+        gone = [name for name, done in arrived.items() if not done]
+        last = sorted((name for name in changed if rank(name)), key=lambda name: (rank(name), -name.count("/"), name))
+        committed = []
+        for name in last:
+            folder = str(PurePosixPath(name).parent)
+            torn = folder != "." and any(other.startswith(f"{folder}/") for other in gone)
+            if not torn and (rank(name) == 1 or manifests.get(name) == files[name]) and self._send(name, files[name]):
+                committed.append(name)
+        self._forget(files, committed)
+        write_json(self._path / INDEX, {"url": self.place.url, "files": self._sent})
+
+    def _send(self, name: str, stamp: Stamp) -> bool:
+        """False where the file has changed or gone since it was listed; the next push sees what took its place."""
+        source = self._path / name
+        if stamp_or_none(source) != stamp:
+            return False
+        try:
+            self.place.put(source, name)
+        except OSError:
+            if source.is_file():
+                raise
+        if stamp_or_none(source) != stamp:
+            if rank(name):
+                self.place.delete(name)  # it may not describe what has been sent before it
+            return False
+        self._sent[name] = stamp
+        return True
+
+    def _forget(self, files: Mapping[str, Stamp], committed: Sequence[str]) -> None:
+        """Delete at the URL what was sent and is gone here, and checkpoints that a newer one has replaced."""
+        gone = [name for name in self._sent if name not in files and not (self._path / name).exists()]
+        for name in sorted(gone, key=lambda name: -rank(name)):  # manifests first: what is left of their folders does not count
+            self.place.delete(name)
+            del self._sent[name]
+        folders = {PurePosixPath(name).parents[1] for name in committed if is_checkpoint(PurePosixPath(name).parent)}
+        for folder in map(str, sorted(folders)):
+            for checkpoint in self.place.inside(folder).folders():
+                if not (self._path / folder / checkpoint).is_dir():
+                    self.place.delete(f"{folder}/{checkpoint}/{MANIFEST}")
+                    self.place.delete_folder(f"{folder}/{checkpoint}")
+
+    def _fetch(self) -> None:
+        """Make the folder what the URL holds."""
+        there = self.place.files()
+        self._tell(f"storage: fetching the run from {self.place.url}")
+        for folder in self._path.glob(f"*/{CHECKPOINTS}/{PREFIX}*"):
+            shutil.rmtree(folder)
+        for name, _ in list(tracked(self._path)):
+            (self._path / name).unlink()
+        self._get(needed(there))
+        for checkpoints in unfinished_checkpoints(there):
+            for checkpoint in checkpoints:
+                self._get([name for name in there if name.startswith(f"{checkpoint}/")])
+                if is_whole(self._path / checkpoint):
+                    break
+        self._get([MANIFEST])  # last of all: a folder without it is filled again
+        write_json(self._path / INDEX, {"url": self.place.url, "files": self._sent})
+
+    def _get(self, names: Sequence[str]) -> None:
+        def get(name: str) -> None:
+            self.place.get(name, self._path / name)
+
+        for manifests in (False, True):
+            some = [name for name in names if (rank(name) > 0) == manifests]
+            with ThreadPoolExecutor(THREADS) as pool:
+                list(pool.map(get, some))
+        self._sent |= {name: stamp_of(self._path / name) for name in names}
+
+    def _manifests(self) -> dict[str, Stamp]:
+        """Every manifest of the folder as it is now."""
+        found = {}
+        for pattern in (MANIFEST, f"*/{MANIFEST}", f"*/{CHECKPOINTS}/{PREFIX}*/{MANIFEST}"):
+            for path in self._path.glob(pattern):
+                stamp = stamp_or_none(path)
+                if stamp is not None:
+                    found[path.relative_to(self._path).as_posix()] = stamp
+        return found
+
+    def _manifest_there(self) -> dict[str, Any] | None:
+        content = self.place.read(MANIFEST)
+        if content is None:
+            return None
+        try:
+            manifest = json.loads(content)
+        except ValueError as error:
+            raise CheckpointError(f"{self.place.url}/{MANIFEST} is no valid JSON ({error}): choose another run.storage") from error
+        if not isinstance(manifest, dict):
+            raise CheckpointError(f"{self.place.url}/{MANIFEST} is no manifest of a run: choose another run.storage")
+        return manifest
+
+    def _read_index(self) -> dict[str, Stamp]:
+        """What an earlier session has sent from this folder to this URL; without the file, or for another URL, everything goes again."""
+        if not (self._path / INDEX).is_file():
+            return {}
+        index = read_json(self._path / INDEX)
+        return {name: (size, changed) for name, (size, changed) in index["files"].items()} if index["url"] == self.place.url else {}
+
+
+def lineage(here: Sequence[Mapping[str, Any]], there: Sequence[Mapping[str, Any]]) -> str:
+    """How a folder stands to a URL, by the sessions that both have seen: `ahead` (or level), `behind`, or `other`, another run.
+
+    >>> lineage([{"started": 1.0}, {"started": 2.0}], [{"started": 1.0}]), lineage([{"started": 1.0}], [{"started": 2.0}])
+    ('ahead', 'other')
+    """
+    mine, theirs = ([session["started"] for session in sessions] for sessions in (here, there))
+    if mine[: len(theirs)] == theirs:
+        return "ahead"
+    return "behind" if mine[:1] == theirs[:1] else "other"
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint arrived as its manifest says."""
+    try:
+        return damage(checkpoint, read_json(checkpoint / MANIFEST)["files"]) is None
+    except (CheckpointError, KeyError):
+        return False

@@ -1,0 +1,313 @@
+"""A run goes on from a URL: whatever moment one side dies at, only what is whole counts on the other."""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import itertools
+import json
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app import mirror as module
+from app import mirrored_files
+from app.checkpoint import CheckpointStore
+from app.config.recipe import Recipe
+from app.durable import tree_hash
+from app.errors import CheckpointError, StorageError
+from app.mirror import INDEX, Mirror
+from app.run_folder import RunFolder
+from app.storage import Place, open_place
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(module, "RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr("app.run_folder.code_version", lambda: "now")
+    numbers = itertools.count(1)
+    monkeypatch.setattr("app.run_folder.time.time", lambda: float(next(numbers)))  # sessions are told apart by when they began
+
+
+@pytest.fixture(params=["file", "memory"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return f"file://{tmp_path}/kept" if request.param == "file" else f"memory://{uuid.uuid4().hex}/kept"
+
+
+class Session:
+    """One start of a run in a local folder, kept at a URL."""
+
+    def __init__(self, url: str, path: Path, place: Place | None = None, **sections: Any) -> None:
+        self.mirror = Mirror(place or open_place(url), None)
+        recipe = Recipe.model_validate({"run": {"dir": str(path), "storage": url}, **sections})
+        self.run = RunFolder.open(recipe, "sft", fill=self.mirror.fill)
+        self.path = self.run.path
+        self.store = CheckpointStore(self.path / "sft" / "checkpoints")
+        self.mirror._path = self.path
+
+    def save(self, step: int) -> Path:
+        def write(folder: Path) -> None:
+            (folder / "weights").write_bytes(bytes([step]) * 1000)
+
+        self.run.stage("sft")
+        return self.store.save(step, {"step": step}, write)
+
+    def finish(self) -> None:
+        model = self.run.stage("sft") / "model"
+        model.mkdir()
+        (model / "model.safetensors").write_text("trained")
+        self.run.finish("sft", {"loss": 1.0}, {})
+
+
+def elsewhere(session: Session) -> Path:
+    return session.path.with_name(f"{session.path.name}-moved")
+
+
+def test_a_run_goes_on_in_another_folder_with_the_same_bytes(url: str, tmp_path: Path) -> None:
+    first = Session(url, tmp_path / "run")
+    first.run.record_data("0" * 64)
+    for step in (1, 2, 3):
+        first.save(step)
+        (first.path / "metrics.jsonl").write_text("line\n" * step)
+        first.mirror.push()
+    there = set(first.mirror.place.files())
+    assert there == {
+        "manifest.json",
+        "metrics.jsonl",
+        *(f"sft/checkpoints/step-0000000{n}/{f}" for n in (2, 3) for f in ("manifest.json", "weights")),
+    }
+    second = Session(url, elsewhere(first))
+    saved = second.store.latest()
+    assert saved is not None
+    assert (saved.step, saved.state) == (3, {"step": 3})
+    assert tree_hash(saved.path) == tree_hash(first.path / "sft" / "checkpoints" / "step-00000003")
+    assert not (second.path / "sft" / "checkpoints" / "step-00000002").exists(), "only the newest one is needed"
+    assert (second.path / "metrics.jsonl").read_text() == "line\n" * 3
+    second.save(4)
+    second.finish()
+    second.mirror.push()
+    assert second.mirror.place.inside("sft/checkpoints").folders() == ["step-00000003", "step-00000004"]
+    third = Session(url, elsewhere(second))
+    assert third.run.finished("sft") == {"loss": 1.0}
+    assert not (third.path / "sft" / "checkpoints").exists(), "a finished stage needs none"
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(url: str, tmp_path: Path) -> None:
+    first = Session(url, tmp_path / "run")
+    first.run.record_data("0" * 64)
+    first.save(1)
+    first.save(2)
+    first.mirror.push()
+    first.mirror.place.write("sft/checkpoints/step-00000002/weights", b"cut")
+    saved = Session(url, elsewhere(first)).store.latest()
+    assert saved is not None
+    assert saved.step == 1
+
+
+class Dying(Place):
+    """A place whose process dies at some operation: that one and all later ones never happen."""
+
+    left = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("put", "write", "delete", "delete_folder"):
+            Dying.left -= 1
+            if Dying.left < 0:
+                raise KeyboardInterrupt
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("operations", range(12))
+def test_a_death_while_sending_leaves_a_whole_checkpoint(tmp_path: Path, operations: int) -> None:
+    url = f"memory://{uuid.uuid4().hex}/kept"
+    whole = open_place(url)
+    first = Session(url, tmp_path / "run", Dying(url, whole.system, whole.root))
+    first.run.record_data("0" * 64)
+    Dying.left = 1000
+    for step in (1, 2):
+        first.save(step)
+        first.mirror.push()
+    for step in (3, 4):
+        first.save(step)
+    Dying.left = operations
+    with contextlib.suppress(KeyboardInterrupt):
+        first.mirror.push()
+    saved = Session(url, elsewhere(first)).store.latest()
+    assert saved is not None
+    assert saved.step in (2, 3, 4)
+    assert (saved.path / "weights").read_bytes() == bytes([saved.step]) * 1000
+
+
+def test_the_best_model_so_far_counts_only_when_it_is_whole(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Session(url, tmp_path / "run")
+    first.run.record_data("0" * 64)
+    best = first.run.stage("sft") / ".model.best"
+    best.mkdir()
+    for text in ("first", "second"):
+        for name in ("model.safetensors", "held_out.json"):
+            (best / name).write_text(text * (2 if name == "held_out.json" else 1))
+        if text == "first":
+            first.mirror.push()
+            assert first.mirror.place.read("sft/.model.best/held_out.json") == b"firstfirst"
+    send = Mirror._send
+    monkeypatch.setattr(Mirror, "_send", lambda self, name, stamp: name != "sft/.model.best/model.safetensors" and send(self, name, stamp))
+    first.mirror.push()
+    assert first.mirror.place.read("sft/.model.best/held_out.json") is None
+    monkeypatch.setattr(Mirror, "_send", send)
+    first.mirror.push()
+    assert first.mirror.place.read("sft/.model.best/held_out.json") == b"secondsecond"
+
+
+def test_only_changes_are_sent_and_deletions_follow(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Session(url, tmp_path / "run")
+    first.run.record_data("0" * 64)
+    for name in ("kept.txt", "dropped.txt", ".hidden", "data/cache", "sft/data/cache", "sft/model.saving/x", "logs/worker.err"):
+        (first.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (first.path / name).write_text(name)
+    first.mirror.push()
+    assert set(first.mirror.place.files()) == {"manifest.json", "kept.txt", "dropped.txt", "logs/worker.err"}
+    (first.path / "dropped.txt").unlink()
+    (first.path / "new.txt").write_text("new")
+    path = first.path
+    del first  # and with it the lock
+    again = Session(url, path)
+    again.mirror._sent = again.mirror._read_index()
+    sent: list[str] = []
+    put = Place.put
+    monkeypatch.setattr(Place, "put", lambda self, source, name: (sent.append(name), put(self, source, name)))
+    again.mirror.push()
+    assert sent == ["new.txt", "manifest.json"]
+    assert set(again.mirror.place.files()) == {"manifest.json", "kept.txt", "new.txt", "logs/worker.err"}
+    moved = Session(url, elsewhere(again))
+    assert not (moved.path / "logs").exists()
+
+
+def test_a_folder_that_fell_behind_is_brought_up_and_one_that_is_ahead_stays(url: str, tmp_path: Path) -> None:
+    first = Session(url, tmp_path / "run")
+    first.run.record_data("0" * 64)
+    first.save(1)
+    first.mirror.push()
+    second = Session(url, elsewhere(first))
+    second.save(2)
+    second.mirror.push()
+    first.save(9)  # never sent: the run went on elsewhere
+    path = first.path
+    del first
+    back = Session(url, path)
+    saved = back.store.latest()
+    assert saved is not None
+    assert saved.step == 2
+    back.save(3)
+    path = back.path
+    del back
+    saved = Session(url, path).store.latest()
+    assert saved is not None
+    assert saved.step == 3, "the folder was ahead"
+
+
+def test_other_runs_are_refused_and_nothing_is_fetched(url: str, tmp_path: Path) -> None:
+    first = Session(url, tmp_path / "run")
+    first.run.record_data("0" * 64)
+    first.mirror.push()
+    with pytest.raises(CheckpointError, match=r"run folder .*kept holds a run of another configuration: run.seed was 1 and is now 2"):
+        Session(url, tmp_path / "b", run={"dir": str(tmp_path / "b"), "storage": url, "seed": 2})
+    other = Session(f"{url}-other", tmp_path / "c")
+    other.run.record_data("0" * 64)
+    del other
+    with pytest.raises(CheckpointError, match="hold two different runs"):
+        Session(url, tmp_path / "c")
+    open_place(url).write("manifest.json", b"{")
+    with pytest.raises(CheckpointError, match="no valid JSON"):
+        Session(url, tmp_path / "d")
+
+
+def test_a_run_that_had_not_begun_binds_nothing(url: str, tmp_path: Path) -> None:
+    first = Session(url, tmp_path / "run")
+    first.mirror.push()
+    Session(url, tmp_path / "b", run={"dir": str(tmp_path / "b"), "storage": url, "seed": 2})
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_new_checkpoints_are_sent_while_the_run_works(url: str, tmp_path: Path) -> None:
+    session = Session(url, tmp_path / "run")
+    session.mirror.start(session.path)
+    session.run.record_data("0" * 64)
+    session.save(1)
+    wait_for(lambda: session.mirror.place.read("sft/checkpoints/step-00000001/manifest.json"))
+    (session.path / "summary.json").write_text("{}")
+    session.mirror.close()
+    assert session.mirror.place.read("summary.json") == b"{}"
+    assert json.loads((session.path / INDEX).read_text())["url"] == url
+
+
+def test_an_outage_is_told_once_and_at_the_end_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    session = Session(f"file://{tmp_path}/kept", tmp_path / "run")
+    session.mirror._tell = told.append
+    session.mirror.start(session.path)
+
+    def broken(self: Place, source: Path, name: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    put = Place.put
+    monkeypatch.setattr(Place, "put", broken)
+    session.run.record_data("0" * 64)
+    wait_for(lambda: told)
+    time.sleep(0.05)
+    assert len(told) == 1
+    assert "No space left" in told[0]
+    monkeypatch.setattr(Place, "put", put)
+    wait_for(lambda: len(told) == 2)
+    assert "is written again" in told[1]
+    monkeypatch.setattr(Place, "put", broken)
+    (session.path / "summary.json").write_text("{}")
+    with pytest.raises(StorageError, match=r"lacks the last changes of .*No space left.*the same command sends them"):
+        session.mirror.close()
+
+
+def test_a_mirror_that_lost_its_place_sends_nothing_and_says_so(tmp_path: Path) -> None:
+    session = Session(f"file://{tmp_path}/kept", tmp_path / "run")
+    session.mirror.start(session.path)
+    session.mirror.lose("process 7 on elsewhere")
+    (session.path / "summary.json").write_text("{}")
+    with pytest.raises(StorageError, match=r"process 7 on elsewhere took file://.*over"):
+        session.mirror.close()
+    assert session.mirror.place.read("summary.json") is None
+
+
+def test_a_fetch_that_was_cut_short_is_done_again(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Session(url, tmp_path / "run")
+    first.run.record_data("0" * 64)
+    first.finish()
+    first.mirror.push()
+    get = Place.get
+
+    def cut(self: Place, name: str, target: Path) -> None:
+        if name == "manifest.json":
+            raise OSError("gone")
+        get(self, name, target)
+
+    monkeypatch.setattr(Place, "get", cut)
+    with pytest.raises(StorageError, match="cannot be fetched"):
+        Session(url, elsewhere(first))
+    monkeypatch.setattr(Place, "get", get)
+    shutil.rmtree(elsewhere(first) / "sft" / "model")
+    assert Session(url, elsewhere(first)).run.finished("sft") == {"loss": 1.0}
+
+
+@pytest.mark.parametrize("rules", [module, mirrored_files])
+def test_the_rules_about_names(rules: Any) -> None:
+    failed, attempted = doctest.testmod(rules)
+    assert attempted and not failed
