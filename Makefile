@@ -4,7 +4,8 @@
 # make unit     unit tests, oracles and doctests (under a minute)
 # make check    formatting, lint, types, import direction
 # make mutants  plants mistakes in the mathematics, one at a time, and sees that the tests notice (minutes)
-# make chaos    kills processes of exact PPO runs at random moments; every run must end with the same policy (half an hour)
+# make chaos    kills processes of exact PPO runs at random moments, and nodes; every run must end with the same policy (half an hour)
+# make soak     half an hour of PPO steps: what grows, in which process
 # make learn    the demo on three seeds; writes docs/results/
 # make bench    tokens per second and the share of each phase of a PPO iteration
 # make lock     resolve requirements/ anew
@@ -16,7 +17,7 @@ STAMP := $(VENV)/.installed
 UV_COMPILE := $(BIN)/uv pip compile pyproject.toml --extra dev --extra tracking --python-version 3.11 --no-emit-package torch --no-annotate --no-header \
 	--overrides requirements/overrides.txt --constraints requirements/constraints.txt --upgrade --quiet
 
-.PHONY: setup demo test unit check mutants chaos learn bench lock
+.PHONY: setup demo test unit check mutants chaos soak learn bench lock
 
 setup: $(STAMP)
 
@@ -49,7 +50,11 @@ mutants: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.mutation
 
 chaos: demo
-	$(BIN)/python -m bench.chaos --models runs/demo --rounds 8
+	$(BIN)/python -m pytest tests/chaos
+	$(BIN)/python -m bench.chaos --models runs/demo --rounds 10
+
+soak: demo
+	$(BIN)/python -m bench.soak --models runs/demo --minutes 30
 
 learn: $(STAMP)
 	for seed in 1 2 3; do $(BIN)/corral pipeline jobs/recipes/tiny/pipeline.toml --run.seed=$$seed --run.dir=runs/learn-$$seed || exit; done

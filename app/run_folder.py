@@ -27,8 +27,8 @@ from app.process_record import me
 MODEL = "model"
 LOCK = ".lock"
 NOT_IDENTITY = re.compile(
-    r"run\.(dir|storage|resume|deadline_seconds)|(sft|rm)\.keep_checkpoints|tracking\..*|alarms\..*|ppo\.keep_rollouts|evaluation\..*"
-    r"|tune\.(concurrent|max_failures)"
+    r"run\.(dir|storage|resume|deadline_seconds|stacks_after)|(sft|rm)\.keep_checkpoints|tracking\..*|alarms\..*|evaluation\..*"
+    r"|ppo\.keep_rollouts|(ppo|rollout)\.max_restarts|tune\.(concurrent|max_failures)"
 )
 """Keys that may change between two starts of one run: they do not touch what is computed."""
 SHOWN_DIFFERENCES = 5

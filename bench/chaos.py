@@ -1,9 +1,10 @@
 """Kills one process of a PPO run after another, at random moments, and compares what the run leaves with an undisturbed one.
 
-Runs are exact (run.determinism = "exact"), so every run has to end with the same policy, bit for bit: one that loses a rollout
-engine or a scoring replica by itself, one that loses a learner or its driver by the same command typed again.
+Runs are exact (run.determinism = "exact"), so every run has to end with the same policy, bit for bit, and the same metrics of every
+step: by itself where a rollout engine, a scoring replica or a learner rank is lost, by the same command typed again where its driver
+is killed, or asked to stop.
 
-    python -m bench.chaos --models runs/demo --rounds 8
+    python -m bench.chaos --models runs/demo --rounds 10
 """
 
 from __future__ import annotations
@@ -17,18 +18,30 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-VICTIMS = {
-    "rollout engine": "ray::RolloutEngine",
-    "scoring replica": "ray::ServeReplica",
-    "learner rank": "ray::LearnerWorker",
-    "driver": "",
+
+@dataclass(frozen=True)
+class Kind:
+    """A disturbance. title: of the processes that may be hit, the driver where it is empty; typed: how often the command is, then."""
+
+    title: str
+    typed: int
+    signal: signal.Signals = signal.SIGKILL
+
+
+KINDS = {
+    "learner rank": Kind("ray::LearnerWorker", 1),
+    "rollout engine": Kind("ray::RolloutEngine", 1),
+    "scoring replica": Kind("ray::ServeReplica", 1),
+    "driver": Kind("", 2),
+    "request to stop": Kind("", 2, signal.SIGTERM),
 }
 OPTIONS = (
-    "--run.determinism=exact", "--ppo.steps=4", "--ppo.save_every=1", "--ppo.batch_size=32", "--evaluation.prompts=16",
+    "--run.determinism=exact", "--ppo.steps=6", "--ppo.save_every=2", "--ppo.batch_size=32", "--evaluation.prompts=16",
     "--run.deadline_seconds=300",
 )  # fmt: skip
 RUN_SECONDS = 900
@@ -42,19 +55,26 @@ def start(models: Path, folder: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, "-m", "jobs", "ppo", recipe, *given, *OPTIONS], stdout=log, stderr=log)
 
 
-def policy_digest(folder: Path) -> str:
-    """Of the weights that the run has left."""
-    digest = hashlib.sha256()
-    for file in sorted((folder / "ppo" / "model").glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+@dataclass(frozen=True)
+class Outcome:
+    """What has to be the same: a digest of the policy, and score, KL and policy loss of every step, of one done twice the last."""
+
+    policy: str
+    steps: dict[int, tuple[float, float, float]]
+
+    @classmethod
+    def of(cls, folder: Path) -> Outcome:
+        digest = hashlib.sha256()
+        for file in sorted((folder / "ppo" / "model").glob("*.safetensors")):
+            digest.update(file.read_bytes())
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        steps = {line["step"]: line["metrics"] for line in lines if line["stage"] == "ppo"}
+        return cls(digest.hexdigest(), {step: (m["score_mean"], m["kl"], m["policy_loss"]) for step, m in steps.items()})
 
 
-def curve(folder: Path) -> dict[int, tuple[float, float, float]]:
-    """Score, KL and policy loss of every step; of a step that was done twice the last."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = {line["step"]: line["metrics"] for line in lines if line["stage"] == "ppo"}
-    return {step: (metrics["score_mean"], metrics["kl"], metrics["policy_loss"]) for step, metrics in steps.items()}
+def logged_steps(folder: Path) -> int:
+    """Lines that the PPO loop has logged, those of repeated steps too."""
+    return (folder / "metrics.jsonl").read_text().count('"stage": "ppo"')
 
 
 def victims(process: subprocess.Popen[bytes], title: str) -> list[psutil.Process]:
@@ -72,49 +92,75 @@ def victims(process: subprocess.Popen[bytes], title: str) -> list[psutil.Process
     return found
 
 
-def disturbed_run(models: Path, folder: Path, kind: str, after: float, rng: random.Random) -> tuple[bool, int]:
-    """(whether a process was killed, how often the command was typed). `after`: seconds from the first step's start to the kill."""
+@dataclass(frozen=True)
+class Round:
+    """What was done and what came of it. hit: what was there to be hit at that moment; typed: how often the command was."""
+
+    hit: str | None
+    typed: int
+    seconds: float
+
+
+def disturbed_run(models: Path, folder: Path, kind: Kind, after: float, rng: random.Random) -> Round:
+    """after: seconds from the start of the PPO stage to the signal."""
     process = start(models, folder)
-    log, killed, typed = folder.with_suffix(".log"), False, 1
+    log, hit, typed = folder.with_suffix(".log"), None, 1
     began = time.monotonic()
     while "ppo" not in log.read_text() and process.poll() is None:  # the stage has begun
         time.sleep(0.2)
     time.sleep(after)
-    if process.poll() is None and (found := victims(process, VICTIMS[kind])):
-        rng.choice(found).send_signal(signal.SIGKILL)
-        killed = True
+    if process.poll() is None and (found := victims(process, kind.title)):
+        victim = rng.choice(found)
+        hit = " ".join(victim.cmdline()).partition(" --")[0] if kind.title else "corral ppo"
+        victim.send_signal(kind.signal)
     while (code := process.wait(RUN_SECONDS)) != 0:
         if time.monotonic() - began > RUN_SECONDS or typed > 3:
-            raise SystemExit(f"{kind}: the run does not end well (exit code {code}); see {log}")
+            raise SystemExit(f"the run does not end well (exit code {code}); see {log}")
         process, typed = start(models, folder), typed + 1
-    return killed, typed
+    return Round(hit, typed, time.monotonic() - began)
+
+
+def undisturbed(models: Path, folder: Path) -> Outcome:
+    """Of a run in `folder`, which may be there from an earlier session."""
+    if not (folder / "summary.json").is_file() and start(models, folder).wait(RUN_SECONDS):
+        raise SystemExit(f"the undisturbed run failed; see {folder.with_suffix('.log')}")
+    return Outcome.of(folder)
 
 
 def main() -> None:
-    """Prints a line per round; exit code 1 when a run differs from the undisturbed one."""
+    """Prints a table with a row per round; exit code 1 when a run differs from the undisturbed one, or does not go on by itself."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, required=True, help="run folder with sft/model and rm/model, such as runs/demo")
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS), help="taken in turn; default: all")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of victims and moments")
     parser.add_argument("--longest", type=float, default=25.0, help="latest moment of a kill, seconds into the stage")
+    parser.add_argument("--folder", type=Path, help="where the runs go; an undisturbed run that is there already is not repeated")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
-    root = Path(tempfile.mkdtemp(prefix="chaos-"))
+    root: Path = arguments.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
+    root.mkdir(parents=True, exist_ok=True)
     print(f"seed {arguments.seed}, runs under {root}", flush=True)
-    straight = root / "straight"
-    if start(arguments.models, straight).wait(RUN_SECONDS):
-        raise SystemExit(f"the undisturbed run failed; see {straight.with_suffix('.log')}")
-    expected = policy_digest(straight), curve(straight)
-    different = 0
+    expected = undisturbed(arguments.models, root / "straight")
+    print("\n| disturbance | after | what it hit | command typed | steps logged | seconds | policy and metrics |", flush=True)
+    print("|---|---|---|---|---|---|---|", flush=True)
+    good = True
     for number in range(arguments.rounds):
-        kind = list(VICTIMS)[number % len(VICTIMS)]
-        after, folder = rng.uniform(0, arguments.longest), root / f"round-{number}"
-        killed, typed = disturbed_run(arguments.models, folder, kind, after, rng)
-        same = (policy_digest(folder), curve(folder)) == expected
-        different += not same
-        what = f"{kind} killed after {after:.1f} s" if killed else f"{kind}: the run was over, or had none yet, after {after:.1f} s"
-        print(f"round {number}: {what}; command typed {typed} times; {'the same' if same else 'DIFFERENT'} policy and metrics", flush=True)
-    raise SystemExit(1 if different else 0)
+        name = arguments.kinds[number % len(arguments.kinds)]
+        after, folder = rng.uniform(0, arguments.longest), root / f"seed-{arguments.seed}-round-{number}"
+        done = disturbed_run(arguments.models, folder, KINDS[name], after, rng)
+        same = Outcome.of(folder) == expected
+        good &= same and done.typed <= (KINDS[name].typed if done.hit else 1)
+        row = (
+            name,
+            f"{after:.1f} s",
+            done.hit or "nothing: too early or too late",
+            done.typed,
+            logged_steps(folder),
+            f"{done.seconds:.0f}",
+        )
+        print(f"| {' | '.join(map(str, row))} | {'the same' if same else 'DIFFERENT'} |", flush=True)
+    raise SystemExit(0 if good else 1)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def session(recipe: Recipe, command: str) -> Iterator[Session]:
     from app.run_folder import RunFolder
     from app.trackers.opening import open_services, require_packages
     from app.tracking import RunTracker
+    from app.workers.watchdog import watching
     from jobs import local_ray
     from jobs.inputs import check_inputs, read_data
     from jobs.run_storage import mirrored
@@ -55,6 +56,7 @@ def session(recipe: Recipe, command: str) -> Iterator[Session]:
                 _imported_in_background("app.stages.pipeline"),  # seconds of imports while Ray's own processes start
                 RunTracker(run.path, services=services) as tracker,
                 local_ray.running_ray(run.path / "logs"),
+                watching(run.path / "logs", note=tracker.note, early_share=recipe.run.stacks_after),
             ):
                 require_shared(run.path)
                 yield Session(run, corpus, tracker)

@@ -15,8 +15,9 @@ from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, LoggingConfig
 
-from app.errors import ConfigError, DeadlineError, ScoringError
+from app.errors import ConfigError, ScoringError
 from app.workers.pending import last_line
+from app.workers.watchdog import late
 
 POLL_SECONDS = 1.0
 """Each look at Serve's status takes the caller about 0.2 s of computing: it pickles the router class of every deployment."""
@@ -169,14 +170,15 @@ def _wait_until_running(name: str, deadline: float, deadline_seconds: float) -> 
         application = _status(name)
         if application.status == ApplicationStatus.RUNNING:
             return
-        late = {role: deployment for role, deployment in application.deployments.items() if deployment.status != "HEALTHY"}
+        waited_for = {role: deployment for role, deployment in application.deployments.items() if deployment.status != "HEALTHY"}
         if application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
-            reasons = "; ".join(f"{role}: {last_line(deployment.message)}" for role, deployment in late.items())
+            reasons = "; ".join(f"{role}: {last_line(deployment.message)}" for role, deployment in waited_for.items())
             raise ScoringError(f"scoring service {name} cannot start: {reasons or last_line(application.message)}")
         if time.monotonic() > deadline:
-            raise DeadlineError(
-                f"starting the scoring service {name} waits on {', '.join(late) or 'Serve'} for more than {deadline_seconds:g} s: "
-                "check that the cluster has the CPUs and GPUs that its replicas take"
+            raise late(
+                f"starting the scoring service {name}",
+                f"waits on {', '.join(waited_for) or 'Serve'} for more than {deadline_seconds:g} s "
+                "(check that the cluster has the CPUs and GPUs that its replicas take)",
             )
         time.sleep(POLL_SECONDS)
 

@@ -24,6 +24,7 @@ from app.experience import IntArray
 from app.models.heads import Precision
 from app.models.scoring import Answer, ScoringModel, kind_of
 from app.workers.scoring_messages import ModelDescription, ModelIdentity, ScoringAnswer, ScoringRequest
+from app.workers.stacks import write_stacks_on_signal
 from serve.answer_cache import AnswerCache
 from serve.batching import Batch, Batcher
 from serve.replica_metrics import ReplicaMetrics
@@ -58,6 +59,7 @@ class ModelReplica:
         self, name: str, config: ServedModelConfig, precision: Precision = "fp32", trust_remote_code: bool = False, *others: Any
     ) -> None:
         # `others` are handles of the application's other deployments: Serve deploys what its root's arguments reach.
+        write_stacks_on_signal(f"scoring replica of {name}")
         torch.set_num_threads(config.workers.threads)
         self._name, self._config = name, config
         self._precision, self._trust_remote_code = precision, trust_remote_code

@@ -121,7 +121,9 @@ class PpoConfig(Config):
     max_failed_scores: float = Field(0.1, ge=0, lt=1)
     """Share of a batch whose scores may fail after all retries (they are masked out, never 0) before the run stops."""
     save_every: int = Field(50, ge=1)
-    """Steps between checkpoints."""
+    """Steps between checkpoints: what is done again where a learner process is lost."""
+    max_restarts: int = Field(3, ge=0)
+    """Times that the learner may lose a process and start anew from the last checkpoint before the run stops."""
     keep_rollouts: int = Field(20, ge=0)
     """Latest steps whose rollouts stay in `DIR/ppo/rollouts` (parquet), where `corral replay` reads them; 0 keeps none."""
 

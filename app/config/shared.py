@@ -26,7 +26,10 @@ class RunConfig(Config):
     """`exact`: a PPO run that is killed and resumed ends like one that was not, bit for bit on a CPU: it scores whole batches in forward
     passes that no other caller shares (ppo.score_pieces = 1, scoring.alone = true) and samples only from the newest weights."""
     deadline_seconds: float = Field(1800.0, gt=0)
-    """Longest wait for any single piece of remote work (one batch of rollouts, one update, one push)."""
+    """Longest wait for any single piece of remote work (one batch of rollouts, one update, one push). When it passes, the stacks of
+    all processes are left in the run's logs/, and the error names the file."""
+    stacks_after: float | None = Field(0.5, gt=0, lt=1)
+    """Share of the deadline after which the same stacks are written while the wait goes on, once per phase; null: never early."""
 
     @model_validator(mode="after")
     def _dir_is_local(self) -> RunConfig:

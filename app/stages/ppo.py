@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from app.report import write_report
 from app.run_folder import RunFolder
 from app.stages.actor_learner import LoopState, Parts, actor_learner_loop
 from app.stages.evaluate import Answers, Gold, answer, compare, write_examples
+from app.stages.healing import HealedLearner
 from app.stages.interruption import stop_requests
 from app.stages.preparation import Prepared
 from app.stages.rewards import MAIN, StartScoring, open_reward, reward_scorers
@@ -127,7 +128,8 @@ def train_ppo(
     learner_placement: Sequence[Any] = (),
     pretraining: Path | None = None,
 ) -> dict[str, Any]:
-    """Train, export `DIR/ppo/model` and compare it with the policy it started from. Goes on from the newest checkpoint.
+    """Train, export `DIR/ppo/model` and compare it with the policy it started from. Goes on from the newest checkpoint, also
+    where the learner loses a process (see `HealedLearner`).
 
     pool: engines that hold the policy in `policy_path`, or are still loading it; learner_placement, pretraining: see
     `start_learner`.
@@ -138,7 +140,12 @@ def train_ppo(
         raise ConfigError("evaluation needs at least two held-out prompts: raise data.val_split")
     gold = gold_of(recipe)
     with (
-        start_learner(recipe, policy_path, reward_path, learner_placement, pretraining=pretraining) as learner,
+        HealedLearner(
+            lambda: start_learner(recipe, policy_path, reward_path, learner_placement, pretraining=pretraining),
+            restarts=recipe.ppo.max_restarts,
+            forget=pool.discard,
+            note=tracker.note,
+        ) as learner,
         reward_scorers(recipe.reward, reward_path, policy_path, start_scoring) as scorers,
         open_reward(recipe.reward, scorers, template.decode, deadline_seconds=recipe.run.deadline_seconds) as reward,
     ):
@@ -147,8 +154,14 @@ def train_ppo(
         learner.ready()
         before = answer(pool, scorer, prompts.held_out, template, recipe.evaluation, gold)
         canaries = canaries_of(before.rollouts)
-        state = _resume_and_run(recipe, run, tracker, learner, pool, reward, scorer, prompts.train, template, canaries)
-        learner.export(str(folder / "model"))
+
+        def train(group: RayLearner) -> LoopState:
+            state = _resume_and_run(recipe, run, tracker, group, pool, reward, scorer, prompts.train, template, canaries, stop_requested)
+            group.export(str(folder / "model"))
+            return state
+
+        with stop_requests() as stop_requested:
+            state = learner.run(train)
         after = answer(pool, scorer, prompts.held_out, template, recipe.evaluation, gold)
     results = compare(before, after, recipe.evaluation) | loop_results(run, state) | {"truncated": prompts.truncated}
     write_examples(run.path / "examples.jsonl", prompts.held_out, before, after, recipe.evaluation.examples)
@@ -167,6 +180,7 @@ def _resume_and_run(
     prompts: PromptStream,
     template: Template,
     canaries: Sequence[IntArray],
+    stop_requested: Callable[[], bool],
 ) -> LoopState:
     """The loop from the newest checkpoint, or from the start, to its last step."""
     store = CheckpointStore(run.stage("ppo") / "checkpoints")
@@ -183,12 +197,11 @@ def _resume_and_run(
     parts = Parts(
         learner, pool, publisher, reward, scorer, tracker, store, prompts, template.pad_id, recipe.rollout.max_new_tokens, watch, recorder
     )
-    with stop_requests() as stop_requested:
-        try:
-            state = actor_learner_loop(parts, recipe.ppo, state, seed=recipe.run.seed, stop_requested=stop_requested)
-        except AlarmError:
-            write_report(run.path)  # its curves and alarms tell why
-            raise
+    try:
+        state = actor_learner_loop(parts, recipe.ppo, state, seed=recipe.run.seed, stop_requested=stop_requested)
+    except AlarmError:
+        write_report(run.path)  # its curves and alarms tell why
+        raise
     tracker.end("ppo")
     return state
 

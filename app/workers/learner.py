@@ -26,6 +26,7 @@ from app.numerics import gather_response
 from app.workers.engine_losses import engine_losses
 from app.workers.pretraining import PretrainingMix
 from app.workers.pushed_policy import PolicyOutbox, PushedPolicy
+from app.workers.stacks import write_stacks_on_signal
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class LearnerWorker:
         from app.workers.deepspeed_engine import import_deepspeed, start_engine
 
         config = spec.config
+        write_stacks_on_signal(f"learner rank {rank}")
         torch.set_num_threads(config.workers.threads)
         os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world), MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
         self._device = torch.device("cuda", 0) if config.workers.gpus > 0 else torch.device("cpu")

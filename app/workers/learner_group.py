@@ -5,6 +5,7 @@ Shape legend: B rollouts, T response tokens (see app.experience).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,10 @@ from app.workers.pending import collect
 from app.workers.processes import process_options
 from app.workers.pushed_policy import PushedPolicy
 
+LOST_SECONDS = 30.0
+"""How long a rank that answers nothing, because it works or hangs, is given to turn out to be dead: Ray takes so long to see that a
+node is gone."""
+
 
 class RayLearner:
     """`Learner` over one actor per rank."""
@@ -31,6 +36,24 @@ class RayLearner:
     def ready(self) -> None:
         """Wait until every rank has built its engines; raises what a rank raised meanwhile."""
         collect(self._starting, phase="learner start", deadline_seconds=self._deadline_seconds, failure=CorralError)
+
+    def lost(self) -> list[int]:
+        """Ranks whose process has ended or cannot be reached. Returns at once where one is found or all answer."""
+        waiting = {worker.pid.remote(): rank for rank, worker in enumerate(self.workers)}
+        found: list[int] = []
+        end = time.monotonic() + LOST_SECONDS
+        while waiting and not found:
+            ended, _ = ray.wait(list(waiting), num_returns=1, timeout=max(0.0, end - time.monotonic()))
+            if not ended:
+                break
+            ended, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
+            for call in ended:
+                rank = waiting.pop(call)
+                try:
+                    ray.get(call)
+                except ray.exceptions.RayError:
+                    found.append(rank)
+        return sorted(found)
 
     def inspect(self, tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
         answers = self._each("inspect", ray.put(tokens))

@@ -7,7 +7,8 @@ from typing import Any
 
 import ray
 
-from app.errors import CorralError, DeadlineError
+from app.errors import CorralError
+from app.workers.watchdog import late, patiently
 
 TRACE = "logs/error.txt"
 """Where a command leaves the trace of a failure, in its run folder."""
@@ -23,16 +24,19 @@ def collect(
 ) -> list[Any]:
     """Results of remote calls, in order.
 
-    Raises DeadlineError naming the phase when they are not all there in time, `failure` when a process raised something, and
-    `died` (default: `failure`) when a process ended; errors of ours raised inside a worker arrive as themselves.
+    Raises DeadlineError naming the phase (and where stacks are, see app/workers/watchdog.py) when they are not all there in time,
+    `failure` when a process raised something, and `died` (default: `failure`) when a process ended or its node with the results;
+    errors of ours raised inside a worker arrive as themselves.
     """
     try:
-        return ray.get(list(references), timeout=deadline_seconds)
+        results: list[Any] = patiently(lambda seconds: ray.get(list(references), timeout=seconds), phase=phase, seconds=deadline_seconds)
+        return results
     except ray.exceptions.GetTimeoutError:
-        _, late = ray.wait(list(references), num_returns=len(references), timeout=0)
-        raise DeadlineError(
-            f"{phase}: {len(late)} of {len(references)} workers did not answer within {deadline_seconds:g} s "
-            "(raise run.deadline_seconds if the work is simply that long)"
+        _, missing = ray.wait(list(references), num_returns=len(references), timeout=0)
+        raise late(
+            phase,
+            f"{len(missing)} of {len(references)} workers did not answer within {deadline_seconds:g} s "
+            "(raise run.deadline_seconds if the work is simply that long)",
         ) from None
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, CorralError):
@@ -40,7 +44,7 @@ def collect(
         raise failure(
             f"{phase}: {type(error.cause).__name__}: {last_line(error.cause)}; the whole trace is in the run's {TRACE}"
         ) from error
-    except ray.exceptions.RayActorError as error:
+    except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
         raise (died or failure)(
             f"{phase}: a worker process died ({str(error).splitlines()[0]}); rerun the same command to go on"
         ) from error

@@ -57,14 +57,15 @@ class PushedPolicy:
         return self.bytes / (self.trained.whole + self.frozen.whole)
 
     def weights(self) -> Iterator[Weights]:
-        """The whole policy under the names of a model without adapters, float32, bucket after bucket."""
-        buckets = (ray.get(bucket) for shipment in (self.trained, self.frozen) for bucket in shipment.buckets)
-        if self.scale is None:
-            yield from buckets
-            return
+        """The whole policy under the names of a model without adapters, float32, bucket after bucket. Where the store has lost one,
+        with the learner that put it there, the call itself raises, before there is any bucket."""
+        buckets: list[Weights] = ray.get([bucket for shipment in (self.trained, self.frozen) for bucket in shipment.buckets])
+        return iter(buckets) if self.scale is None else self._merged(buckets, self.scale)
+
+    def _merged(self, buckets: Iterable[Weights], scale: float) -> Iterator[Weights]:
         # what the store hands out is read-only, which torch does not know
         tensors = ((name, torch.from_numpy(np.array(array))) for bucket in buckets for name, array in bucket.items())
-        yield from in_buckets((name, tensor.numpy()) for name, tensor in merged_weights(tensors, self.scale))
+        yield from in_buckets((name, tensor.numpy()) for name, tensor in merged_weights(tensors, scale))
 
 
 class PolicyOutbox:

@@ -13,11 +13,12 @@ import numpy as np
 import ray
 
 from app.config.ppo import RolloutConfig
-from app.errors import DeadlineError, EngineDiedError, RolloutError
+from app.errors import EngineDiedError, RolloutError
 from app.experience import FinishReason, FloatArray, IntArray, Prompt, Rollout
 from app.workers.pending import collect
 from app.workers.pushed_policy import PushedPolicy
-from app.workers.rollout_engine import RolloutEngine, Sampled, engine_options
+from app.workers.rollout_engine import RolloutEngine, Sampled, engine_options, uses_nccl
+from app.workers.watchdog import late, patiently
 
 Note = Callable[[str], None]
 """Tells the user something that happened."""
@@ -41,6 +42,7 @@ class VllmRolloutPool:
         self._start = start
         self.exact = exact
         self._restarts_left = config.max_restarts
+        self._over_nccl = uses_nccl(config)
         self._deadline_seconds = deadline_seconds
         self._note = note
         self._current: tuple[str, tuple[Any, ...]] = ("pid", ())  # the call that gives a new engine the weights of now
@@ -98,6 +100,19 @@ class VllmRolloutPool:
         self._restarts_left = 0
         self.each("set_version", version)
 
+    def discard(self) -> None:
+        """Forget what is being sampled and where the weights came from: their learner is gone, and the next one brings its own.
+
+        Engines that are in an NCCL group with the lost learner are ended, and others take their places."""
+        self._current = ("pid", ())
+        if not self._over_nccl:
+            self.each("discard")
+            return
+        for engine in self.engines:
+            ray.kill(engine)
+        self.engines = [self._start(k) for k in range(len(self.engines))]
+        self.ready()
+
     def each(self, method: str, *args: Any) -> list[Any]:
         """Call `method` on every engine and wait for all answers."""
         engines = list(self.engines)
@@ -107,28 +122,34 @@ class VllmRolloutPool:
     def replace(self, k: int, lost: Any) -> Any:
         """The engine in place k after `lost` has died: a new one with the current weights, started unless somebody did before.
 
-        Where `rollout.min_engines` are left without it, the new one joins when it is up, and the answer is another engine.
+        Where `rollout.min_engines` are left without it, the new one joins when it is up, and the answer is another engine. Where that
+        one dies too before it has the weights, as on a node of which Ray does not know yet that it is gone, the next one is started.
         Raises RolloutError once `rollout.max_restarts` engines were lost.
         """
         if all(engine is not lost for engine in self.engines):
             return self.engines[k % len(self.engines)]
-        if not self._restarts_left:
-            raise RolloutError(
-                f"rollout engine {k} died and cannot be replaced (rollout.max_restarts is used up, or weights go over NCCL): "
-                "look at its last lines under the run's logs/; the same command goes on from the last checkpoint"
-            )
-        self._restarts_left -= 1
-        self._note(f"rollout engine {k} died; starting another one ({self._restarts_left} more may be lost)")
-        ray.kill(lost)
-        engine = self._start(k)
         place = next(place for place, each in enumerate(self.engines) if each is lost)
-        if len(self.engines) > self._least:
-            del self.engines[place]
-            self._late[engine.pid.remote()] = engine
-            return self.engines[k % len(self.engines)]
-        self._bring_up_to_date(engine)
-        self.engines[place] = engine
-        return engine
+        while True:
+            if not self._restarts_left:
+                raise RolloutError(
+                    f"rollout engine {k} died and cannot be replaced (rollout.max_restarts is used up, or weights go over NCCL): "
+                    "look at its last lines under the run's logs/; the same command goes on from the last checkpoint"
+                )
+            self._restarts_left -= 1
+            self._note(f"rollout engine {k} died; starting another one ({self._restarts_left} more may be lost)")
+            ray.kill(lost)
+            engine = self._start(k)
+            if len(self.engines) > self._least:
+                del self.engines[place]
+                self._late[engine.pid.remote()] = engine
+                return self.engines[k % len(self.engines)]
+            try:
+                self._bring_up_to_date(engine)
+            except EngineDiedError:
+                lost = engine
+                continue
+            self.engines[place] = engine
+            return engine
 
     def _take_in(self) -> None:
         """Engines that have come up since: with the weights of now they are given prompts like all others."""
@@ -193,12 +214,14 @@ class Sampling:
     def finished(self) -> Iterator[list[int]]:
         """Places of responses that have just ended, group after group until all have. Raises RolloutError, DeadlineError."""
         while self._streams:
-            ready, _ = ray.wait(list(self._streams), num_returns=1, timeout=self._deadline_seconds)
-            if not ready:
-                raise DeadlineError(
-                    f"rollout: none of {len(self._prompts) - len(self._rollouts)} responses ended within {self._deadline_seconds:g} s "
-                    "(raise run.deadline_seconds if the work is simply that long)"
-                )
+            try:
+                patiently(self._wait_for_one, phase="rollout", seconds=self._deadline_seconds)
+            except TimeoutError:
+                raise late(
+                    "rollout",
+                    f"none of {len(self._prompts) - len(self._rollouts)} responses ended within {self._deadline_seconds:g} s "
+                    "(raise run.deadline_seconds if the work is simply that long)",
+                ) from None
             ready, _ = ray.wait(list(self._streams), num_returns=len(self._streams), timeout=0)
             places = [place for stream in ready for place in self._take(stream)]
             if places:
@@ -213,6 +236,11 @@ class Sampling:
         for _ in self.finished():
             pass
         return [self._rollouts[place] for place in range(len(self._prompts))]
+
+    def _wait_for_one(self, seconds: float) -> None:
+        ready, _ = ray.wait(list(self._streams), num_returns=1, timeout=seconds)
+        if not ready:
+            raise TimeoutError
 
     def _deal(self, share: _Share) -> None:
         prompts, seeds = [self._prompts[i].ids for i in share.places], [self._seeds[i] for i in share.places]

@@ -18,9 +18,11 @@ import numpy as np
 
 from app.config.ppo import RolloutConfig
 from app.config.shared import WorkersConfig
+from app.errors import RolloutError
 from app.experience import FloatArray, IntArray
 from app.workers.processes import process_options
 from app.workers.pushed_policy import PushedPolicy, Weights
+from app.workers.stacks import write_stacks_on_signal
 from app.workers.step_loop import StepLoop
 
 BATCHED_TOKENS = 8192
@@ -60,6 +62,7 @@ class RolloutEngine:
     def __init__(
         self, model_path: str, config: RolloutConfig, *, precision: str, max_model_len: int, eos_ids: Sequence[int], seed: int
     ) -> None:
+        write_stacks_on_signal("rollout engine")
         self._config = config
         self._eos_ids = list(eos_ids)
         self._sleeps = config.colocate and config.engines.gpus > 0
@@ -111,6 +114,16 @@ class RolloutEngine:
         """Label the weights that another backend has just brought."""
         await self._ask(lambda: self._core.set_weight_version(str(version)))
 
+    async def discard(self) -> None:
+        """Drop what is in flight: nobody waits for it any more."""
+
+        def land() -> None:
+            for flight in self._interrupt():
+                flight.land(RolloutError("discarded: the learner that asked for it is gone"))
+            self._rest()
+
+        await self._ask(land)
+
     async def pid(self) -> int:
         import os
 
@@ -144,9 +157,10 @@ class RolloutEngine:
             await asyncio.sleep(WAIT_SECONDS)
 
         def load() -> None:
+            pieces = buckets()  # where they have gone with their owner, nothing is begun
             self._wake()
             self._transfer("start_weight_update")
-            for tensors in buckets():
+            for tensors in pieces:
                 self._transfer("update_weights", {"tensors": tensors})
             self._transfer("finish_weight_update")
             self._core.set_weight_version(str(version))
@@ -205,11 +219,15 @@ class RolloutEngine:
 
     def _redo(self) -> None:
         """Start what is in flight anew, under the weights of now."""
+        for flight in self._interrupt():
+            self._admit(flight.prompt, flight.params, flight.land)
+
+    def _interrupt(self) -> list[_Flight]:
+        """Take everything in flight out of the engine."""
         interrupted = list(self._flights.values())
         self._flights.clear()
         self._core.abort_request([flight.inner_id for flight in interrupted], internal=True)
-        for flight in interrupted:
-            self._admit(flight.prompt, flight.params, flight.land)
+        return interrupted
 
     def _step(self) -> None:
         for output in self._core.step():

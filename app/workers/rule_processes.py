@@ -14,10 +14,12 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from app.config.shared import WorkersConfig
-from app.errors import ConfigError, DeadlineError
+from app.errors import ConfigError
 from app.rewards.part import Failed, IsolatedPart, Sample
 from app.workers.pending import last_line
 from app.workers.processes import process_environment
+from app.workers.stacks import write_stacks_on_signal
+from app.workers.watchdog import late
 
 CHUNKS_PER_PROCESS = 8
 """A batch is sent in so many pieces; a crash repeats one of them, a hang costs one and those of its batch behind it."""
@@ -32,6 +34,7 @@ class RuleProcess:
     def __init__(self, rule: IsolatedPart, folder: str) -> None:
         import sys
 
+        write_stacks_on_signal("reward rule")
         sys.path.append(folder)
         rule.check()
         self._rule = rule
@@ -70,7 +73,7 @@ class RuleProcesses:
         try:
             ray.get([process.ready.remote() for process in self._processes], timeout=deadline_seconds)
         except GetTimeoutError:
-            raise DeadlineError(f"reward part {self._name}: its processes did not start within {deadline_seconds:g} s") from None
+            raise late(f"reward part {self._name}", f"its processes did not start within {deadline_seconds:g} s") from None
         except RayError as error:
             raise ConfigError(f"reward part {self._name} cannot start in a process of its own: {last_line(error)}") from error
 

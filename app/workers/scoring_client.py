@@ -31,6 +31,7 @@ from app.interfaces import Pending
 from app.models.forward import padded_batches
 from app.workers.pending import last_line
 from app.workers.scoring_messages import ScoringAnswer, ScoringRequest
+from app.workers.watchdog import where_stacks_are
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.2, 5.0
 
@@ -199,7 +200,8 @@ class _Request:
             if not isinstance(failure, WORTH_ANOTHER_ATTEMPT):
                 raise self._named(failure, str(failure)) from None
         assert failure is not None
-        raise self._named(failure, f"failed {config.retries + 1} times, last: {failure}")
+        stacks = where_stacks_are(f"scoring by {self.deployment}") if isinstance(failure, ScoringTimeoutError) else ""
+        raise self._named(failure, f"failed {config.retries + 1} times, last: {failure}{stacks}")
 
     def _answer(self, config: ScoringConfig) -> ScoringAnswer:
         if not self.attempts:

@@ -17,13 +17,14 @@ from ray.train.torch import TorchTrainer
 from app.config.training import TrainingConfig
 from app.data.batch_order import total_steps
 from app.data.mixture import Mixture
-from app.errors import CorralError, DeadlineError, Interrupted, first_line
+from app.errors import CorralError, Interrupted, first_line
 from app.interfaces import Tracker
 from app.workers.deepspeed_engine import deepspeed_config
 from app.workers.event_channel import EventChannel
 from app.workers.processes import process_environment
 from app.workers.supervised_task import SupervisedTask, TrainingJob, TrainingResult, WorkerOutcome
 from app.workers.training_loop import train_worker
+from app.workers.watchdog import late
 
 CHECKPOINTS = "checkpoints"
 MAX_FAILURES = 1
@@ -120,8 +121,8 @@ def _wait_for(
             raise Interrupted(f"{phase} stopped before its first step; the same command starts it again")
         if time.monotonic() - channel.last_event > deadline_seconds:
             channel.request_stop()
-            raise DeadlineError(
-                f"{phase}: nothing logged for {deadline_seconds:g} s (raise run.deadline_seconds if log_every steps simply take that long)"
+            raise late(
+                phase, f"nothing logged for {deadline_seconds:g} s (raise run.deadline_seconds if log_every steps simply take that long)"
             )
     try:
         outcome: WorkerOutcome = future.result().return_value

@@ -23,6 +23,7 @@ from app.durable import read_json, replace_folder, settle_folder, write_json
 from app.errors import CheckpointError, ConfigError, NonFiniteError
 from app.workers.deepspeed_engine import backward_scaled, begin_micro_batch, full_weights, load_engine, optimizer_step, start_engine
 from app.workers.shared_checkpoints import SharedCheckpoints
+from app.workers.stacks import write_stacks_on_signal
 from app.workers.supervised_task import TrainingJob, TrainingResult, WorkerOutcome
 
 HELD_OUT = "held_out.json"
@@ -72,6 +73,7 @@ class TrainingLoop:
         torch.set_num_threads(job.config.workers.threads)
         job.events.stop_requested()  # the first call only places the order; by the first step the answer may be there
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        write_stacks_on_signal(f"training rank {self.rank}")
         self.device: torch.device = ray.train.torch.get_device()
         self.checkpoints = SharedCheckpoints(job.checkpoint_folder, self.config.keep_checkpoints, self.device)
         saved = self.checkpoints.newest()

@@ -56,6 +56,13 @@ def interrupt(process: subprocess.Popen[bytes], number: signal.Signals) -> int:
     return code
 
 
+def kill_actor(process: subprocess.Popen[bytes], kind: str) -> None:
+    """SIGKILL for one of the command's actors of this class."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    *_, last = [child for child in children if " ".join(child.cmdline()).startswith(f"ray::{kind}")]
+    last.kill()
+
+
 def require_gone(tree: Sequence[psutil.Process], seconds: float = 30) -> None:
     """Every process of the list ends by itself."""
     _, alive = psutil.wait_procs(tree, timeout=seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from ray.exceptions import RayActorError
 from app.config.ppo import ScoringConfig
 from app.config.served_models import REWARD
 from app.errors import BadRequestError, NotReadyError, OverloadedError, ScoringError, ScoringTimeoutError
-from app.workers import scoring_client
+from app.workers import scoring_client, watchdog
 from app.workers.scoring_client import ServeScorer
 from app.workers.scoring_messages import ModelIdentity, ScoringAnswer, ScoringRequest
 
@@ -122,6 +123,15 @@ def test_a_service_that_keeps_failing_is_an_error_of_its_kind(pauses: list[float
     with pytest.raises(OverloadedError, match="failed 3 times, last: full") as failed:
         client(Replica(failing(*[OverloadedError("full", 9.0)] * 3)), retries=2).scores(sequences(7)).result()
     assert pickle.loads(pickle.dumps(failed.value)).retry_after == 9.0
+
+
+def test_a_service_that_does_not_answer_leaves_stacks(pauses: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "write_stacks", lambda file, headline: file.touch())
+    late = client(Replica(failing(*[TimeoutError()] * 3)), retries=2)
+    with watchdog.watching(tmp_path, note=pytest.fail), pytest.raises(ScoringTimeoutError) as failed:
+        late.scores(sequences(7)).result()
+    (file,) = tmp_path.iterdir()
+    assert str(failed.value).endswith(f"; what every process did is in {file}")
 
 
 def test_a_call_that_meets_two_versions_asks_the_older_one_again(pauses: list[float]) -> None:

@@ -34,7 +34,9 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
             array.flags.writeable = False
         return len(held) - 1
 
-    monkeypatch.setattr(pushed_policy, "ray", SimpleNamespace(put=put, get=held.__getitem__))
+    monkeypatch.setattr(
+        pushed_policy, "ray", SimpleNamespace(put=put, get=lambda references: [held[reference] for reference in references])
+    )
     monkeypatch.setattr(pushed_policy, "BUCKET_BYTES", 2**14)
     return held
 

@@ -14,6 +14,7 @@ from app.config.shared import WorkersConfig
 from app.errors import EngineDiedError, RolloutError
 from app.experience import Prompt
 from app.workers import rollout
+from app.workers.pushed_policy import PushedPolicy, Shipment
 from app.workers.rollout import VllmRolloutPool
 from app.workers.rollout_engine import Sampled
 
@@ -44,7 +45,7 @@ class Engine:
         self.version, self.life = version, life
         self.seeds: list[int] = []
         self.generate = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._generate))
-        self.pid = self.load_policy = SimpleNamespace(remote=lambda *arguments: arguments)
+        self.pid = self.load_policy = self.discard = SimpleNamespace(remote=lambda *arguments: arguments)
 
     def _generate(self, prompts: Sequence[Any], seeds: Sequence[int]) -> Iterator[Any]:
         self.seeds += seeds
@@ -56,7 +57,9 @@ class Engine:
             yield index, Sampled(ids, np.full(len(ids), -1.0, np.float32), np.full(len(ids), self.version, np.int32), "stop")
 
 
-def pool_of(engines: Sequence[Engine], monkeypatch: pytest.MonkeyPatch, restarts: int = 3, *, exact: bool = False) -> VllmRolloutPool:
+def pool_of(
+    engines: Sequence[Engine], monkeypatch: pytest.MonkeyPatch, restarts: int = 3, *, exact: bool = False, **config: Any
+) -> VllmRolloutPool:
     """A pool of the first engines in the list; the others wait to replace those that die."""
 
     def collect(references: Sequence[Any], **_: Any) -> Sequence[Any]:
@@ -69,8 +72,8 @@ def pool_of(engines: Sequence[Engine], monkeypatch: pytest.MonkeyPatch, restarts
     monkeypatch.setattr(rollout, "collect", collect)
     monkeypatch.setattr(rollout, "ray", SimpleNamespace(**calls))
     waiting = iter(engines)
-    config = RolloutConfig(engines=WorkersConfig(count=2), max_restarts=restarts)
-    return VllmRolloutPool(lambda k: next(waiting), config, deadline_seconds=1, note=lambda text: None, exact=exact)
+    settings = RolloutConfig(engines=WorkersConfig(count=2), max_restarts=restarts, **config)
+    return VllmRolloutPool(lambda k: next(waiting), settings, deadline_seconds=1, note=lambda text: None, exact=exact)
 
 
 PROMPTS = [Prompt(str(k), "", np.array([10 + k], np.int32)) for k in range(7)]
@@ -163,3 +166,29 @@ def test_a_pool_whose_last_needed_engine_dies_waits_for_its_heir(monkeypatch: py
     pool = growing_pool([Engine(3, life=1), SlowEngine(4), heir], monkeypatch, [])
     assert {rollout.policy_version for rollout in pool.submit(PROMPTS, seed=1).result()} == {3, 6}
     assert pool.engines == [heir]
+
+
+def test_a_learner_that_is_gone_leaves_no_weights_for_engines_that_start_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    mortal, heir = Engine(3, life=0), Engine(0)
+    heir.load_policy = SimpleNamespace(remote=lambda *arguments: RolloutError("the owner of the weights is dead"))
+    pool = pool_of([mortal, Engine(4), heir], monkeypatch)
+    pool.load(PushedPolicy(Shipment(), Shipment(), None, first=True), 3)
+    pool.discard()
+    assert pool.replace(0, mortal) is heir
+
+
+def test_engines_in_a_group_with_a_learner_that_is_gone_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = [Engine(k) for k in range(4)]
+    pool = pool_of(engines, monkeypatch, transfer="nccl")
+    pool.discard()
+    assert pool.engines == engines[2:]
+
+
+def test_an_engine_that_dies_before_it_has_the_weights_is_replaced_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray may place it on a node of which it does not know yet that it is gone."""
+    mortal, stillborn, heir = Engine(3, life=1), Engine(0), Engine(5)
+    stillborn.pid = SimpleNamespace(remote=lambda *arguments: EngineDiedError("its node has died"))
+    pool = pool_of([mortal, Engine(4), stillborn, heir], monkeypatch, restarts=2)
+    assert [rollout.policy_version for rollout in pool.submit(PROMPTS, seed=1).result()] == [5, 4, 5, 4, 5, 4, 3]
+    with pytest.raises(RolloutError, match="max_restarts"):
+        pool.replace(0, heir)
