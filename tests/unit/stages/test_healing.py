@@ -54,11 +54,11 @@ class Learner:
         self.call("inspect")
         return torch.where(tokens.mask_BT, LOGPROB, 0.0), torch.zeros(tokens.mask_BT.shape)
 
-    def update(self, experience: Experience, *, seed: int) -> Mapping[str, float]:
+    def update(self, experience: Experience, *, step: int) -> Mapping[str, float]:
         self.call("update")
         assert experience.advantages_BT is not None
         ids = experience.tokens.ids_BS.double()
-        self.weights = float((self.weights * 1.25 + (ids * torch.arange(1, ids.shape[1] + 1)).sum() + seed) % 97)
+        self.weights = float((self.weights * 1.25 + (ids * torch.arange(1, ids.shape[1] + 1)).sum() + step) % 97)
         return {"policy_loss": self.weights}
 
     def save(self, folder: str) -> None:

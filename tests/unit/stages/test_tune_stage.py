@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,8 +23,8 @@ CORPUS: Any = SimpleNamespace(sha256="d" * 64)
 
 
 @contextmanager
-def start_scoring(reward_path: str, reference_path: str) -> Iterator[Any]:
-    yield SimpleNamespace(models=(reward_path, reference_path))
+def start_scoring(reward_paths: Sequence[str], reference_path: str) -> Iterator[Any]:
+    yield [SimpleNamespace(models=(path, reference_path)) for path in reward_paths]
 
 
 class Stages:
@@ -34,7 +34,9 @@ class Stages:
         self.trained: Counter[str] = Counter()
         self.given: list[Any] = []
         self.ends: list[Any] = []
-        monkeypatch.setattr(pipeline, "prepare", lambda *_: SimpleNamespace(model_path="base", template=None))
+        monkeypatch.setattr(
+            pipeline, "prepare", lambda *_: SimpleNamespace(model_path="base", template=None, corpus=SimpleNamespace(pretraining=None))
+        )
         monkeypatch.setattr(pipeline, "PeakMemory", lambda _: SimpleNamespace(__enter__=None, __exit__=None, peak_bytes=0))
         monkeypatch.setattr(pipeline.Pipeline, "__enter__", lambda self: self)
         monkeypatch.setattr(pipeline.Pipeline, "__exit__", lambda self, *_: None)

@@ -45,7 +45,7 @@ class Engine:
         self.version, self.life = version, life
         self.seeds: list[int] = []
         self.generate = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._generate))
-        self.pid = self.load_policy = self.discard = SimpleNamespace(remote=lambda *arguments: arguments)
+        self.pid = self.load_policy = self.discard = SimpleNamespace(remote=lambda *arguments: (*arguments, object()))
 
     def _generate(self, prompts: Sequence[Any], seeds: Sequence[int]) -> Iterator[Any]:
         self.seeds += seeds
