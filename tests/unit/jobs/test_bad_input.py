@@ -132,7 +132,7 @@ def test_texts_to_mix_in_that_cannot_be_learnt_from(refused: Refused, data: Call
         error = refused("pipeline", TINY, f"--ppo.pretraining.path={path}", *mix, run)
         assert "ppo.pretraining: " in error and reason in error
     searched = "--tune.space.ppo.pretraining.path={type='choice', values=['a', 'b']}"
-    assert "all trials read the same text" in refused("tune", TINY, searched, run)
+    assert "ppo.pretraining.path is the same for all trials" in refused("tune", TINY, searched, run)
     check_inputs(load_recipe(TINY, ["--ppo.pretraining.path=/nowhere.jsonl"]), "pipeline")
 
 

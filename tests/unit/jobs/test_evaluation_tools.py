@@ -78,7 +78,7 @@ def test_the_comparison_of_a_run_names_its_tools(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         main(["evaluate", "--help"])
     text = capsys.readouterr().out
-    assert text.startswith("usage: corral evaluate [-h] [--dry-run] RECIPE")
+    assert text.startswith("usage: corral evaluate [-h] [--resume] [--dry-run] RECIPE")
     assert all(action in text for action in ACTIONS)
 
 
