@@ -108,12 +108,9 @@ def _check_data(recipe: Recipe, command: str) -> None:
 
 
 def _mixes_pretraining(recipe: Recipe, command: str) -> bool:
-    """Whether some learner of the command reads ppo.pretraining. Raises ConfigError for a search over what is read: trials share it."""
-    searched = set(recipe.tune.space) if command == "tune" else set()
-    for key in sorted(searched):
-        if key.startswith("ppo.pretraining.") and not key.endswith(("coef", "batch_size")):
-            raise ConfigError(f"tune.space: {key} cannot be searched, all trials read the same text: leave it out, or search coef")
-    return command in MIX_COMMANDS and bool(recipe.ppo.pretraining.coef or "ppo.pretraining.coef" in searched)
+    """Whether some learner of the command reads ppo.pretraining."""
+    searched = command == "tune" and "ppo.pretraining.coef" in recipe.tune.space
+    return command in MIX_COMMANDS and bool(recipe.ppo.pretraining.coef or searched)
 
 
 def _check_source(path: str | None) -> None:

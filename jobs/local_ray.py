@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +15,14 @@ import psutil
 import ray
 from ray._private.accelerators import get_accelerator_manager_for_resource
 
-from app.errors import ConfigError
+from app.errors import ConfigError, first_line
 from app.planning.packing import NodeResources
 from jobs import interrupts
 
 OBJECT_STORE_BYTES = (128 * 2**20, 4 * 2**30)
 """Least and most; Ray takes pages as it fills them. A weight push holds a whole float32 policy: one that does not fit goes by the disk."""
 SHARED_MEMORY, SHARED_MEMORY_SHARE = "/dev/shm", 0.5
+CONNECT_SECONDS = 10.0
 WORKER_ENV = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -110,6 +112,7 @@ def join_cluster() -> None:
     """Connect to RAY_ADDRESS. Raises ConfigError when nothing answers there."""
     if ray.is_initialized():
         return
+    _require_answer(os.environ["RAY_ADDRESS"])
     use_token()
     environment: dict[str, Any] = {"env_vars": WORKER_ENV}
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # a submitted job has brought its code along as working_dir
@@ -117,11 +120,26 @@ def join_cluster() -> None:
     try:
         ray.init(runtime_env=environment, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"RAY_ADDRESS = {os.environ['RAY_ADDRESS']}: no Ray cluster answers ({str(error).splitlines()[0]}): "
-            "start one with `ray start --head`, check RAY_AUTH_TOKEN, or unset RAY_ADDRESS"
-        ) from error
+        raise _no_answer(error) from error
     interrupts.install()
+
+
+def _require_answer(address: str) -> None:
+    """Whether something listens at HOST:PORT, for whose answer Ray would wait minutes. Other forms of address are left to Ray."""
+    host, _, port = address.rpartition(":")
+    if "/" in host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise _no_answer(error) from error
+
+
+def _no_answer(error: Exception) -> ConfigError:
+    return ConfigError(
+        f"RAY_ADDRESS = {os.environ['RAY_ADDRESS']}: no Ray cluster answers ({first_line(error)}): "
+        "start one with `ray start --head`, check RAY_AUTH_TOKEN, or unset RAY_ADDRESS"
+    )
 
 
 def use_token() -> None:

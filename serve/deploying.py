@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -103,6 +103,7 @@ def deployed(
                     with nullcontext() if up else suppress(TimeoutError):
                         delete(name)
     finally:
+        close_handles(running.names)
         if stop_serve and started_serve and serve_is_running() and not serve.status().applications:
             serve.shutdown()
 
@@ -132,6 +133,15 @@ def delete(name: str) -> None:
     except (RayActorError, RayServeException):
         if serve_is_running():
             raise
+
+
+def close_handles(applications: Collection[str]) -> None:
+    """End the routers of this process's handles on these applications: their threads would outlive Ray and keep the process alive."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    for key, handle in [] if client is None else list(client.handle_cache.items()):
+        if handle.app_name in applications:
+            handle.shutdown()
+            del client.handle_cache[key]
 
 
 def start_serve(start: Mapping[str, Any]) -> bool:

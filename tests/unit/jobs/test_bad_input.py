@@ -114,6 +114,14 @@ def test_too_few_gpus_are_found_before_any_file_is_read(refused: Refused, tmp_pa
     assert not run.exists()
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "[::1]:9", "nowhere.invalid:6379", "127.0.0.1:99999"])
+def test_a_cluster_that_nobody_is_at(refused: Refused, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told at once, where Ray would wait minutes for an answer."""
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    error = refused("sft", TINY, f"--run.dir={tmp_path / 'run'}")
+    assert f"RAY_ADDRESS = {address}: no Ray cluster answers" in error and "ray start --head" in error
+
+
 def test_too_little_memory(refused: Refused, tmp_path: Path) -> None:
     error = refused("pipeline", TINY, "--rollout.kv_cache_gib=9000", f"--run.dir={tmp_path / 'run'}")
     assert "GiB of memory" in error
