@@ -11,7 +11,7 @@ from typing import Any
 from app.durable import MANIFEST
 from app.errors import CheckpointError
 from app.process_record import runs_here
-from app.storage import Place
+from app.storage.place import Place
 from app.tracking import METRICS_FILE, PROGRESS_FILE
 
 TAIL_BYTES = 2**16

@@ -18,7 +18,7 @@ from jobs.submission import ADDRESS_HELP, followed
 
 if TYPE_CHECKING:
     from app.run_status import RunStatus
-    from app.storage import Place
+    from app.storage.place import Place
     from jobs.job_server import JobServer
 
 LOOK_SECONDS = 1.0
@@ -35,7 +35,7 @@ class Target:
 
 def target(word: str) -> Target:
     """A run folder, a URL of one, or else the submission id of a job. Raises ConfigError."""
-    from app.storage import open_place
+    from app.storage.place import open_place
 
     if "://" in word or Path(word).is_dir():
         return Target(run=open_place(word, "RUN"))

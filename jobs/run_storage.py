@@ -14,7 +14,7 @@ from app.errors import ConfigError, StorageError, first_line
 
 if TYPE_CHECKING:
     from app.config.recipe import Recipe
-    from app.mirror import Mirror
+    from app.storage.mirror import Mirror
 
 
 @contextmanager
@@ -42,9 +42,9 @@ def mirrored(recipe: Recipe) -> Iterator[Mirror | None]:
 
 
 def _open(url: str, folder: Path) -> Mirror:
-    from app.lease import Lease
-    from app.mirror import Mirror
-    from app.storage import open_place, require_writable
+    from app.storage.lease import Lease
+    from app.storage.mirror import Mirror
+    from app.storage.place import open_place, require_writable
 
     place = open_place(url)
     if place.is_local and (Path(place.root).is_relative_to(folder) or folder.is_relative_to(place.root)):

@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def list_runs(place: str) -> list[dict[str, Any]]:
     """The runs in a folder or URL as JSON-able objects. Raises ConfigError."""
     from app.run_status import find_runs
-    from app.storage import open_place
+    from app.storage.place import open_place
 
     try:
         return [status.as_dict() for status in find_runs(open_place(place, "DIR"))]

@@ -14,7 +14,7 @@ from typing import Any
 
 from app.errors import CheckpointError
 from app.process_record import me, runs_here
-from app.storage import Place
+from app.storage.place import Place
 
 NAME = ".lease.json"
 RENEW_SECONDS, EXPIRY_SECONDS = 15.0, 60.0

@@ -18,8 +18,9 @@ from typing import Any
 from app.checkpoint import PREFIX
 from app.durable import MANIFEST, damage, read_json, write_json
 from app.errors import CheckpointError, StorageError, first_line
-from app.lease import Lease
-from app.mirrored_files import (
+from app.run_folder import is_blank, refuse_other_config
+from app.storage.lease import Lease
+from app.storage.mirrored_files import (
     BEST,
     BEST_LAST,
     CHECKPOINTS,
@@ -32,8 +33,7 @@ from app.mirrored_files import (
     tracked,
     unfinished_checkpoints,
 )
-from app.run_folder import is_blank, refuse_other_config
-from app.storage import Place
+from app.storage.place import Place
 
 INDEX = ".storage.json"
 """In the local folder: what the URL has of it, so that a restart in the same folder sends only what has changed."""

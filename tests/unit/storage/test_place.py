@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from app.errors import ConfigError
-from app.storage import Place, open_place, require_writable
+from app.storage.place import Place, open_place, require_writable
 
 
 @pytest.fixture(params=["file", "memory", "path"])

@@ -15,15 +15,15 @@ from typing import Any
 
 import pytest
 
-from app import mirror as module
-from app import mirrored_files
 from app.checkpoint import CheckpointStore
 from app.config.recipe import Recipe
 from app.durable import tree_hash
 from app.errors import CheckpointError, StorageError
-from app.mirror import INDEX, Mirror
 from app.run_folder import RunFolder
-from app.storage import Place, open_place
+from app.storage import mirror as module
+from app.storage import mirrored_files
+from app.storage.mirror import INDEX, Mirror
+from app.storage.place import Place, open_place
 
 
 @pytest.fixture(autouse=True)

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from app import lease as module
 from app.errors import CheckpointError
-from app.lease import NAME, Lease
 from app.process_record import me, runs_here
-from app.storage import Place, open_place
+from app.storage import lease as module
+from app.storage.lease import NAME, Lease
+from app.storage.place import Place, open_place
 
 
 @pytest.fixture(autouse=True)
