@@ -14,10 +14,12 @@ from typing import Any
 
 from app.alarms import AlarmWatch
 from app.checkpoint import SavedCheckpoint
+from app.config.loading import with_values
 from app.config.recipe import Recipe
 from app.errors import NonFiniteError
 from app.stages.actor_learner import LoopState
 from app.stages.tuning import search, trial
+from app.stages.tuning.records import trial_row
 from app.stages.tuning.trial import TrialInputs, TrialReporter, restored_loop
 from app.tracking import RunTracker
 
@@ -72,6 +74,20 @@ def run_search(recipe: Recipe, run: Path, concurrent: int = 2) -> list[Any]:
     inputs = TrialInputs(recipe, str(run / "tune"), "", "", {}, nothing, nothing)
     with RunTracker(run) as tracker:
         return search.run_search(recipe, inputs, run, concurrent, tracker)
+
+
+def recipe(space: dict[str, Any], **tune: Any) -> Recipe:
+    values = {f"tune.{name}": value for name, value in tune.items()} | {"tune.space": space}
+    return with_values(Recipe(), {"ppo.steps": 8, "ppo.epochs": 1, "ppo.workers.cpus": 0.1, "rollout.engines.cpus": 0.1, **values})
+
+
+def rows(trials: list[Any]) -> list[dict[str, Any]]:
+    return [trial_row(trial, 8) for trial in trials]
+
+
+def begun(run: Path) -> list[list[float]]:
+    """[process, step, learnt, learning rate, epochs] of every start of a trial."""
+    return [[float(word) for word in line.split()] for line in (run / "begun").read_text().splitlines()]
 
 
 if __name__ == "__main__":
