@@ -27,7 +27,7 @@ def test_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch, capsys: p
     if words[0] == "doctor":
         assert (ROOT / words[1]).is_file()
         return
-    if words[0] in ("chat", "export", "plan", "replay", "score"):
+    if words[0] in ("chat", "export", "plan", "replay", "runs", "score"):
         assert build_parser(words).parse_args(words).command == words[0]
         return
     assert main([*words, "--dry-run"]) == 0
