@@ -41,7 +41,7 @@ KINDS = {
     "request to stop": Kind("", 2, signal.SIGTERM),
 }
 OPTIONS = (
-    "--run.determinism=exact", "--ppo.steps=6", "--ppo.save_every=2", "--ppo.batch_size=32", "--evaluation.prompts=16",
+    "--run.determinism=exact", "--ppo.steps=10", "--ppo.save_every=2", "--ppo.batch_size=32", "--evaluation.prompts=16",
     "--run.deadline_seconds=300",
 )  # fmt: skip
 RUN_SECONDS = 900
@@ -111,7 +111,7 @@ def disturbed_run(models: Path, folder: Path, kind: Kind, after: float, rng: ran
     time.sleep(after)
     if process.poll() is None and (found := victims(process, kind.title)):
         victim = rng.choice(found)
-        hit = " ".join(victim.cmdline()).partition(" --")[0] if kind.title else "corral ppo"
+        hit = " ".join(victim.cmdline()).strip() if kind.title else "corral ppo"
         victim.send_signal(kind.signal)
     while (code := process.wait(RUN_SECONDS)) != 0:
         if time.monotonic() - began > RUN_SECONDS or typed > 3:
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS), help="taken in turn; default: all")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of victims and moments")
-    parser.add_argument("--longest", type=float, default=25.0, help="latest moment of a kill, seconds into the stage")
+    parser.add_argument("--longest", type=float, default=12.0, help="latest moment of a kill, seconds into the stage")
     parser.add_argument("--folder", type=Path, help="where the runs go; an undisturbed run that is there already is not repeated")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import ray
+from ray._private.internal_api import memory_summary
 
 from app.workers.memory import process_tree, raylet_pids
 from bench.chaos import RUN_SECONDS, logged_steps
@@ -69,7 +70,7 @@ def title_of(process: psutil.Process) -> str:
 
 def object_store_mib(address: str) -> float:
     """In use, over all nodes."""
-    text = ray._private.internal_api.memory_summary(address, stats_only=True)
+    text = memory_summary(address, stats_only=True)
     return float(re.search(r"Plasma memory usage (\d+) MiB", text)[1])  # type: ignore[index]
 
 
