@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import ActorAlreadyExistsError, RayActorError
-from ray.serve.context import _get_global_client
+from ray.serve import context
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, LoggingConfig
 
@@ -137,7 +137,7 @@ def delete(name: str) -> None:
 
 def close_handles(applications: Collection[str]) -> None:
     """End the routers of this process's handles on these applications: their threads would outlive Ray and keep the process alive."""
-    client = _get_global_client(raise_if_no_controller_running=False)
+    client = context._global_client  # None where Serve is stopped; asking for it would connect to another one
     for key, handle in [] if client is None else list(client.handle_cache.items()):
         if handle.app_name in applications:
             handle.shutdown()
@@ -161,7 +161,7 @@ def _check_http_door(start: Mapping[str, Any]) -> None:
     wanted = start.get("http_options")
     if wanted is None:
         return
-    options = _get_global_client().http_config
+    options = context._get_global_client().http_config
     there = f"{options.host}:{options.port}" if serve.status().proxies else None
     if there != f"{wanted['host']}:{wanted['port']}":
         raise ConfigError(
