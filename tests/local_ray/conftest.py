@@ -21,7 +21,7 @@ def cluster() -> Iterator[None]:
 
     folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # Ray's sockets need a short path
     os.environ["RAY_TMPDIR"] = folder
-    ray.init(
+    context = ray.init(
         address="local",
         num_cpus=8,
         num_gpus=4,  # logical ones: nothing here computes on them
@@ -30,6 +30,8 @@ def cluster() -> Iterator[None]:
         logging_level="ERROR",
         log_to_driver=False,
     )
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://{context.dashboard_url}"  # there may be other Rays on the machine
     yield
+    del os.environ["RAY_API_SERVER_ADDRESS"]
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)

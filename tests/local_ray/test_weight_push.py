@@ -118,7 +118,7 @@ def check_adapters(spec: LearnerSpec, pool: VllmRolloutPool, prompts: list[Promp
         assert canary_mismatch(before, [direct_logprobs(spec.policy_path, ids) for ids in canaries]) < LIMIT  # new adapters add nothing
         experience = experience_of(pool.submit(prompts, seed=1).result(), learner)
         assert float((experience.proximal_BT - experience.behaviour_BT).abs().max()) < LIMIT
-        learner.update(config.make_algorithm().credit(experience, kl_coef=0.0), seed=0)
+        learner.update(config.make_algorithm().credit(experience, kl_coef=0.0), step=0)
         adapters = publisher.publish(5)
         assert adapters["push/canary_mismatch"] < LIMIT
         assert canary_mismatch(before, pool.logprobs(canaries)) > 100 * LIMIT
