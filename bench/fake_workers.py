@@ -41,8 +41,8 @@ class FakeEngine:
     async def logprobs(self, sequences: Sequence[Any]) -> list[Any]:
         return fake_logprobs(sequences)
 
-    async def load_buckets(self, buckets: Sequence[ray.ObjectRef[Any]], version: int) -> None:
-        for bucket in buckets:
+    async def load_policy(self, policy: Any, version: int) -> None:
+        for bucket in policy.trained.buckets:
             await bucket
         self._version = version
 
@@ -65,13 +65,16 @@ class FakeLearner:
         mask_BT = tokens.mask_BT[rows]
         return rows, torch.where(mask_BT, LOGPROB, 0.0), torch.zeros(mask_BT.shape)
 
-    def update(self, experience: Any, seed: int) -> Mapping[str, float]:
+    def update(self, experience: Any, step: int) -> Mapping[str, float]:
         return {"rows": float(len(experience.tokens))}
 
-    def weight_buckets(self) -> list[ray.ObjectRef[Any]]:
-        if self._rank or not self._weight_bytes:
-            return []
-        return [ray.put({"weight": np.zeros(self._weight_bytes // 4, dtype=np.float32)})]
+    def pushed_policy(self) -> Any:
+        from app.workers.pushed_policy import PushedPolicy, Shipment
+
+        buckets: tuple[Any, ...] = ()
+        if not self._rank and self._weight_bytes:
+            buckets = (ray.put({"weight": np.zeros(self._weight_bytes // 4, dtype=np.float32)}),)
+        return PushedPolicy(Shipment(buckets, self._weight_bytes, self._weight_bytes), Shipment(), None, first=True)
 
     def logprobs(self, sequences: Sequence[Any]) -> list[Any]:
         return fake_logprobs(sequences)
