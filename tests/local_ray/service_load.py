@@ -137,11 +137,11 @@ class Load:
         wait_for(lambda: len(self.answers) >= seen + answers)
 
 
-def wait_for(reached: Callable[[], bool]) -> None:
+def wait_for(reached: Callable[[], bool], every: float = 0.05) -> None:
     deadline = time.monotonic() + DEADLINE
     while not reached():
         assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
+        time.sleep(every)
 
 
 @contextmanager
