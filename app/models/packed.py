@@ -81,5 +81,4 @@ def packed_logprobs(model: PreTrainedModel, row: PackedRow, *, temperature: floa
     targets_P = row.ids_1N[0].roll(-1)[predicts_N]
     head = model.get_output_embeddings()
     pieces = zip(hidden_PH.split(chunk), targets_P.split(chunk), strict=True)
-    logprobs = [label_logprobs(head(hidden_nH)[None], targets_n[None], temperature)[0] for hidden_nH, targets_n in pieces]
-    return torch.cat(logprobs or [torch.zeros(0)])  # sequences of one token predict nothing
+    return torch.cat([label_logprobs(head(hidden_nH)[None], targets_n[None], temperature)[0] for hidden_nH, targets_n in pieces])

@@ -82,7 +82,7 @@ def _log_softmax(scaled: torch.Tensor) -> torch.Tensor:
 def _chunks(logits_BSV: torch.Tensor) -> Iterator[slice]:
     rows, positions, vocabulary = logits_BSV.shape
     step = max(1, CHUNK_ELEMENTS // max(1, rows * vocabulary))
-    return (slice(start, min(start + step, positions)) for start in range(0, positions, step))
+    return (slice(start, min(start + step, positions)) for start in range(0, max(1, positions), step))  # one empty slice of no positions
 
 
 class _LabelLogprobs(torch.autograd.Function):

@@ -32,6 +32,11 @@ def make_gemma(folder: Path) -> str:
     return str(folder)
 
 
+@pytest.mark.parametrize("make", [make_neox, make_gemma], ids=["neox", "gemma"])
+def test_a_sequence_of_one_token_has_no_logprobs(make: Callable[[Path], str], tmp_path: Path) -> None:
+    assert [row.shape for row in ScoringModel(make(tmp_path), "reference").answers(rows((1, 1)), 48)] == [(0,), (0,)]
+
+
 @pytest.mark.parametrize(("make", "packs"), [(make_neox, True), (make_llama, True), (make_gemma, False)], ids=["neox", "llama", "gemma"])
 @torch.no_grad()
 def test_logprobs_and_logits_equal_a_pass_of_each_sequence_alone(make: Callable[[Path], str], packs: bool, tmp_path: Path) -> None:

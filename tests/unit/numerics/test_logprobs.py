@@ -93,6 +93,14 @@ def test_impossible_tokens_add_nothing_to_the_entropy() -> None:
     torch.testing.assert_close(logits.grad, torch.zeros(1, 1, 3))  # two equal ones are as uncertain as can be
 
 
+def test_no_position_is_no_number() -> None:
+    logits_BSV = torch.zeros(2, 0, 5, requires_grad=True)
+    logprobs_BS, entropy_BS = label_logprobs(logits_BSV, torch.zeros(2, 0, dtype=torch.long)), entropy(logits_BSV)
+    assert logprobs_BS.shape == entropy_BS.shape == (2, 0)
+    (logprobs_BS.sum() + entropy_BS.sum()).backward()
+    assert logits_BSV.grad is not None and logits_BSV.grad.shape == (2, 0, 5)
+
+
 def test_labels_must_fit_the_logits() -> None:
     with pytest.raises(ValueError, match="differ in rows or positions"):
         label_logprobs(torch.zeros(2, 3, 4), torch.zeros(2, 2, dtype=torch.long))
