@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from app.durable import MANIFEST
-from app.errors import CheckpointError
 from app.process_record import runs_here
 from app.storage.place import Place
 from app.tracking import METRICS_FILE, PROGRESS_FILE
@@ -110,10 +109,5 @@ def last_points(lines: str) -> dict[str, dict[str, Any]]:
 
 def _read_json(place: Place, name: str) -> dict[str, Any] | None:
     content = place.read(name)
-    if content is None:
-        return None
-    try:
-        value = json.loads(content)
-    except ValueError as error:
-        raise CheckpointError(f"{place.url}/{name} is no valid JSON ({error}): restore it, or remove that folder") from error
+    value = None if content is None else place.parsed(name, content, "restore it, or remove that folder")
     return value if isinstance(value, dict) else None

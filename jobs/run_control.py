@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -133,9 +134,8 @@ def stop(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _stop_process(place: Place, status: RunStatus, seconds: float) -> int:
     assert status.pid is not None
     try:
-        os.kill(status.pid, signal.SIGTERM)
-    except ProcessLookupError:
-        pass  # it has just ended
+        with suppress(ProcessLookupError):  # it has just ended, which is what was asked for
+            os.kill(status.pid, signal.SIGTERM)
     except PermissionError as error:
         raise ConfigError(f"{status.run}: process {status.pid} belongs to another user: stop it as that user") from error
     sys.stdout.write(f"{status.run}: process {status.pid} stops at its next safe point, with a checkpoint\n")

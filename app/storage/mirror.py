@@ -6,7 +6,6 @@ side dies at, a checkpoint or a finished stage is whole there or does not count.
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 import time
@@ -252,10 +251,7 @@ class Mirror:
         content = self.place.read(MANIFEST)
         if content is None:
             return None
-        try:
-            manifest = json.loads(content)
-        except ValueError as error:
-            raise CheckpointError(f"{self.place.url}/{MANIFEST} is no valid JSON ({error}): choose another run.storage") from error
+        manifest = self.place.parsed(MANIFEST, content, "choose another run.storage")
         if not isinstance(manifest, dict):
             raise CheckpointError(f"{self.place.url}/{MANIFEST} is no manifest of a run: choose another run.storage")
         return manifest

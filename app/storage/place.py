@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import fsspec
 import pyarrow
 from pyarrow import fs as arrow
 
-from app.errors import ConfigError, first_line
+from app.errors import CheckpointError, ConfigError, first_line
 
 NATIVE = ("s3", "gs", "gcs", "hdfs")
 """Schemes that pyarrow brings along; the rest goes through fsspec and its packages."""
@@ -55,6 +56,13 @@ class Place:
                 return bytes(file.read())
         except FileNotFoundError:
             return None
+
+    def parsed(self, name: str, content: bytes, remedy: str) -> Any:
+        """The JSON value that `read` gave as the content of a file. Raises CheckpointError, which ends in `remedy`."""
+        try:
+            return json.loads(content)
+        except ValueError as error:
+            raise CheckpointError(f"{self.url}/{name} is no valid JSON ({error}): {remedy}") from error
 
     def write(self, name: str, content: bytes) -> None:
         """Replace a file in one step."""
