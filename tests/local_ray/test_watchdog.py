@@ -26,7 +26,8 @@ def test_a_hung_process_is_shown_where_it_hangs(tmp_path: Path) -> None:
         def work(self) -> str:
             return "done"
 
-        def hang_in_c(self, seconds: int) -> str:
+        def hang_in_c(self, seconds: int, begun: Path) -> str:
+            begun.touch()
             end = time.monotonic() + seconds
             while (left := end - time.monotonic()) > 0:  # a signal ends C's sleep
                 ctypes.PyDLL(None).sleep(1 + int(left))  # holds the interpreter's lock: no thread of Python runs meanwhile
@@ -39,7 +40,9 @@ def test_a_hung_process_is_shown_where_it_hangs(tmp_path: Path) -> None:
     try:
         ray.get([worker.work.remote() for worker in (hung, idle, gone)])
         ray.kill(gone)
-        calls = [hung.hang_in_c.remote(6), idle.work.remote()]
+        calls = [hung.hang_in_c.remote(8, tmp_path / "begun"), idle.work.remote()]
+        while not (tmp_path / "begun").exists():  # a busy machine may take longer than the deadline to begin a call
+            time.sleep(0.02)
         with (
             watching(tmp_path / "logs", note=notes.append, early_share=0.5),
             pytest.raises(
