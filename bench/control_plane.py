@@ -94,7 +94,8 @@ class FakeCluster:
         """Run the loop for `steps` steps after a first one that is not counted."""
         import ray
 
-        from app.config.ppo import PpoConfig, RolloutConfig
+        from app.config.ppo import PpoConfig
+        from app.config.rollout import RolloutConfig
         from app.config.shared import WorkersConfig
         from app.data.prompt_stream import PromptStream
         from app.experience import Prompt

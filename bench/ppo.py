@@ -23,7 +23,9 @@ sys.path[0] = str(ROOT)  # a script's own folder leads sys.path; the packages li
 
 import numpy as np  # noqa: E402
 
-from app.config.ppo import PpoConfig, RolloutConfig, ScoringConfig  # noqa: E402
+from app.config.ppo import PpoConfig  # noqa: E402
+from app.config.rollout import RolloutConfig  # noqa: E402
+from app.config.scoring import ScoringConfig  # noqa: E402
 from app.config.shared import DeepSpeedConfig, OptimizerConfig, WorkersConfig  # noqa: E402
 from app.data.prompt_stream import PromptStream  # noqa: E402
 from app.experience import Prompt  # noqa: E402

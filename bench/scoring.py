@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from ray import serve
 
-from app.config.ppo import ScoringConfig
+from app.config.scoring import ScoringConfig
 from app.config.served_models import REFERENCE
 from app.config.serving import BatchingConfig, ServedModelConfig, ServingConfig
 from app.config.shared import WorkersConfig

@@ -13,7 +13,7 @@ from typing import Any
 from ray import serve
 from ray.serve.config import AutoscalingConfig
 
-from app.config.ppo import ScoringConfig
+from app.config.scoring import ScoringConfig
 from app.config.served_models import REWARD, ppo_models, reward_names
 from app.config.serving import ServedModelConfig, ServingConfig
 from app.models.heads import Precision

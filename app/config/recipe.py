@@ -11,8 +11,11 @@ from pydantic import model_validator
 from app.config.alarms import AlarmsConfig
 from app.config.data import DataConfig
 from app.config.deepspeed_presets import merge
-from app.config.ppo import EvaluationConfig, PpoConfig, RolloutConfig, ScoringConfig
+from app.config.evaluation import EvaluationConfig
+from app.config.ppo import PpoConfig
 from app.config.reward import RewardConfig
+from app.config.rollout import RolloutConfig
+from app.config.scoring import ScoringConfig
 from app.config.serving import ServingConfig
 from app.config.shared import ModelConfig, RunConfig
 from app.config.tracking import TrackingConfig

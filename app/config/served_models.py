@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from app.config.ppo import ScoringConfig
 from app.config.recipe import Recipe
+from app.config.scoring import ScoringConfig
 from app.config.serving import BatchingConfig, ServedModelConfig
 from app.errors import ConfigError
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from app.config.ppo import EvaluationConfig
+from app.config.evaluation import EvaluationConfig
 from app.data.templates import Template
 from app.evaluation_statistics import mean_interval, paired_bootstrap, win_rate
 from app.experience import Prompt, Rollout

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from app.config.ppo import RolloutConfig
+from app.config.rollout import RolloutConfig
 from app.errors import EngineDiedError, RolloutError
 from app.experience import FinishReason, FloatArray, IntArray, Prompt, Rollout
 from app.workers.pending import collect

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from app.config.ppo import RolloutConfig
+from app.config.rollout import RolloutConfig
 from app.config.shared import WorkersConfig
 from app.errors import RolloutError
 from app.experience import FloatArray, IntArray

@@ -22,7 +22,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from app.config.ppo import ScoringConfig
+from app.config.scoring import ScoringConfig
 from app.config.served_models import REFERENCE, REWARD
 from app.config.serving import Output
 from app.errors import BadRequestError, NotReadyError, OverloadedError, ScoringError, ScoringTimeoutError

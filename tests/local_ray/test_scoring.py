@@ -22,7 +22,7 @@ from ray import serve
 from ray.util.state import list_actors
 from transformers import PreTrainedModel
 
-from app.config.ppo import ScoringConfig
+from app.config.scoring import ScoringConfig
 from app.config.shared import WorkersConfig
 from app.errors import DeadlineError, ScoringError
 from app.models.forward import pad_sequences, sequence_logprobs

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from app.config.ppo import PolicyAdapterConfig, PpoConfig, RolloutConfig
+from app.config.ppo import PolicyAdapterConfig, PpoConfig
+from app.config.rollout import RolloutConfig
 from app.config.shared import DeepSpeedConfig, OptimizerConfig, WorkersConfig
 from app.errors import WeightPushError
 from app.experience import Experience, Prompt, Rollout, TokenBatch, pad_rows

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from ray.exceptions import RayActorError
 
-from app.config.ppo import ScoringConfig
+from app.config.scoring import ScoringConfig
 from app.config.served_models import REWARD
 from app.errors import BadRequestError, NotReadyError, OverloadedError, ScoringError, ScoringTimeoutError
 from app.workers import scoring_client, watchdog

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.config.ppo import RolloutConfig
+from app.config.rollout import RolloutConfig
 from app.config.shared import WorkersConfig
 from app.errors import EngineDiedError, RolloutError
 from app.experience import Prompt

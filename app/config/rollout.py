@@ -1,0 +1,68 @@
+"""The rollout engines."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from app.config.shared import WorkersConfig
+from app.schema import Config
+
+
+class RolloutConfig(Config):
+    """vLLM engines."""
+
+    max_new_tokens: int = Field(64, ge=1)
+    """Token limit of a response."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature; the learner divides its logits by the same number."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling. Only 1.0 is exact for PPO, so anything else is refused."""
+    ignore_eos: bool = False
+    """Sample to the token limit whatever comes (benchmarks)."""
+    engines: WorkersConfig = WorkersConfig()
+    """`count` engines; `gpus` per engine is its tensor-parallel size where it is above 1."""
+    min_engines: int | None = Field(None, ge=1)
+    """Sample as soon as this many engines are up, and go on while no fewer are; the others join whenever the cluster has room for them.
+    Default: all of them, all the time."""
+    max_model_len: int | None = Field(None, ge=16)
+    """Context length of the engine; default: longest prompt + max_new_tokens."""
+    kv_cache_gib: float = Field(0.5, gt=0)
+    """KV cache of a CPU engine, GiB."""
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
+    """Share of a GPU's memory that the engine may use."""
+    colocate: bool = False
+    """Engines share the learners' GPUs and sleep while the learner works."""
+    in_flight: Literal["keep", "redo", "wait"] = "keep"
+    """What happens to unfinished responses when new weights arrive (ppo.max_lag > 0): they go on under the new weights, each token
+    labelled with its policy version; start anew under them; or end first, while the push waits."""
+    max_restarts: int = Field(3, ge=0)
+    """Engine processes that may be lost and replaced in the course of a run before it stops."""
+    transfer: Literal["auto", "object_store", "nccl"] = "auto"
+    """How weights reach the engines; `auto` takes nccl where engines own their GPUs, else the object store."""
+
+    @model_validator(mode="after")
+    def _engines_may_come_later(self) -> RolloutConfig:
+        if self.min_engines is None:
+            return self
+        if self.min_engines > self.engines.count:
+            raise ValueError(
+                f"rollout.min_engines = {self.min_engines} is more than rollout.engines.count = {self.engines.count}: lower it"
+            )
+        over_nccl = self.transfer == "nccl" or (self.transfer == "auto" and self.engines.gpus > 0)
+        if over_nccl or self.colocate:
+            raise ValueError(
+                "rollout.min_engines lets engines join at any time, which neither an NCCL group nor a learner's GPU allows: "
+                'set rollout.transfer = "object_store" and rollout.colocate = false, or drop rollout.min_engines'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _filters_need_matching_learner(self) -> RolloutConfig:
+        if self.top_p != 1.0:
+            raise ValueError(
+                f"rollout.top_p = {self.top_p} samples from a distribution that the learner does not compute, "
+                "which makes every importance ratio wrong: set rollout.top_p = 1.0"
+            )
+        return self
