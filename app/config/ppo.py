@@ -93,6 +93,11 @@ class PpoConfig(Config):
     of running it again. Saves a quarter of the learner's work and holds the activations of all its micro-batches at once."""
     max_lag: int = Field(0, ge=0)
     """How many policy versions old a rollout may be when it is trained on; 0 is synchronous PPO."""
+    carry_over: float = Field(0.0, ge=0, lt=1)
+    """Share of a batch that may be left unfinished when the batch closes (0: it waits for its longest response). These prompts go on being
+    answered and belong to the next batch, each trained on once. They are a version older there, so one version of ppo.max_lag is theirs:
+    max_lag = 2 samples as far ahead as 1 does without. Biased in its order alone: the first batch lacks the longest responses, the
+    last one has more of them."""
     score_pieces: int = Field(4, ge=1)
     """A batch goes to reward model and reference in up to this many pieces, each as soon as its responses have ended; 1 waits for
     the whole batch."""
@@ -161,6 +166,21 @@ class PpoConfig(Config):
             raise ValueError(
                 f"ppo.max_lag = {self.max_lag} trains on samples of older policies, and ppo.algorithm.max_importance = null does not "
                 "correct for that: set ppo.algorithm.max_importance = 2.0, or ppo.max_lag = 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _carried_over_prompts_are_older(self) -> PpoConfig:
+        if self.carry_over and not self.max_lag:
+            raise ValueError(
+                f"ppo.carry_over = {self.carry_over:g} trains on responses that older policies began, and ppo.max_lag = 0 allows none: "
+                "set ppo.max_lag = 1 or more, or ppo.carry_over = 0"
+            )
+        if self.carry_over and not self.prompts_carried_over:
+            prompts = self.batch_size // self.samples_per_prompt
+            raise ValueError(
+                f"ppo.carry_over = {self.carry_over:g} is less than one of the {prompts} prompts of a batch: "
+                + (f"set ppo.carry_over = {1 / prompts:.2g} or more" if prompts > 1 else "set ppo.carry_over = 0")
             )
         return self
 
@@ -246,6 +266,12 @@ class PpoConfig(Config):
     def optimizer_steps(self, *, of_policy: bool) -> int:
         """Of the whole run: all of the critic's, or what the warm-up leaves to the policy."""
         return (self.steps - (self.critic_warmup_steps if of_policy else 0)) * self.epochs * self.minibatches
+
+    @property
+    def prompts_carried_over(self) -> int:
+        """Prompts that a batch leaves to the next one."""
+        prompts = self.batch_size // self.samples_per_prompt
+        return min(round(self.carry_over * prompts), prompts - 1)
 
     @property
     def rows_per_step(self) -> int:

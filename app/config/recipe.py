@@ -65,6 +65,20 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _carried_over_responses_go_on(self) -> Recipe:
+        if self.ppo.carry_over and self.rollout.in_flight != "keep":
+            raise ValueError(
+                f"ppo.carry_over = {self.ppo.carry_over:g} lets responses go on under new weights, and rollout.in_flight = "
+                f'"{self.rollout.in_flight}" does not: set rollout.in_flight = "keep", or ppo.carry_over = 0'
+            )
+        if self.ppo.carry_over and self.rollout.colocate:
+            raise ValueError(
+                f"ppo.carry_over = {self.ppo.carry_over:g} keeps the engines awake on the GPUs that rollout.colocate = true shares with "
+                "the learner: set ppo.carry_over = 0, or rollout.colocate = false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _overlong_buffer_fits(self) -> Recipe:
         buffer, limit = self.ppo.reward.overlong_buffer, self.rollout.max_new_tokens
         if buffer is not None and buffer > limit:

@@ -32,12 +32,14 @@ from app.stages.step_metrics import batch_metrics, speed_metrics
 
 @dataclass(frozen=True)
 class LoopState:
-    """Where the loop stands: finished steps, version of the policy weights (steps in which they moved), prompts already trained on, weight
-    of the KL penalty (None: ppo.kl.coef, nothing has changed it yet), moments of the scores that ppo.reward.scale divides by."""
+    """Where the loop stands: finished steps, version of the policy weights (steps in which they moved), prompts drawn up to the latest
+    batch, positions of those among them that it has left to the next one, weight of the KL penalty (None: ppo.kl.coef, nothing has
+    changed it yet), moments of the scores that ppo.reward.scale divides by."""
 
     step: int = 0
     version: int = 0
     prompt_cursor: int = 0
+    carried: tuple[int, ...] = ()
     kl_coef: float | None = None
     scores: Moments = Moments()
 
@@ -50,7 +52,7 @@ class LoopState:
                 f"the checkpoint's loop state holds {sorted(saved)}, this version reads {sorted(names)}: "
                 "go on with the version that wrote it, or start in another run.dir"
             )
-        return cls(**{**saved, "scores": Moments(**saved["scores"])})
+        return cls(**{**saved, "carried": tuple(saved["carried"]), "scores": Moments(**saved["scores"])})
 
 
 class Checkpoints(Protocol):
@@ -103,7 +105,8 @@ def actor_learner_loop(
     parts.publisher.publish(state.version)
     stream = RolloutStream(
         parts.pool, parts.reward, parts.scorer, parts.prompts, batch_size=config.batch_size, samples=config.samples_per_prompt,
-        pieces=config.score_pieces, max_lag=config.max_lag, seed=seed, step=state.step, steps=config.steps, cursor=state.prompt_cursor,
+        pieces=config.score_pieces, max_lag=config.max_lag, carry_over=config.prompts_carried_over, seed=seed, step=state.step,
+        steps=config.steps, cursor=state.prompt_cursor, carried=state.carried,
     )  # fmt: skip
     stream.fill(state.step)
     while state.step < config.steps:
@@ -131,6 +134,8 @@ def actor_learner_loop(
         experience = credit_and_record(parts, algorithm, batch)
         measured = batch_metrics(algorithm, rollouts, scored.scores, experience, version=state.version)
         require_finite_batch(parts, batch.step, measured)
+        if config.carry_over:
+            measured |= pending.metrics(state.version)
         # 4. learn: epochs x minibatches x micro-batches happen inside the workers
         with clock("update"):
             update = parts.learner.update(experience, step=state.step)
@@ -141,7 +146,8 @@ def actor_learner_loop(
         state = LoopState(
             step=state.step + 1,
             version=state.version + int(moved),
-            prompt_cursor=state.prompt_cursor + stream.prompts_per_step,
+            prompt_cursor=stream.cursor,
+            carried=tuple(stream.carried),
             kl_coef=kl_coef,
             scores=moments,
         )

@@ -10,11 +10,12 @@ LOOP, LEARNER, ROLLOUT, PUSH = (
     "app/workers/rollout.py",
     "app/workers/weight_transfer.py",
 )
-ENGINE = "app/workers/rollout_engine.py"
+ENGINE, STREAM = "app/workers/rollout_engine.py", "app/stages/rollout_stream.py"
 
 GAE_TESTS = ("tests/oracle/test_literal_advantages.py", "tests/unit/numerics/test_advantages.py")
 GROUP_TESTS = ("tests/oracle/test_literal_groups.py",)
 KL_TESTS = ("tests/unit/numerics/test_kl.py",)
+LONG_TAIL_TESTS = ("tests/unit/stages/test_long_tail.py",)
 LOGPROB_TESTS = ("tests/oracle/test_literal_logprobs.py", "tests/unit/numerics/test_logprobs.py")
 LOOP_TESTS = ("tests/unit/stages/test_actor_learner.py",)
 LOSS_TESTS = ("tests/oracle/test_literal_losses.py", "tests/unit/numerics/test_policy_loss.py")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.files import ENGINE, LEARNER, LOOP, LOOP_TESTS, PUSH, ROLLOUT, SURROGATE, SURROGATE_TESTS
+from tests.mutants.files import ENGINE, LEARNER, LONG_TAIL_TESTS, LOOP, LOOP_TESTS, PUSH, ROLLOUT, STREAM, SURROGATE, SURROGATE_TESTS
 from tests.mutants.mutant import Mutant
 
 MUTANTS = (
@@ -21,6 +21,22 @@ MUTANTS = (
         "oldest = max(rollout.policy_version",
         "one fresh rollout hides the stale ones",
         LOOP_TESTS,
+    ),
+    Mutant(
+        "version",
+        STREAM,
+        "max_lag - (carry_over > 0), carry_over",
+        "max_lag, carry_over",
+        "carried-over rollouts are older than allowed",
+        LONG_TAIL_TESTS,
+    ),
+    Mutant(
+        "version",
+        STREAM,
+        "self._carried = self._submit(self._left_before)",
+        "pass",
+        "a resumed run forgets the prompts that were carried over",
+        LONG_TAIL_TESTS,
     ),
     Mutant(
         "version",
