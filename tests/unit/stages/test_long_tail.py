@@ -61,11 +61,15 @@ class UnevenWorld(World):
         return super().update(experience, step=step)
 
 
-def run(world: UnevenWorld, folder: Path, settings: PpoConfig, state: LoopState = LoopState(), stop_after: int = 0) -> LoopState:
+def run(world: UnevenWorld, folder: Path, settings: PpoConfig, state: LoopState | None = None, stop_after: int = 0) -> LoopState:
     stream = PromptStream.over([Prompt(str(i), "", np.array([i, 1, 2], np.int32)) for i in range(PROMPTS)])
     steps = iter(range(1, PROMPTS))
     return actor_learner_loop(
-        replace(parts(world, folder), prompts=stream), settings, state, seed=3, stop_requested=lambda: next(steps) == stop_after
+        replace(parts(world, folder), prompts=stream),
+        settings,
+        state or LoopState(),
+        seed=3,
+        stop_requested=lambda: next(steps) == stop_after,
     )
 
 
