@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from app.data.prompt_stream import PromptStream
+from app.errors import CheckpointError
 from app.experience import DoubleArray, FloatArray, Rollout, Scores
 from app.interfaces import Pending, Reward, RolloutPool, Sampling, Scorer
 
@@ -93,7 +94,8 @@ class RolloutStream:
     ) -> None:
         """samples: responses to each prompt, which stand together in the batch; pieces: a batch goes to scoring in at most so many;
         carry_over: prompts, fewer than a batch has; step, cursor, carried: batches that earlier starts have used, prompts that they
-        have drawn, and positions of those among them that they have not trained on."""
+        have drawn, and positions of those among them that they have not trained on: these are sampled anew. Raises CheckpointError
+        where that are too many for a batch, as after a change of its size."""
         self._pool, self._reward, self._scorer, self._prompts = pool, reward, scorer, prompts
         self._prompts_per_step, self._samples = batch_size // samples, samples
         self._batch_size, self._pieces, self._seed = batch_size, pieces, seed
@@ -102,26 +104,29 @@ class RolloutStream:
         self._rows = 0
         self.cursor = cursor
         """Prompts up to the latest batch, with those that it has left behind."""
-        self._left_before = list(carried)
+        self._drawn_before = list(carried)
+        if len(carried) >= self._prompts_per_step:
+            raise CheckpointError(
+                f"the checkpoint carries {len(carried)} prompts over, and a batch has {self._prompts_per_step}: "
+                "go on with the ppo.batch_size and ppo.samples_per_prompt that wrote it"
+            )
         self._carried: Cohort | None = None
         self._in_flight: deque[Cohort] = deque()
 
     @property
     def carried(self) -> list[int]:
         """Positions of the prompts that the latest batch has left behind."""
-        return self._carried.left if self._carried else self._left_before
+        return self._carried.left if self._carried else []
 
     def fill(self, done: int) -> None:
         """Give the engines what may be sampled once `done` steps are trained and their weights published."""
-        if self._left_before:
-            self._carried = self._submit(self._left_before)
-            self._left_before = []
         while self._submitted < min(done + self._ahead + 1, self._steps):
             self._submitted += 1
             spare = self._carry_over if self._submitted < self._steps else 0
             needed = (self._submitted - self._started) * self._prompts_per_step + spare - self._rows // self._samples
-            self._in_flight.append(self._submit(range(self._drawn, self._drawn + needed)))
-            self._drawn += needed
+            drawn = self._drawn + needed - len(self._drawn_before)
+            self._in_flight.append(self._submit([*self._drawn_before, *range(self._drawn, drawn)]))
+            self._drawn, self._drawn_before = drawn, []
 
     def take(self) -> PendingScores:
         """The next batch once all of its responses have ended; their scores and reference log-probs are under way."""

@@ -33,8 +33,8 @@ MUTANTS = (
     Mutant(
         "version",
         STREAM,
-        "self._carried = self._submit(self._left_before)",
-        "pass",
+        "[*self._drawn_before, *range(self._drawn, drawn)]",
+        "[*range(drawn - needed, drawn)]",
         "a resumed run forgets the prompts that were carried over",
         LONG_TAIL_TESTS,
     ),

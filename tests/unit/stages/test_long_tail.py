@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from app.config.ppo import PpoConfig
 from app.config.recipe import Recipe
 from app.data.prompt_stream import PromptStream
-from app.errors import Interrupted
+from app.errors import CheckpointError, Interrupted
 from app.experience import Experience, FinishReason, Prompt, Rollout
 from app.stages.actor_learner import LoopState, actor_learner_loop
 from tests.unit.stages.test_actor_learner import World, config, parts
@@ -115,6 +115,12 @@ def test_the_metrics_are_those_of_runs_that_carry_over(tmp_path: Path) -> None:
     world = UnevenWorld(0)
     run(world, tmp_path, config(steps=2, batch_size=8, max_lag=1))
     assert "carried_share" not in world.logged[1]
+
+
+def test_a_checkpoint_that_carries_more_than_a_batch_is_refused(tmp_path: Path) -> None:
+    state = LoopState(step=1, version=1, prompt_cursor=16, carried=(3, 4, 7, 9))
+    with pytest.raises(CheckpointError, match="carries 4 prompts over, and a batch has 4: go on with the ppo.batch_size"):
+        run(UnevenWorld(0), tmp_path, config(batch_size=4, max_lag=1, carry_over=0.25), state)
 
 
 @pytest.mark.parametrize(
