@@ -119,7 +119,7 @@ def test_the_metrics_are_those_of_runs_that_carry_over(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_carries_more_than_a_batch_is_refused(tmp_path: Path) -> None:
     state = LoopState(step=1, version=1, prompt_cursor=16, carried=(3, 4, 7, 9))
-    with pytest.raises(CheckpointError, match="carries 4 prompts over, and a batch has 4: go on with the ppo.batch_size"):
+    with pytest.raises(CheckpointError, match=r"carries 4 prompts over, and a batch has 4: go on with the ppo\.batch_size"):
         run(UnevenWorld(0), tmp_path, config(batch_size=4, max_lag=1, carry_over=0.25), state)
 
 
