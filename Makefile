@@ -6,7 +6,7 @@
 # make mutants  plants mistakes in the mathematics, one at a time, and sees that the tests notice (minutes)
 # make chaos    kills processes of exact PPO runs at random moments, and nodes; every run must end with the same policy (half an hour)
 # make soak     half an hour of PPO steps: what grows, in which process
-# make learn    the demo on three seeds; writes docs/results/
+# make learn    the embedded task with four algorithms on five seeds; writes docs/results/learning.md (an hour)
 # make bench    tokens per second and the share of each phase of a PPO iteration
 # make lock     resolve requirements/ anew
 
@@ -57,9 +57,15 @@ soak: demo
 	$(BIN)/python -m bench.soak --models runs/demo --minutes 30
 
 learn: $(STAMP)
-	for seed in 1 2 3; do $(BIN)/corral pipeline jobs/recipes/tiny/pipeline.toml --run.seed=$$seed --run.dir=runs/learn-$$seed || exit; done
+	for seed in 1 2 3 4 5; do \
+		$(BIN)/corral pipeline jobs/recipes/tiny/pipeline.toml --run.seed=$$seed --run.dir=runs/learn/ppo-$$seed || exit; \
+		for name in grpo rloo reinforce_pp; do \
+			$(BIN)/corral ppo jobs/recipes/tiny/ppo-grpo.toml --ppo.algorithm.name=$$name --run.seed=$$seed --run.dir=runs/learn/$$name-$$seed \
+				--model.path=runs/learn/ppo-$$seed/sft/model --reward.path=runs/learn/ppo-$$seed/rm/model || exit; \
+		done; \
+	done
 	mkdir -p docs/results
-	$(BIN)/python -m bench.learning runs/learn-1 runs/learn-2 runs/learn-3 > docs/results/learning.md
+	$(BIN)/python -m bench.learning $$(for name in ppo grpo rloo reinforce_pp; do ls -d runs/learn/$$name-*; done) > docs/results/learning.md
 
 bench: demo
 	$(BIN)/python bench/ppo.py --model runs/demo/sft/model --steps 8 --json

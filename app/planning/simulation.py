@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 PHASES = ("rollout", "score", "update", "push")
 WARM, STEADY = 12, 12
-"""Steps in which the queue fills, and those after them whose mean is the time of a usual step."""
+"""Steps in which the queue fills, in most cases, and those after them whose mean is the time of a usual step."""
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from app.planning.simulation import LoopWork, Phases, Work, step_ends, step_seconds
+from app.planning.simulation import STEADY, LoopWork, Phases, Work, step_ends, step_seconds
 from bench.loop_simulation import Run, compare
 
 SECONDS = st.floats(0.01, 100)
@@ -40,11 +40,13 @@ def test_side_by_side_on_shared_devices_gains_nothing() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(PHASES, st.integers(0, 3), st.floats(0.5, 1))
+@example(Phases(rollout=16, score=1, update=1, push=1, rest=15), 2, 0.5)
 def test_bounds(phases: Phases, lag: int, rate: float) -> None:
-    """Never faster than the busier side alone, never slower than one after the other."""
+    """Never faster than the busier side alone; never slower than one after the other, but for batches that the engines sample ahead in
+    the steps that count, where sampling is so little faster than learning that `max_lag` batches ahead are not reached before."""
     seconds = step_seconds(phases, max_lag=lag, side_by_side=rate)
     learner = phases.score + phases.rest + phases.update + phases.push
-    assert max(phases.rollout + phases.push, learner) * (1 - 1e-9) <= seconds <= phases.total * (1 + 1e-9)
+    assert max(phases.rollout + phases.push, learner) * (1 - 1e-9) <= seconds <= (phases.total + lag * phases.rollout / STEADY) * (1 + 1e-9)
 
 
 @settings(max_examples=30, deadline=None)
