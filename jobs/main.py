@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with interrupts.installed():
         try:
             arguments, unknown = build_parser(rest).parse_known_args(rest)
+            _refuse_unknown_options(arguments.command, unknown)
             return _dispatch(arguments, [*overrides, *unknown])
         except CorralError as error:
             sys.stderr.write(f"corral: error: {' '.join(str(error).split())}\n")
@@ -102,6 +103,14 @@ def command() -> int:
     code = main()
     gc.freeze()
     return code
+
+
+def _refuse_unknown_options(command: str, words: Sequence[str]) -> None:
+    """Before anything else is: the word behind such an option has been taken for a recipe or a file."""
+    for name in (word.partition("=")[0] for word in words if word.startswith("--")):
+        raise ConfigError(
+            f"{name}: no such option, and no recipe key, which has a section before a dot (--run.dir): `corral {command} --help` lists both"
+        )
 
 
 def _dispatch(arguments: argparse.Namespace, overrides: list[str]) -> int:

@@ -83,7 +83,7 @@ def model_folder(path: Path, *, tokenizer: bool = True, template: bool = True) -
         (["--ppo.steps=many"], ["ppo.steps", "integer"]),
         (["--run.dri", "x"], ["did you mean run.dir?"]),
         (["--ppo.steps"], ["has no value"]),
-        (["--dry-rum"], ["unknown key dry-rum"]),
+        (["--dry-rum"], ["--dry-rum: no such option", "corral pipeline --help"]),
         (["another.toml"], ["another.toml"]),
     ],
 )
@@ -103,6 +103,7 @@ def test_recipes(refused: Refused, tmp_path: Path) -> None:
 
 def test_commands(refused: Refused) -> None:
     assert "'pip'" in refused("pip", TINY)
+    assert "--nonsense: no such option" in refused("serve", "--nonsense", "3")  # and 3 is no recipe
     assert "--help" in refused("pipeline")
     assert "--help" in refused()
 
