@@ -97,13 +97,16 @@ _ENDPOINTS = {
 
 @contextmanager
 def _own_logging() -> Iterator[None]:
-    """Ray Serve LLM, when it is imported, replaces the process's log handlers by one that shows everything as JSON: undone here."""
+    """Ray Serve LLM, when it is imported, replaces the process's log handlers by one that shows everything as JSON: undone here.
+    What vLLM remarks on the machine as it is imported is left out; this process computes nothing."""
     root, libraries = logging.getLogger(), logging.getLogger("ray.serve")
-    handlers, level = list(root.handlers), root.level
+    handlers, level, disabled = list(root.handlers), root.level, root.manager.disable
     libraries.setLevel(logging.WARNING)
+    logging.disable(logging.INFO)
     try:
         yield
     finally:
+        logging.disable(disabled)
         root.handlers[:] = handlers
         root.setLevel(level)
 
