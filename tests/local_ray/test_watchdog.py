@@ -26,11 +26,10 @@ def test_a_hung_process_is_shown_where_it_hangs(tmp_path: Path) -> None:
         def work(self) -> str:
             return "done"
 
-        def hang_in_c(self, seconds: int, begun: Path) -> str:
+        def hang_in_c(self, begun: Path, enough: Path) -> str:
             begun.touch()
-            end = time.monotonic() + seconds
-            while (left := end - time.monotonic()) > 0:  # a signal ends C's sleep
-                ctypes.PyDLL(None).sleep(1 + int(left))  # holds the interpreter's lock: no thread of Python runs meanwhile
+            while not enough.exists():  # the process that collects stacks may take long to start; and a signal ends C's sleep
+                ctypes.PyDLL(None).sleep(1)  # holds the interpreter's lock: no thread of Python runs meanwhile
             return "woken"
 
     notes: list[str] = []
@@ -40,7 +39,7 @@ def test_a_hung_process_is_shown_where_it_hangs(tmp_path: Path) -> None:
     try:
         ray.get([worker.work.remote() for worker in (hung, idle, gone)])
         ray.kill(gone)
-        calls = [hung.hang_in_c.remote(8, tmp_path / "begun"), idle.work.remote()]
+        calls = [hung.hang_in_c.remote(tmp_path / "begun", tmp_path / "enough"), idle.work.remote()]
         while not (tmp_path / "begun").exists():  # a busy machine may take longer than the deadline to begin a call
             time.sleep(0.02)
         with (
@@ -50,12 +49,14 @@ def test_a_hung_process_is_shown_where_it_hangs(tmp_path: Path) -> None:
             ) as caught,
         ):
             collect(calls, phase="update", deadline_seconds=1, failure=CorralError)
+        (tmp_path / "enough").touch()
         text = Path(str(caught.value).rpartition(" is in ")[2]).read_text()
-        assert sorted(re.findall(r"==== (.+), process \d+ on ", text)) == ["learner rank 0", "rollout engine"]
-        mine, learner, engine = re.split(r"==== (?:learner|rollout).*", text)
+        mine, *others = re.split(r"==== (.+), process \d+ on .*", text)
+        stacks = dict(zip(others[::2], others[1::2], strict=True))  # in the order of their process numbers, which may start anew
+        assert stacks.keys() == {"learner rank 0", "rollout engine"}
         assert "test_a_hung_process_is_shown_where_it_hangs" in mine
-        assert "in hang_in_c" in learner
-        assert "Thread" in engine and "hang_in_c" not in engine
+        assert "in hang_in_c" in stacks["learner rank 0"]
+        assert "Thread" in stacks["rollout engine"] and "hang_in_c" not in stacks["rollout engine"]
         (note,) = notes
         early = Path(note.rpartition(" is in ")[2])
         assert note.startswith("update lasts more than 0.5 s; ") and "in hang_in_c" in early.read_text()
