@@ -40,7 +40,7 @@ def test_replicas_follow_the_load(shared_serve: None, policies: Policies) -> Non
     """Every request waits half a second for its batch, as it would for a slow model."""
     batching = BatchingConfig(wait_seconds=0.5)
     config = policies.config(
-        "1", max_replicas=2, target_ongoing_requests=2, upscale_delay_seconds=0, downscale_delay_seconds=1, batching=batching
+        "1", max_replicas=2, target_ongoing_requests=2, upscale_delay_seconds=0, downscale_delay_seconds=5, batching=batching
     )
 
     def replicas() -> int:
