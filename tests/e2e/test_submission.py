@@ -85,19 +85,20 @@ def head() -> Iterator[Head]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_run(folder: Path) -> None:
+def check_run(folder: Path, *stages: str) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["ppo"]["steps"] == 2
     assert set(summary["ppo"]["gold_gain"]) == {"mean", "low", "high"}
-    for stage in ("sft", "rm", "ppo"):
+    for stage in stages:
         assert (folder / stage / "model" / "config.json").is_file()
 
 
-def test_both_ways_to_submit(head: Head, tmp_path: Path) -> None:
-    """Two jobs at once on one cluster, each with its own run folder."""
+def test_both_ways_to_submit(head: Head, finished: Path, tmp_path: Path) -> None:
+    """Two jobs at once on one cluster, each with its own run folder: a whole pipeline, and PPO on models that are there."""
     runs = {"corral": tmp_path / "submitted", "ray": tmp_path / "plain"}
     ours = [sys.executable, "-m", "jobs", "submit", MINIMAL, f"--address={head.address}", f"--run.dir={runs['corral']}"]
-    job = ["python", "-m", "jobs", "pipeline", MINIMAL, f"--run.dir={runs['ray']}"]
+    models = [f"--model.path={finished}/sft/model", f"--reward.path={finished}/rm/model"]
+    job = ["python", "-m", "jobs", "ppo", MINIMAL, f"--run.dir={runs['ray']}", *models]
     plain = ["ray", "job", "submit", f"--address={head.address}", "--working-dir=.", "--", *job]
     started = {
         name: subprocess.Popen(command, cwd=ROOT, env=head.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -107,7 +108,8 @@ def test_both_ways_to_submit(head: Head, tmp_path: Path) -> None:
         output, _ = process.communicate(timeout=RUN_SECONDS)
         assert process.returncode == 0, output[-3000:]
         assert f"{runs[name]}/summary.json" in output
-        check_run(runs[name])
+    check_run(runs["corral"], "sft", "rm", "ppo")
+    check_run(runs["ray"], "ppo")
 
 
 def test_a_failed_job_fails_the_submission(head: Head, tmp_path: Path) -> None:
