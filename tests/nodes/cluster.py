@@ -38,7 +38,9 @@ class Cluster:
         storage = {}
         if REDIS:
             persistence = ("--save", "", "--appendonly", "no", "--protected-mode", "no")
-            self.head.run([REDIS, "--bind", self.head.address, "--port", str(REDIS_PORT), "--daemonize", "yes", *persistence], self.environment)
+            self.head.run(
+                [REDIS, "--bind", self.head.address, "--port", str(REDIS_PORT), "--daemonize", "yes", *persistence], self.environment
+            )
             storage["RAY_REDIS_ADDRESS"] = f"{self.head.address}:{REDIS_PORT}"
         options = ["--head", f"--port={GCS_PORT}", f"--dashboard-host={self.head.address}", f"--dashboard-port={DASHBOARD_PORT}"]
         self._ray_start(self.head, [*options, "--num-cpus=0"], storage)
