@@ -53,6 +53,10 @@ class Cluster:
         self._ray_start(node, options, {})
         return node
 
+    def node(self, name: str) -> Node:
+        (found,) = [node for node in self.network.nodes if node.name == name]
+        return found
+
     def _ray_start(self, node: Node, options: list[str], more: dict[str, str]) -> None:
         common = [f"--node-ip-address={node.address}", f"--object-store-memory={STORE_BYTES}", "--disable-usage-stats"]
         node.run(["ray", "start", *common, *options], self.environment | more)

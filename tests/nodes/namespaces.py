@@ -7,11 +7,12 @@ route out. Needs root and `ip` of iproute2.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,9 +52,9 @@ class Node:
         return [int(pid) for pid in ip("netns", "pids", self.namespace).split()]
 
     def actors(self) -> dict[int, str]:
-        """pid -> class of Ray's actors and tasks here, `ServeReplica:APPLICATION:DEPLOYMENT` for those of Ray Serve."""
-        titles = {pid: _title(pid) for pid in self.pids()}
-        return {pid: title.removeprefix("ray::").partition(".")[0] for pid, title in titles.items() if title.startswith("ray::")}
+        """pid -> class of Ray's actors here, or name of a task."""
+        titles = {pid: re.match(r"ray::(\w+)", _title(pid)) for pid in self.pids()}
+        return {pid: title[1] for pid, title in titles.items() if title}
 
     def pid_of(self, program: str) -> int:
         """The one process here whose command line names `program`."""
@@ -112,15 +113,6 @@ class Network:
 
     def close(self) -> None:
         self._open.close()
-
-
-@contextmanager
-def network(folder: Path) -> Iterator[Network]:
-    made = Network(folder)
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 def _title(pid: int) -> str:
