@@ -1,10 +1,11 @@
-"""Kills one process of a PPO run after another, at random moments, and compares what the run leaves with an undisturbed one.
+"""Kills processes of PPO runs at random moments, and compares what each run leaves with an undisturbed one.
 
 Runs are exact (run.determinism = "exact"), so every run has to end with the same policy, bit for bit, and the same metrics of every
 step: by itself where a rollout engine, a scoring replica or a learner rank is lost, by the same command typed again where its driver
 is killed, or asked to stop.
 
-    python -m bench.chaos --models runs/demo --rounds 10
+    python -m bench.chaos --models runs/demo --rounds 10               # one of them a run
+    python -m bench.chaos --models runs/demo --rounds 2 --together 5   # one after another in the same run
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +47,8 @@ OPTIONS = (
     "--run.deadline_seconds=300",
 )  # fmt: skip
 RUN_SECONDS = 900
+LOOP_BEGINS = "  started"
+"""What the command prints when its loop begins or goes on, also with a new learner."""
 
 
 def start(models: Path, folder: Path) -> subprocess.Popen[bytes]:
@@ -94,30 +98,38 @@ def victims(process: subprocess.Popen[bytes], title: str) -> list[psutil.Process
 
 @dataclass(frozen=True)
 class Round:
-    """What was done and what came of it. hit: what was there to be hit at that moment; typed: how often the command was."""
+    """What was done and what came of it. hits: what was there to be hit at each moment; typed: how often the command was; due: at most."""
 
-    hit: str | None
+    hits: tuple[str | None, ...]
     typed: int
+    due: int
     seconds: float
 
 
-def disturbed_run(models: Path, folder: Path, kind: Kind, after: float, rng: random.Random) -> Round:
-    """after: seconds from the start of the PPO stage to the signal."""
-    process = start(models, folder)
-    log, hit, typed = folder.with_suffix(".log"), None, 1
-    began = time.monotonic()
-    while "ppo" not in log.read_text() and process.poll() is None:  # the stage has begun
-        time.sleep(0.2)
-    time.sleep(after)
-    if process.poll() is None and (found := victims(process, kind.title)):
+def disturbed_run(models: Path, folder: Path, plan: Sequence[tuple[Kind, float]], rng: random.Random) -> Round:
+    """plan: disturbances, each so many seconds after the one before, and after the loop of the command typed last has begun."""
+    log, began = folder.with_suffix(".log"), time.monotonic()
+    process, typed, due, begun = start(models, folder), 1, 1, 0
+    hits: list[str | None] = []
+    for kind, after in plan:
+        while process.poll() is None and log.read_text().count(LOOP_BEGINS) <= begun:
+            time.sleep(0.2)
+        time.sleep(after)
+        found = victims(process, kind.title) if process.poll() is None else []
+        if not found:
+            hits.append(None)
+            continue
         victim = rng.choice(found)
-        hit = " ".join(victim.cmdline()).strip() if kind.title else "corral ppo"
+        hits.append(" ".join(victim.cmdline()).strip() if kind.title else "corral ppo")
         victim.send_signal(kind.signal)
-    while (code := process.wait(RUN_SECONDS)) != 0:
-        if time.monotonic() - began > RUN_SECONDS or typed > 3:
+        if kind.typed > 1 and process.wait(RUN_SECONDS):
+            begun = log.read_text().count(LOOP_BEGINS)
+            process, typed, due = start(models, folder), typed + 1, due + kind.typed - 1
+    while code := process.wait(RUN_SECONDS):
+        if time.monotonic() - began > 2 * RUN_SECONDS or typed > due + 3:
             raise SystemExit(f"the run does not end well (exit code {code}); see {log}")
         process, typed = start(models, folder), typed + 1
-    return Round(hit, typed, time.monotonic() - began)
+    return Round(tuple(hits), typed, due, time.monotonic() - began)
 
 
 def undisturbed(models: Path, folder: Path) -> Outcome:
@@ -133,8 +145,9 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True, help="run folder with sft/model and rm/model, such as runs/demo")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS), help="taken in turn; default: all")
+    parser.add_argument("--together", type=int, default=1, help="disturbances of one run")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of victims and moments")
-    parser.add_argument("--longest", type=float, default=12.0, help="latest moment of a kill, seconds into the stage")
+    parser.add_argument("--longest", type=float, default=12.0, help="seconds to a kill, at most")
     parser.add_argument("--folder", type=Path, help="where the runs go; an undisturbed run that is there already is not repeated")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
@@ -146,15 +159,16 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|", flush=True)
     good = True
     for number in range(arguments.rounds):
-        name = arguments.kinds[number % len(arguments.kinds)]
-        after, folder = rng.uniform(0, arguments.longest), root / f"seed-{arguments.seed}-round-{number}"
-        done = disturbed_run(arguments.models, folder, KINDS[name], after, rng)
+        names = [arguments.kinds[(number * arguments.together + k) % len(arguments.kinds)] for k in range(arguments.together)]
+        plan = [(KINDS[name], rng.uniform(0, arguments.longest)) for name in names]
+        folder = root / f"seed-{arguments.seed}-round-{number}"
+        done = disturbed_run(arguments.models, folder, plan, rng)
         same = Outcome.of(folder) == expected
-        good &= same and done.typed <= (KINDS[name].typed if done.hit else 1)
+        good &= same and done.typed <= done.due
         row = (
-            name,
-            f"{after:.1f} s",
-            done.hit or "nothing: too early or too late",
+            ", ".join(names),
+            ", ".join(f"{after:.1f} s" for _, after in plan),
+            ", ".join(hit or "nothing: too early or too late" for hit in done.hits),
             done.typed,
             logged_steps(folder),
             f"{done.seconds:.0f}",

@@ -38,10 +38,12 @@ GROWTH, GROWTH_MIB, MORE_FILES = 0.05, 32, 8
 
 @dataclass(frozen=True)
 class Sample:
-    """Of one process at one moment (seconds)."""
+    """Of one process at one moment (seconds). private_mib: of the RSS without pages of files and of the object store, which every
+    process that has read an object has in common with the others."""
 
     moment: float
     rss_mib: float
+    private_mib: float
     files: int
     threads: int
 
@@ -53,8 +55,14 @@ def sample(roots: set[int]) -> dict[tuple[str, int], Sample]:
         try:
             process = psutil.Process(pid)
             with process.oneshot():
-                title = title_of(process)
-                found[title, pid] = Sample(time.monotonic(), process.memory_info().rss / 2**20, process.num_fds(), process.num_threads())
+                memory = process.memory_info()
+                found[title_of(process), pid] = Sample(
+                    time.monotonic(),
+                    memory.rss / 2**20,
+                    (memory.rss - memory.shared) / 2**20,
+                    process.num_fds(),
+                    process.num_threads(),
+                )
         except psutil.Error:
             continue  # it has just ended
     return found
@@ -113,14 +121,14 @@ def table(history: dict[tuple[str, int], list[Sample]]) -> tuple[list[str], list
         if len(samples) < 0.9 * longest:
             continue
         warm = samples[int(len(samples) * WARM_UP) :]
-        rss, files = [one.rss_mib for one in samples], [float(one.files) for one in samples]
-        slope = slope_per_hour([one.moment for one in warm], [one.rss_mib for one in warm])
+        private, files = [one.private_mib for one in samples], [float(one.files) for one in samples]
+        slope = slope_per_hour([one.moment for one in warm], [one.private_mib for one in warm])
         first, last = warm[0], warm[-1]
         rows.append(
-            f"| {title} | {first.rss_mib:.0f} | {last.rss_mib:.0f} | {slope:+.0f} | {first.files} | {last.files} "
-            f"| {first.threads} | {last.threads} |"
+            f"| {title} | {first.rss_mib:.0f} | {last.rss_mib:.0f} | {first.private_mib:.0f} | {last.private_mib:.0f} | {slope:+.0f} "
+            f"| {first.files} | {last.files} | {first.threads} | {last.threads} |"
         )
-        if grows(rss, relative=GROWTH, absolute=GROWTH_MIB):
+        if grows(private, relative=GROWTH, absolute=GROWTH_MIB):
             growing.append(f"memory of {title}")
         if grows(files, relative=0, absolute=MORE_FILES):
             growing.append(f"open files of {title}")
@@ -158,8 +166,8 @@ def main() -> None:
     print(
         f"{arguments.minutes:g} minutes, {steps} steps, a sample every {arguments.interval:g} s; stopped by SIGTERM with exit code {code}\n"
     )
-    print("| process | RSS, MiB | at the end | MiB per hour | open files | at the end | threads | at the end |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| process | RSS, MiB | at the end | private, MiB | at the end | MiB per hour | open files | at the end | threads | at the end |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     print("\n".join(rows))
     print(f"\nObject store in use: {store[int(len(store) * WARM_UP)]:.0f} MiB, at the end {store[-1]:.0f}, at most {max(store):.0f}.")
     print(f"What grows: {', '.join(growing) or 'nothing'}.")

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -41,10 +41,15 @@ def run(arguments: Sequence[str], log: Path, env: Mapping[str, str] | None = Non
 
 def wait_for(text: str, log: Path, process: subprocess.Popen[bytes]) -> None:
     """Wait until the command has printed `text`; fails when it ends first."""
+    wait_until(lambda: text in log.read_text(), repr(text), log, process)
+
+
+def wait_until(happened: Callable[[], bool], what: str, log: Path, process: subprocess.Popen[bytes]) -> None:
+    """Wait for something that the command does; fails when it ends first."""
     deadline = time.monotonic() + RUN_SECONDS
-    while text not in log.read_text():
+    while not happened():
         assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, f"{text!r} did not appear:\n{log.read_text()}"
+        assert time.monotonic() < deadline, f"{what} did not appear:\n{log.read_text()}"
         time.sleep(0.2)
 
 
@@ -55,6 +60,14 @@ def interrupt(process: subprocess.Popen[bytes], number: signal.Signals) -> int:
     code = process.wait(RUN_SECONDS)
     require_gone(tree)
     return code
+
+
+def kill_driver(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """SIGKILL for the command itself. Returns the processes that it leaves behind."""
+    tree = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    return tree
 
 
 def kill_actor(process: subprocess.Popen[bytes], kind: str) -> None:

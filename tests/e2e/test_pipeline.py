@@ -20,10 +20,12 @@ from app.data.embedded import gold_score
 from app.data.encoding import Cuts, encode_groups
 from app.data.templates import build_template
 from app.formats.records import Message
-from app.kept_rollouts import kept_steps
+from app.kept_rollouts import kept_steps, read_step
 from app.models.forward import pad_sequences
 from app.models.heads import load_reward_model, sequence_scores
 from app.models.load import load_tokenizer
+from app.stages.ppo import prompt_sets
+from app.stages.preparation import Prepared
 from jobs.main import main
 from tests.e2e.command import SHRUNKEN, run
 
@@ -100,9 +102,9 @@ def test_the_newest_checkpoint_exports_as_the_finished_model(finished: Path, tmp
     assert all(torch.equal(exported[name], tensor) for name, tensor in model.items())
 
 
-def test_both_sessions_went_to_one_run_of_the_tracking_service(finished: Path) -> None:
+def test_every_session_went_to_one_run_of_the_tracking_service(finished: Path) -> None:
     (run_id,) = json.loads((finished / "tracking.json").read_text()).values()
-    assert [file.name for file in finished.glob("wandb/offline-run-*/*.wandb")] == [f"run-{run_id}.wandb"] * 2
+    assert [file.name for file in finished.glob("wandb/offline-run-*/*.wandb")] == [f"run-{run_id}.wandb"] * 3
 
 
 def test_lineage(finished: Path) -> None:
@@ -119,15 +121,35 @@ def test_report_and_metrics(finished: Path) -> None:
     report = (finished / "report.html").read_text()
     assert "http://" not in report.replace("http://www.w3.org", "")
     assert "https://" not in report
-    steps = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    assert sorted({row["step"] for row in steps if row["stage"] == "ppo"}) == list(range(1, 11))
     assert list((finished / "tensorboard").iterdir())
 
 
+def test_every_prompt_was_used_once_and_in_order(finished: Path) -> None:
+    """Over three sessions, of which one lost its driver: it ended without a word, and the next one did its last step again."""
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert [session.get("outcome") for session in manifest["sessions"]] == ["interrupted", None, "finished"]
+    logged = [step for stage, step in points(finished) if stage == "ppo"]
+    assert sorted(set(logged)) == list(range(1, 11)) and len(logged) > 10
+    recipe = load_recipe(SHRUNKEN)
+    corpus = load_corpus(recipe.data, seed=recipe.run.seed, folder=finished / "data")
+    template = build_template("auto", load_tokenizer(finished / "sft" / "model"))
+    stream = prompt_sets(recipe, Prepared(corpus, "", None, template)).train
+    planned = [prompt.id for prompt in stream.take(0, 10 * recipe.ppo.batch_size, seed=recipe.run.seed)]
+    steps = [read_step(finished / "ppo" / "rollouts", step)[0] for step in range(1, 11)]
+    assert [rollout.prompt.id for step in steps for rollout in step.rollouts] == planned
+    assert len(set(planned)) == len(planned)
+
+
+def points(run: Path) -> list[tuple[str, int]]:
+    """(stage, step) of every line of its metrics."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["stage"], line["step"]) for line in lines]
+
+
 def test_kept_rollouts_replay_to_what_was_logged(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Also the steps on both sides of the interruption."""
+    """Also the steps on both sides of the interruptions."""
     assert kept_steps(finished / "ppo" / "rollouts") == list(range(1, 11))
-    for step in (1, 2, 10):
+    for step in (1, 2, 3, 10):
         assert main(["replay", str(finished), str(step)]) == 0
     assert "start/value_loss" in capsys.readouterr().out
 

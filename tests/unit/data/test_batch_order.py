@@ -68,9 +68,11 @@ def test_passes_keep_their_token_budget(shapes: list[RowShape], world_size: int,
     limit = PassLimit(1, tokens, padded)
     shares = [micro_batches(range(12), shapes, limit, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert len({len(share) for share in shares}) == 1
-    batches = [batch for share in shares for batch in share]
-    assert sorted(i for batch in batches for i in batch) == list(range(12))
-    assert all(batch and (len(batch) == 1 or limit.cost(shapes[i] for i in batch) <= tokens) for batch in batches)
+    batches = [[shapes[i] for i in batch] for share in shares for batch in share]
+    assert sorted(row for batch in batches for row in batch) == sorted(shapes)
+    for rows in batches:
+        computed = sum(row.sequences for row in rows) * max(row.longest for row in rows) if padded else sum(row.tokens for row in rows)
+        assert len(rows) == 1 or computed <= tokens
 
 
 def test_packed_passes_are_few_and_alike() -> None:

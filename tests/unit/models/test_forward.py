@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from app.models.forward import hidden_states, pad_sequences, padded_batches, sequence_logprobs
 from app.models.segments import attend_by_segment
@@ -26,6 +26,17 @@ def random_sequences(lengths: tuple[int, ...] = LENGTHS, vocabulary: int = VOCAB
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
     folder: Path = tmp_path_factory.mktemp("model")
     return AutoModelForCausalLM.from_pretrained(request.param(folder), dtype=torch.float32).eval()
+
+
+def test_positions_of_packed_rows_are_those_of_each_sequence() -> None:
+    """Rotary embeddings see distances alone; learned positions also tell where a sequence begins."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16, "initializer_range": 0.2}
+    model = GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+    ids_BS, attention_BS = pad_sequences(random_sequences())
+    padded = hidden_states(model.base_model, ids_BS, attention_BS)[attention_BS]
+    assert attend_by_segment(model)
+    torch.testing.assert_close(hidden_states(model.base_model, ids_BS, attention_BS)[attention_BS], padded, atol=1e-5, rtol=0)
 
 
 def literal_logprobs(model: PreTrainedModel, ids: np.ndarray, temperature: float) -> torch.Tensor:

@@ -100,7 +100,7 @@ class World:
         self.steps: dict[int, Mapping[str, float]] = {}
         self.notes: list[str] = []
         self.engine: tuple[float, int] = (1.0, 0)  # weights, version
-        self.alive = 0
+        self.alive = self.forgotten = 0
 
     @contextmanager
     def start(self) -> Iterator[Learner]:
@@ -130,6 +130,7 @@ class World:
 
     def discard(self) -> None:
         assert self.alive == 1, "the lost group has ended, and the next one loads"
+        self.forgotten += 1
         self.engine = (float("nan"), -1)  # nothing may be sampled before the next group has brought its weights
 
     # tracker
@@ -188,7 +189,7 @@ def test_a_process_lost_at_any_call_changes_nothing(call: int, lag: int, tmp_pat
     assert straight.calls == [calls_of_an_undisturbed_run()]
     world = World(tmp_path / "healed", call, max_lag=lag)
     state, weights = world.run()
-    assert len(world.calls) == 2
+    assert (len(world.calls), world.forgotten) == (2, 1)
     if lag == 0:
         assert (state, weights, world.steps) == (*expected, straight.steps)
         assert asdict(state) == asdict(LoopState.restore(world.store.latest().state))  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""What a push carries, and what an engine makes of it."""
+"""What a push carries, and what an engine makes of it; and what is read out of a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from app.models.heads import ValueHead
 from app.models.load import load_causal_lm
 from app.models.policy import PolicyModel
 from app.models.trainable import choose_trainable, merged_state
-from app.workers import pushed_policy
+from app.workers import ppo_checkpoint, pushed_policy
 from app.workers.pushed_policy import PolicyOutbox, PushedPolicy
 from tests.tiny_models import make_llama, make_neox
 
@@ -112,3 +112,15 @@ def test_what_is_frozen_travels_once_and_all_of_an_ordinary_policy_each_time(tmp
 def test_the_other_ranks_gather_and_send_nothing(tmp_path: Path, store: dict[int, Any]) -> None:
     policy = outbox_of(policy_of(make_neox(tmp_path / "model"), SftConfig()), sends=False).push()
     assert not store and not policy.trained.buckets
+
+
+def test_a_checkpoint_says_how_its_adapters_are_scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = policy_of(make_neox(tmp_path / "model"), SftConfig(lora=LORA))
+    (tmp_path / "policy").mkdir()
+    ppo_checkpoint.describe_adapters(tmp_path, LORA)
+    monkeypatch.setattr(ppo_checkpoint, "saved_weights", lambda folder: dict(model.named_parameters()))
+    weights = ppo_checkpoint.policy_weights(tmp_path)
+    expected = parameters_of(model)
+    assert weights.keys() == expected.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)

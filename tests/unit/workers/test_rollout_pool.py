@@ -15,7 +15,7 @@ from app.errors import EngineDiedError, RolloutError
 from app.experience import Prompt
 from app.workers import rollout
 from app.workers.pushed_policy import PushedPolicy, Shipment
-from app.workers.rollout import VllmRolloutPool
+from app.workers.rollout import VllmRolloutPool, request_seed
 from app.workers.rollout_engine import Sampled
 
 
@@ -94,6 +94,7 @@ def test_what_a_dead_engine_had_not_finished_is_sampled_again_with_its_seeds(mon
     rollouts = pool.submit(PROMPTS, seed=1).result()
     assert [rollout.policy_version for rollout in rollouts] == [5, 4, 5, 4, 5, 4, 3]
     assert [rollout.ids[0] for rollout in rollouts] == [10 + k for k in range(7)]
+    assert mortal.seeds == [request_seed(1, str(k), 0) for k in (0, 2, 4, 6)]
     assert heir.seeds == mortal.seeds[:3]
     assert pool.engines[0] is heir
 

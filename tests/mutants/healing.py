@@ -1,0 +1,78 @@
+"""Processes that take the place of lost ones, and runs that go on."""
+
+from __future__ import annotations
+
+from tests.mutants.files import LOOP, ROLLOUT
+from tests.mutants.mutant import Mutant
+
+HEALING, LEARNERS = "app/stages/healing.py", "app/workers/learner_group.py"
+HEALING_TESTS, POOL_TESTS = ("tests/unit/stages/test_healing.py",), ("tests/unit/workers/test_rollout_pool.py",)
+
+MUTANTS = (
+    Mutant(
+        "healing",
+        ROLLOUT,
+        "                self._bring_up_to_date(engine)\n            except EngineDiedError:\n                lost = engine",
+        "                pass\n            except EngineDiedError:\n                lost = engine",
+        "an engine that replaces another one samples with the weights of its folder",
+        POOL_TESTS,
+    ),
+    Mutant(
+        "healing",
+        ROLLOUT,
+        '        self._current = ("load_policy", (policy, version))\n        self.each("load_policy", policy, version)',
+        '        self.each("load_policy", policy, version)',
+        "an engine that replaces another one gets the weights of an earlier push",
+        POOL_TESTS,
+    ),
+    Mutant(
+        "healing",
+        ROLLOUT,
+        '        self._current = ("pid", ())\n        if',
+        "        if",
+        "engines that start after the learner was lost are given its weights",
+        POOL_TESTS,
+    ),
+    Mutant(
+        "healing",
+        ROLLOUT,
+        "missing = [place for place in share.places if place not in self._rollouts]",
+        "missing = share.places",
+        "responses that had ended are sampled a second time",
+        POOL_TESTS,
+    ),
+    Mutant(
+        "healing",
+        ROLLOUT,
+        "if self._pool.exact:",
+        "if not self._pool.exact:",
+        "an exact run keeps half a batch of a lost engine",
+        POOL_TESTS,
+    ),
+    Mutant(
+        "healing",
+        ROLLOUT,
+        "seeds = [self._prompts[i].ids for i in share.places], [self._seeds[i] for i in share.places]",
+        "seeds = [self._prompts[i].ids for i in share.places], self._seeds[: len(share.places)]",
+        "what is sampled again has other seeds",
+        POOL_TESTS,
+    ),
+    Mutant("healing", HEALING, "        self._left -= 1\n", "", "a learner that always dies is started for ever", HEALING_TESTS),
+    Mutant("healing", HEALING, "        self._forget()\n", "", "engines go on with what a lost learner has left with them", HEALING_TESTS),
+    Mutant(
+        "healing",
+        HEALING,
+        "            except WOULD_COME_AGAIN:\n                raise\n",
+        "",
+        "a loss that is not finite is taken for a process that died",
+        HEALING_TESTS,
+    ),
+    Mutant(
+        "healing",
+        LOOP,
+        "prompt_cursor=stream.cursor",
+        "prompt_cursor=stream._drawn",
+        "a run that goes on has lost the prompts that were being sampled",
+        HEALING_TESTS,
+    ),
+)
