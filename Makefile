@@ -5,6 +5,7 @@
 # make check    formatting, lint, types, import direction
 # make mutants  plants mistakes in the mathematics, one at a time, and sees that the tests notice (minutes)
 # make chaos    kills processes of exact PPO runs at random moments, and nodes; every run must end with the same policy (half an hour)
+# make nodes    a cluster of Linux network namespaces: where processes sit, nodes that come and vanish (minutes; as root, with iproute2)
 # make soak     half an hour of PPO steps: what grows, in which process
 # make learn    the embedded task with four algorithms on five seeds; writes docs/results/learning.md (an hour)
 # make bench    tokens per second and the share of each phase of a PPO iteration
@@ -17,7 +18,7 @@ STAMP := $(VENV)/.installed
 UV_COMPILE := $(BIN)/uv pip compile pyproject.toml --extra dev --extra tracking --python-version 3.11 --no-emit-package torch --no-annotate --no-header \
 	--overrides requirements/overrides.txt --constraints requirements/constraints.txt --upgrade --quiet
 
-.PHONY: setup demo test unit check mutants chaos soak learn bench lock
+.PHONY: setup demo test unit check mutants chaos nodes soak learn bench lock
 
 setup: $(STAMP)
 
@@ -52,6 +53,9 @@ mutants: $(STAMP)
 chaos: demo
 	$(BIN)/python -m pytest tests/chaos
 	$(BIN)/python -m bench.chaos --models runs/demo --rounds 10
+
+nodes: $(STAMP)
+	$(BIN)/python -m pytest tests/nodes
 
 soak: demo
 	$(BIN)/python -m bench.soak --models runs/demo --minutes 30

@@ -16,10 +16,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,63 +26,12 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # a script's own folder leads sys.path; the packages lie beside it
 
-import torch  # noqa: E402
-
 from app.config.recipe import Recipe  # noqa: E402
 from app.config.shared import WorkersConfig  # noqa: E402
 from app.workers.processes import KEEP_FREED_MEMORY, NOTHING_COMPILED, process_environment  # noqa: E402
+from bench.flops import FORWARD_FORMULA, Shape, matrix_rate, timed  # noqa: E402
 
-GEMM_TOKENS = 2048
-GEMM_REPEATS = 5
-FLOP_FORMULA = "6 x (matrix weights of the trunk x tokens + head weights x target tokens) + 6 x layers x hidden x sum of squared lengths"
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a model that its work follows from. trunk: weights of its linear layers; head: hidden x vocabulary."""
-
-    trunk: int
-    head: int
-    layers: int
-    attention: int
-    products: tuple[tuple[int, int], ...]
-
-    @classmethod
-    def of(cls, model: Any) -> Shape:
-        config = model.config.get_text_config()
-        linear = [part for part in model.base_model.modules() if isinstance(part, torch.nn.Linear)]
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return cls(
-            sum(part.weight.numel() for part in linear),
-            model.get_output_embeddings().weight.numel(),
-            config.num_hidden_layers,
-            config.num_attention_heads * width,
-            tuple(sorted({(part.in_features, part.out_features) for part in linear})),
-        )
-
-    def flop(self, rows: list[Any]) -> float:
-        """Forward and backward, by FLOP_FORMULA: a multiply and add, thrice; causal attention sees half of its square."""
-        tokens, targets = sum(len(row.ids) for row in rows), sum(int(row.loss_mask[1:].sum()) for row in rows)
-        squares = sum(len(row.ids) ** 2 for row in rows)
-        return 6.0 * (self.trunk * tokens + self.head * targets) + 6.0 * self.layers * self.attention * squares
-
-
-def matrix_rate(shape: Shape) -> float:
-    """FLOP/s of float32 products of the model's own shapes (forward, and both of the backward pass), weighted as a layer has them."""
-    flop = seconds = 0.0
-    for wide, out in shape.products:
-        x, w, g = torch.randn(GEMM_TOKENS, wide), torch.randn(out, wide), torch.randn(GEMM_TOKENS, out)
-        for product in (partial(torch.mm, x, w.t()), partial(torch.mm, g, w), partial(torch.mm, g.t(), x)):
-            product()
-            seconds += min(_timed(product) for _ in range(GEMM_REPEATS))
-            flop += 2.0 * GEMM_TOKENS * wide * out
-    return flop / seconds
-
-
-def _timed(call: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
+FLOP_FORMULA = f"3 x ({FORWARD_FORMULA})"
 
 
 class Quiet:
@@ -208,15 +155,21 @@ def rounds(arguments: argparse.Namespace, job: Any, folder: Path) -> list[dict[s
             if peer_step is not None:
                 peer_step()
             for rows in steps[1:]:
-                entry = {"seconds": _timed(loop.train_step)}
+                entry = {"seconds": timed(loop.train_step)}
                 assert [loop.train_rows[i].ids.tolist() for i in order.indices] == [row.ids.tolist() for row in rows]
-                entry |= {"tokens": float(sum(len(row.ids) for row in rows)), "flop": shape.flop(rows), "matrix_rate": matrix_rate(shape)}
+                entry |= {"tokens": float(sum(len(row.ids) for row in rows)), "flop": training_flop(shape, rows)}
+                entry["matrix_rate"] = matrix_rate(shape)
                 if peer_step is not None:
                     entry["peer_seconds"] = peer_step()
                 measured.append(entry)
                 if not arguments.json:
                     sys.stderr.write(json.dumps(entry) + "\n")
     return measured
+
+
+def training_flop(shape: Shape, rows: list[Any]) -> float:
+    """Forward and backward over rows of the token cache."""
+    return 3 * shape.forward([len(row.ids) for row in rows], sum(int(row.loss_mask[1:].sum()) for row in rows))
 
 
 def summarise(measured: list[dict[str, float]], arguments: argparse.Namespace) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from app.errors import LearnerError, NonFiniteError
 from app.experience import Experience, FloatArray, IntArray, Minibatch, PolicyOutputs, TokenBatch, Totals
 from app.numerics import gather_response
 from app.workers.engine_losses import engine_losses
+from app.workers.network import use_node_address
 from app.workers.pretraining import PretrainingMix
 from app.workers.pushed_policy import PolicyOutbox, PushedPolicy
 from app.workers.stacks import write_stacks_on_signal
@@ -83,6 +84,7 @@ class LearnerWorker:
         config = spec.config
         write_stacks_on_signal(f"learner rank {rank}")
         torch.set_num_threads(config.workers.threads)
+        use_node_address()
         os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world), MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
         self._device = torch.device("cuda", 0) if config.workers.gpus > 0 else torch.device("cpu")
         deepspeed = import_deepspeed()

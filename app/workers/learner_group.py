@@ -17,7 +17,7 @@ from app.errors import CheckpointError, CorralError, WeightPushError
 from app.experience import Experience, FloatArray, IntArray, TokenBatch
 from app.workers.learner import LearnerSpec, LearnerWorker
 from app.workers.pending import collect
-from app.workers.processes import process_options
+from app.workers.processes import WAITING_YIELDS, process_options
 from app.workers.pushed_policy import PushedPolicy
 
 LOST_SECONDS = 30.0
@@ -102,7 +102,9 @@ def learner_group(spec: LearnerSpec, *, deadline_seconds: float, placement: Sequ
     workers_config = spec.config.workers
     worker_class = ray.remote(LearnerWorker)
     workers = [
-        worker_class.options(**process_options(workers_config), scheduling_strategy=placement[rank] if placement else "DEFAULT").remote()
+        worker_class.options(
+            **process_options(workers_config, **WAITING_YIELDS), scheduling_strategy=placement[rank] if placement else "DEFAULT"
+        ).remote()
         for rank in range(workers_config.count)
     ]
     try:

@@ -21,6 +21,11 @@ NOTHING_COMPILED = {"TORCHDYNAMO_DISABLE": "1"}
 comparison at its first token, and DeepSpeed imports all of the compiler (3 s in every process) for an optimizer we do not use."""
 
 
+WAITING_YIELDS = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""For the learner's processes: threads that wait for their team sleep instead of spinning. Reward model and reference compute at the same
+time, on a CPU on the same cores, which spinning threads would keep from them. Measured in docs/results/ppo_speed.md."""
+
+
 def process_environment(workers: WorkersConfig, **more: str) -> dict[str, str]:
     """Environment variables of one process of a role. Threads are set here because OpenMP reads them at start."""
     compiler = {} if workers.gpus else NOTHING_COMPILED

@@ -20,6 +20,7 @@ from app.config.rollout import RolloutConfig
 from app.config.shared import WorkersConfig
 from app.errors import RolloutError
 from app.experience import FloatArray, IntArray
+from app.workers.network import use_node_address
 from app.workers.processes import process_options
 from app.workers.pushed_policy import PushedPolicy, Weights
 from app.workers.stacks import write_stacks_on_signal
@@ -63,6 +64,7 @@ class RolloutEngine:
         self, model_path: str, config: RolloutConfig, *, precision: str, max_model_len: int, eos_ids: Sequence[int], seed: int
     ) -> None:
         write_stacks_on_signal("rollout engine")
+        use_node_address()
         self._config = config
         self._eos_ids = list(eos_ids)
         self._sleeps = config.colocate and config.engines.gpus > 0

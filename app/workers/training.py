@@ -23,6 +23,7 @@ from app.workers.deepspeed_engine import deepspeed_config
 from app.workers.event_channel import EventChannel
 from app.workers.processes import process_environment
 from app.workers.supervised_task import SupervisedTask, TrainingJob, TrainingResult, WorkerOutcome
+from app.workers.training_backend import NodesConfig
 from app.workers.training_loop import train_worker
 from app.workers.watchdog import late
 
@@ -86,6 +87,7 @@ def _trainer(job: TrainingJob, folder: Path) -> TorchTrainer:
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
     return TorchTrainer(
         partial(train_worker, job),  # as train_loop_config the job would be unpickled, with all its imports, by the controller too
+        torch_config=NodesConfig(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers.count, use_gpu=workers.gpus > 0, resources_per_worker=resources, label_selector=dict(workers.labels) or None
         ),

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.workers.network import interfaces
+
 SHARED_MEMORY = "/dev/shm"
 NCCL_PACKAGES = "nvidia-nccl"
 _GPU_QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits")
@@ -74,7 +76,7 @@ def this_node(address: str, disks: Mapping[str, str], counted_gpus: float = 0.0)
         host=socket.gethostname(),
         python=platform.python_version(),
         packages=installed_packages(),
-        interfaces=_interfaces(),
+        interfaces=interfaces(),
         cores=len(os.sched_getaffinity(0)),
         threads=os.environ.get("OMP_NUM_THREADS"),
         task_limit=_task_limit(),
@@ -109,16 +111,6 @@ def space(path: str) -> Space:
     place = Path(path).expanduser().absolute()
     usage = shutil.disk_usage(next(each for each in (place, *place.parents) if each.exists()))
     return Space(str(place), usage.free, usage.total)
-
-
-def _interfaces() -> dict[str, tuple[str, ...]]:
-    import psutil
-
-    families = (socket.AF_INET, socket.AF_INET6)
-    return {
-        name: tuple(address.address.partition("%")[0] for address in addresses if address.family in families)
-        for name, addresses in psutil.net_if_addrs().items()
-    }
 
 
 def _task_limit() -> int | None:

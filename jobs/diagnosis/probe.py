@@ -10,6 +10,7 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
+from app.workers.network import use_node_address
 from jobs.diagnosis.node_report import NodeReport, this_node
 
 NUMBERS = 1024  # of the vector that is summed
@@ -62,6 +63,7 @@ class NodeProbe:
         import torch
         import torch.distributed as dist
 
+        use_node_address()
         device = "cuda" if backend == "nccl" else "cpu"
         meeting, limit = f"tcp://{place[0]}:{place[1]}", timedelta(seconds=seconds)
         dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=world, timeout=limit)

@@ -45,18 +45,21 @@ def test_a_killed_search_repeats_no_finished_trial(tmp_path: Path) -> None:
     assert best is not None and best["config"]["ppo.policy.lr"] == max(row["config"]["ppo.policy.lr"] for row in found.values())
 
 
-def test_a_population_copies_the_best_with_all_it_has_learnt(tmp_path: Path) -> None:
-    # one look: at each, Tune pauses and starts again whoever finds others paused
-    searched = with_values(recipe({"ppo.policy.lr": LR}, trials=4, scheduler="pbt", perturb_every=2), {"ppo.steps": 4})
+@pytest.mark.parametrize(("scheduler", "steps"), [("pbt", 4), ("pb2", 6)])  # pb2 needs two looks to see what a value gains
+def test_a_population_copies_the_best_with_all_it_has_learnt(tmp_path: Path, scheduler: str, steps: int) -> None:
+    if scheduler == "pb2":
+        pytest.importorskip("sklearn")
+    # as few looks as can be: at each, Tune pauses and starts again whoever finds others paused
+    space = recipe({"ppo.policy.lr": LR}, trials=4, scheduler=scheduler, perturb_every=2)
     (tmp_path / TOGETHER).write_text("4")
-    found = [trial_row(trial, 4) for trial in run_search(searched, tmp_path, 4)]
+    found = [trial_row(trial, steps) for trial in run_search(with_values(space, {"ppo.steps": steps}), tmp_path, 4)]
     assert {row["status"] for row in found} == {"finished"}
-    perturbed = [json.loads(line) for line in (tmp_path / "tune" / "perturbations.jsonl").read_text().splitlines()]
-    assert perturbed and all(0.01 <= record["after"]["ppo.policy.lr"] <= 1.0 for record in perturbed)
+    records = [json.loads(line) for line in (tmp_path / "tune" / "perturbations.jsonl").read_text().splitlines()]
+    changed = [record for record in records if record["before"] != record["after"]]
+    assert changed and all(0.01 <= record["after"]["ppo.policy.lr"] <= 1.0 for record in records)
     copies = [start for start in begun(tmp_path) if start[1] > 0]
-    assert {record["after"]["ppo.policy.lr"] for record in perturbed} <= {start[3] for start in copies}
-    first = perturbed[0]
+    assert {record["after"]["ppo.policy.lr"] for record in records} <= {start[3] for start in copies}
+    first = changed[0]
     copy = next(start for start in copies if start[3] == first["after"]["ppo.policy.lr"])
     donor = {step["step"]: step["score_mean"] for step in read_history(tmp_path / "tune")[first["copied"]]}
     assert copy[1] == first["step"] and copy[2] == pytest.approx(donor[first["step"]])  # what the donor had learnt when it was saved
-    assert first["before"]["ppo.policy.lr"] != copy[3]

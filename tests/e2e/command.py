@@ -24,12 +24,13 @@ def environment(**more: str) -> dict[str, str]:
     return kept | more
 
 
-def start(arguments: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """The command in the background, output and errors in `log`."""
+def start(
+    arguments: Sequence[str], log: Path, env: Mapping[str, str] | None = None, *, inside: Sequence[str] = ()
+) -> subprocess.Popen[bytes]:
+    """The command in the background, output and errors in `log`. inside: words that run a command somewhere else."""
+    words = [*inside, sys.executable, "-m", "jobs", *arguments]
     with log.open("ab") as out:
-        return subprocess.Popen(
-            [sys.executable, "-m", "jobs", *arguments], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=dict(env or environment())
-        )
+        return subprocess.Popen(words, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=dict(env or environment()))
 
 
 def run(arguments: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> tuple[int, str]:
