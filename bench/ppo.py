@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,8 +38,8 @@ from app.config.scoring import ScoringConfig  # noqa: E402
 from app.config.shared import DeepSpeedConfig, OptimizerConfig, WorkersConfig  # noqa: E402
 from app.data.prompt_stream import PromptStream  # noqa: E402
 from app.experience import Experience, Prompt  # noqa: E402
-from app.workers.processes import KEEP_FREED_MEMORY, NOTHING_COMPILED  # noqa: E402
 from bench.flops import Shape, matrix_rate  # noqa: E402
+from bench.peer import peer_steps  # noqa: E402
 
 PROMPT_TOKENS = 16
 PHASES = ("rollout", "score", "update", "push")
@@ -181,25 +180,8 @@ def peer(arguments: argparse.Namespace) -> Iterator[Callable[[], float] | None]:
         return
     options = {"model": arguments.model, "steps": arguments.steps + 1, "batch": arguments.batch, "length": arguments.length}
     options |= {"micro-batch": arguments.micro_batch} | ({} if arguments.prompts is None else {"prompts": arguments.prompts})
-    command = [arguments.peer, str(ROOT / "bench" / "trl_ppo.py"), "--turns"]
-    command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    environment = {name: value for name, value in os.environ.items() if name not in {*KEEP_FREED_MEMORY, *NOTHING_COMPILED}}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdin is not None and process.stdout is not None
-        turns, lines = process.stdin, process.stdout
-
-        def step() -> float:
-            turns.write("\n")
-            turns.flush()
-            for line in lines:
-                if line.startswith('{"step_seconds"'):
-                    return float(json.loads(line)["step_seconds"])
-            raise SystemExit(f"{arguments.peer}: TRL ended before its last step; its error is above")
-
-        try:
-            yield step
-        finally:
-            process.terminate()
+    with peer_steps(arguments.peer, "trl_ppo.py", options, ("--turns",)) as step:
+        yield step
 
 
 def pin(titles: Sequence[str], core: int) -> None:

@@ -13,7 +13,6 @@ import json
 import os
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -28,8 +27,9 @@ sys.path[0] = str(ROOT)  # a script's own folder leads sys.path; the packages li
 
 from app.config.recipe import Recipe  # noqa: E402
 from app.config.shared import WorkersConfig  # noqa: E402
-from app.workers.processes import KEEP_FREED_MEMORY, NOTHING_COMPILED, process_environment  # noqa: E402
+from app.workers.processes import process_environment  # noqa: E402
 from bench.flops import FORWARD_FORMULA, Shape, matrix_rate, timed  # noqa: E402
+from bench.peer import peer_steps  # noqa: E402
 
 FLOP_FORMULA = f"3 x ({FORWARD_FORMULA})"
 
@@ -103,29 +103,10 @@ def peer(arguments: argparse.Namespace, model: str, steps: list[list[Any]], fold
         for row in step
     ]
     (folder / "rows.json").write_text(json.dumps(rows))
-    options = {"steps": len(steps), "batch": arguments.batch, "micro-batch": arguments.micro_batch, "threads": arguments.threads}
-    command = [arguments.peer, str(ROOT / "bench" / "trl_sft.py"), "--model", model, "--rows", str(folder / "rows.json")]
-    command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    ours = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", *KEEP_FREED_MEMORY, *NOTHING_COMPILED}
-    environment = {name: value for name, value in os.environ.items() if name not in ours}
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    assert process.stdin is not None and process.stdout is not None
-
-    def step() -> float:
-        assert process.stdin is not None and process.stdout is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-        for line in process.stdout:
-            if line.startswith('{"step_seconds"'):
-                return float(json.loads(line)["step_seconds"])
-        raise SystemExit(f"{arguments.peer}: TRL ended before its last step; its error is above")
-
-    try:
+    options = {"model": model, "rows": folder / "rows.json", "steps": len(steps), "batch": arguments.batch}
+    options |= {"micro-batch": arguments.micro_batch, "threads": arguments.threads}
+    with peer_steps(arguments.peer, "trl_sft.py", options) as step:
         yield step
-    finally:
-        process.stdin.close()
-        process.terminate()
-        process.wait()
 
 
 class RowOrder:

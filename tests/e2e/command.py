@@ -15,6 +15,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 SHRUNKEN, MINIMAL = "tests/e2e/shrunken.toml", "tests/e2e/minimal.toml"
 RUN_SECONDS = 900
+NODE_AGENTS = ("ray::RuntimeEnvAgent", "ray::DashboardAgent")
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -63,11 +64,13 @@ def interrupt(process: subprocess.Popen[bytes], number: signal.Signals) -> int:
 
 
 def kill_driver(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """SIGKILL for the command itself. Returns the processes that it leaves behind."""
+    """SIGKILL for the command itself. Returns the processes that it leaves behind, without the agents of Ray's node: these see later
+    that the node is gone, and know no run folder."""
     tree = psutil.Process(process.pid).children(recursive=True)
+    left_behind = [child for child in tree if not " ".join(child.cmdline()).startswith(NODE_AGENTS)]
     process.kill()
     process.wait()
-    return tree
+    return left_behind
 
 
 def kill_actor(process: subprocess.Popen[bytes], kind: str) -> None:

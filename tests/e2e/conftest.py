@@ -44,7 +44,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     log = folder / "third.log"
     process = start(command, log, offline)
     wait_for("ppo: going on from step", log, process)
-    require_gone(left_behind, seconds=0)
+    require_gone(left_behind, seconds=5)
     kill_actor(process, "LearnerWorker")
     code, output = process.wait(RUN_SECONDS), log.read_text()
     assert code == 0, output

