@@ -35,11 +35,12 @@ demo: $(STAMP)
 	$(BIN)/corral pipeline jobs/recipes/tiny/pipeline.toml --run.dir=runs/demo
 
 # One thread per process: tests run many small tensors, and two processes that own the same cores slow each other down.
-test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Those on the real stack share one Ray and run one after the other.
+test: unit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/local_ray tests/e2e
 
 unit: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/oracle app/numerics
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical app/numerics tests/unit tests/oracle
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -234,8 +234,10 @@ def run_evaluation(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunT
             start_scoring([reward_path], sft_path) as (scorer,),
         ):
             pool.ready()
+            tracker.note(f"evaluate: the SFT model answers {len(held_out)} held-out prompts")
             before = answer(pool, scorer, held_out, template, recipe.evaluation, gold)
             pool.load_folder(ppo_path, 1)
+            tracker.note(f"evaluate: the PPO model answers the same {len(held_out)} prompts")
             after = answer(pool, scorer, held_out, template, recipe.evaluation, gold)
         write_examples(run.path / "examples.jsonl", held_out, before, after, recipe.evaluation.examples)
         return pipeline.summarise(evaluation=compare(before, after, recipe.evaluation))

@@ -152,6 +152,7 @@ def train_ppo(
         scorer = scorers[MAIN]
         pool.ready()
         learner.ready()
+        tracker.note(f"ppo: the policy answers {len(prompts.held_out)} held-out prompts before it is trained")
         before = answer(pool, scorer, prompts.held_out, template, recipe.evaluation, gold)
         canaries = canaries_of(before.rollouts)
 
@@ -162,6 +163,7 @@ def train_ppo(
 
         with stop_requests() as stop_requested:
             state = learner.run(train)
+        tracker.note(f"ppo: the policy answers the same {len(prompts.held_out)} prompts after {state.step} steps")
         after = answer(pool, scorer, prompts.held_out, template, recipe.evaluation, gold)
     results = compare(before, after, recipe.evaluation) | loop_results(run, state) | {"truncated": prompts.truncated}
     write_examples(run.path / "examples.jsonl", prompts.held_out, before, after, recipe.evaluation.examples)
