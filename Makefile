@@ -4,7 +4,7 @@
 # make unit     unit tests, oracles and doctests (under a minute)
 # make check    formatting, lint, types, import direction
 # make mutants  plants mistakes in the mathematics, one at a time, and sees that the tests notice (minutes)
-# make chaos    kills processes of exact PPO runs at random moments, and nodes; every run must end with the same policy (half an hour)
+# make chaos    kills processes of exact PPO runs at random moments, nodes, and a run kept in S3; all must go on to the same end (half an hour)
 # make nodes    a cluster of Linux network namespaces: where processes sit, nodes that come and vanish (minutes; as root, with iproute2)
 # make soak     half an hour of PPO steps: what grows, in which process
 # make learn    the embedded task with four algorithms on five seeds; writes docs/results/learning.md (an hour)
