@@ -22,6 +22,7 @@ from app.stages.tuning import search, trial
 from app.stages.tuning.records import trial_row
 from app.stages.tuning.trial import TrialInputs, TrialReporter, restored_loop
 from app.tracking import RunTracker
+from app.workers.watchdog import where_stacks_are
 
 LOST = "lost"
 """A file of this name in the run folder: the trial with epochs = 2 has killed its own process once."""
@@ -49,6 +50,7 @@ def train(
             (run / LOST).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         if recipe.ppo.epochs == 4 and step == 2:
+            where_stacks_are("a wait")
             raise NonFiniteError("metric loss is nan: lower the learning rate")
         learnt += recipe.ppo.policy.lr
         metrics = {"score_mean": learnt, "score_std": 1.0, "kl": 1.0, "entropy": 2.0, "response_length": 9.0}

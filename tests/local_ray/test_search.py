@@ -23,3 +23,5 @@ def test_spoilt_trials_are_marked_and_a_killed_one_goes_on_from_its_checkpoint(t
     assert found[2]["score"] == found[1]["score"] == 4.0
     assert len(read_history(tmp_path / "tune")[found[2]["trial"]]) == 8
     assert write_history(tmp_path / "tune").is_file()
+    (stacks,) = (tmp_path / "tune" / found[4]["trial"] / "logs").glob("stacks-a-wait-*.txt")  # of the trial, not of the search
+    assert "==== the waiting process" in stacks.read_text()

@@ -29,6 +29,8 @@ from app.stages.ppo import PromptSets, gold_of, open_pool, start_learner, weight
 from app.stages.rewards import MAIN, open_reward
 from app.stages.tuning.records import VALUES, read_ended, trial_name
 from app.stages.tuning.verdicts import Judge, Mark
+from app.workers.stacks import write_stacks_on_signal
+from app.workers.watchdog import watching
 from app.workers.weight_transfer import CANARIES
 
 logger = logging.getLogger(__name__)
@@ -141,8 +143,10 @@ def run_trial(config: dict[str, Any], *, inputs: TrialInputs) -> None:
     watch = AlarmWatch(recipe.alarms, saved.state["alarms"] if saved else ())
     keep = KEEP_ALONE if recipe.tune.checkpoint_every == recipe.tune.save_every else KEEP_IN_A_POPULATION
     reporter = TrialReporter(recipe, judge, watch, CheckpointStore(folder / name / "checkpoints", keep))
+    write_stacks_on_signal(f"trial {name}")
     try:
-        train(recipe, inputs, reporter, watch, saved, folder / name / MODEL)
+        with watching(folder / name / "logs", note=logger.warning, early_share=recipe.run.stacks_after):
+            train(recipe, inputs, reporter, watch, saved, folder / name / MODEL)
         return
     except Marked as marked:
         mark = marked.mark
