@@ -32,13 +32,13 @@ import torch.distributed as dist  # noqa: E402
 from app.config.data import DataConfig  # noqa: E402
 from app.config.shared import DeepSpeedConfig, OptimizerConfig, WorkersConfig  # noqa: E402
 from app.config.training import RewardModelConfig  # noqa: E402
-from app.data.collate import shared_prefix  # noqa: E402
 from app.data.corpus import load_corpus  # noqa: E402
 from app.data.encoding import Cuts, encode_groups  # noqa: E402
 from app.data.templates import build_template  # noqa: E402
 from app.data.token_cache import GroupRow  # noqa: E402
 from app.models.heads import init_reward_model, save_reward_model  # noqa: E402
 from app.models.load import load_tokenizer  # noqa: E402
+from app.models.packed import pack_sequences  # noqa: E402
 from app.tasks.reward_model import RewardModelTask  # noqa: E402
 from app.workers.deepspeed_engine import backward_scaled, optimizer_step, start_engine  # noqa: E402
 from app.workers.processes import KEEP_FREED_MEMORY, NOTHING_COMPILED, process_environment  # noqa: E402
@@ -87,17 +87,17 @@ def corral_steps(arguments: argparse.Namespace, rows: Sequence[GroupRow], *, sha
     engine.train()
     for start in range(0, len(rows), arguments.groups):
         batch = sorted(rows[start : start + arguments.groups], key=lambda row: task.shape(row).longest)
+        parts = [batch[first : first + arguments.micro] for first in range(0, arguments.groups, arguments.micro)]
         began = time.perf_counter()
-        for number in range(accumulation):
+        for number, part in enumerate(parts):
             if number:
                 optimizer_step(engine)
-            part = batch[number * arguments.micro : (number + 1) * arguments.micro]
             backward_scaled(engine, task.loss(engine, part, torch.device("cpu")) / arguments.groups)
         optimizer_step(engine)
         seconds = time.perf_counter() - began
-        tokens, sizes = sum(task.shape(row).tokens for row in batch), [len(row.sequences) for row in batch]
-        saved = sum(shared_prefix(row.sequences) * (size - 1) for row, size in zip(batch, sizes, strict=True)) if share_prefix else 0
-        yield Step(seconds, len(pairs_of(batch)), sum(sizes), tokens, tokens - saved)
+        tokens = sum(task.shape(row).tokens for row in batch)
+        packed = [pack_sequences([ids for row in part for ids in row.sequences]).ids_1N.numel() for part in parts]
+        yield Step(seconds, len(pairs_of(batch)), sum(len(row.sequences) for row in batch), tokens, sum(packed) if share_prefix else tokens)
 
 
 @contextmanager

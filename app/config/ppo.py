@@ -83,11 +83,12 @@ class PpoConfig(Config):
     micro_batch_size: int = Field(16, ge=1)
     """Rollouts per forward pass on one learner worker."""
     micro_batch_tokens: int | None = Field(None, ge=1)
-    """Tokens per forward pass on one learner worker; given, it rules instead of `micro_batch_size`. Each optimizer step then takes as
-    few passes as that allows. A longer rollout goes alone."""
+    """Tokens per forward pass on one learner worker, prompts counted for each sample; given, it rules instead of `micro_batch_size`. Each
+    optimizer step then takes as few passes as that allows. A longer rollout goes alone."""
     packing: bool = True
-    """Compute the rollouts of a forward pass behind each other in one row, without padding, each attending to itself alone. Models
-    whose layers need more than a causal mask are computed with padding all the same."""
+    """Compute the rollouts of a forward pass behind each other in one row, without padding, each attending to itself alone; what several
+    of them begin with, such as the prompt of all its samples, once. Models whose layers need more than a causal mask are computed with
+    padding all the same."""
     reuse_forward: bool = False
     """With one optimizer step per batch: learn from the forward pass that computed the proximal log-probs and values, instead
     of running it again. Saves a quarter of the learner's work and holds the activations of all its micro-batches at once."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -54,25 +54,36 @@ def step_rows(step: int, *, mixture: Mixture, batch_size: int, seed: int) -> lis
     return mixture.rows(step * batch_size, batch_size, seed=seed)
 
 
-def micro_batches(indices: Sequence[int], shapes: Sequence[RowShape], limit: PassLimit, *, rank: int, world_size: int) -> list[list[int]]:
+def micro_batches(
+    indices: Sequence[int],
+    shapes: Sequence[RowShape],
+    limit: PassLimit,
+    *,
+    rank: int,
+    world_size: int,
+    beginnings: Sequence[Hashable] | None = None,
+) -> list[list[int]]:
     """This worker's share of one step: equally many micro-batches on every worker, none empty.
 
     `shapes[i]` is the shape of row i. Rows of similar length share a micro-batch where it is padded; workers get like amounts
     of work at the same time. The step's loss depends on none of this. `indices` must divide evenly over the workers, and where
     `limit` counts rows over the micro-batches as well.
+
+    beginnings[i]: what row i begins with. Rows of the same beginning are kept together, as far as all this allows: a pass without
+    padding computes it once (see app.models.packed). What `limit` says counts it for each of them all the same.
     """
     unit = world_size * (limit.rows if limit.tokens is None else 1)
     if len(indices) % unit:
         raise ValueError(f"{len(indices)} rows do not divide into micro-batches of {unit // world_size} on {world_size} workers")
-    order = _by_length(indices, shapes)
+    bundles = _bundles(_by_length(indices, shapes), shapes, beginnings)
     if limit.tokens is None or limit.padded:
-        batches = _in_order(order, shapes, limit)
+        batches = _in_order([index for bundle in bundles for index in bundle], shapes, limit)
         while len(batches) % world_size:  # there are enough rows: their number divides
             costliest = max((batch for batch in batches if len(batch) > 1), key=lambda batch: limit.cost(shapes[i] for i in batch))
             at = batches.index(costliest)
             batches[at : at + 1] = [costliest[: len(costliest) // 2], costliest[len(costliest) // 2 :]]
     else:
-        batches = _balanced(order, shapes, limit, world_size)
+        batches = _balanced(_divided(bundles, shapes, limit, world_size), shapes, limit, world_size)
     return batches[rank::world_size]
 
 
@@ -103,19 +114,43 @@ def _fits(rows: Sequence[RowShape], limit: PassLimit) -> bool:
     return len(rows) <= limit.rows if limit.tokens is None else limit.cost(rows) <= limit.tokens
 
 
-def _balanced(order: Sequence[int], shapes: Sequence[RowShape], limit: PassLimit, world_size: int) -> list[list[int]]:
-    """As few passes as the limit allows, a multiple of `world_size`, with like numbers of tokens: longest rows first, each into the
+def _bundles(order: Sequence[int], shapes: Sequence[RowShape], beginnings: Sequence[Hashable] | None) -> list[list[int]]:
+    """Rows of the same beginning, by the length of the longest of them, those of `order` otherwise as they stand there; one row each
+    without beginnings."""
+    if beginnings is None:
+        return [[index] for index in order]
+    bundles: dict[Hashable, list[int]] = {}
+    for index in order:
+        bundles.setdefault(beginnings[index], []).append(index)
+    return sorted(bundles.values(), key=lambda bundle: max(shapes[i].longest for i in bundle))
+
+
+def _divided(bundles: Sequence[list[int]], shapes: Sequence[RowShape], limit: PassLimit, world_size: int) -> list[list[int]]:
+    """The bundles, in halves until each keeps within the limit, or is one row, and they divide evenly over the workers."""
+    divided = list(bundles)
+    while True:
+        several = [bundle for bundle in divided if len(bundle) > 1]
+        costliest = max(several, key=lambda bundle: limit.cost(shapes[i] for i in bundle), default=None)
+        assert limit.tokens is not None
+        if costliest is None or (limit.cost(shapes[i] for i in costliest) <= limit.tokens and not len(divided) % world_size):
+            return divided
+        at = divided.index(costliest)
+        divided[at : at + 1] = [costliest[: len(costliest) // 2], costliest[len(costliest) // 2 :]]
+
+
+def _balanced(bundles: Sequence[list[int]], shapes: Sequence[RowShape], limit: PassLimit, world_size: int) -> list[list[int]]:
+    """As few passes as the limit allows, a multiple of `world_size`, with like numbers of tokens: longest bundles first, each into the
     emptiest pass so far. The costliest come first."""
     assert limit.tokens is not None
-    tokens = sum(shapes[i].tokens for i in order)
-    count = world_size * min(-(-tokens // (limit.tokens * world_size)), len(order) // world_size)
+    costs = [limit.cost(shapes[i] for i in bundle) for bundle in bundles]
+    count = world_size * min(-(-sum(costs) // (limit.tokens * world_size)), len(bundles) // world_size)
     while True:
         batches: list[list[int]] = [[] for _ in range(count)]
         filled = [0] * count
-        for index in reversed(order):
+        for bundle, cost in zip(reversed(bundles), reversed(costs), strict=True):
             emptiest = filled.index(min(filled))
-            batches[emptiest].append(index)
-            filled[emptiest] += shapes[index].tokens
-        if count == len(order) or all(cost <= limit.tokens or len(batch) == 1 for cost, batch in zip(filled, batches, strict=True)):
+            batches[emptiest] += bundle
+            filled[emptiest] += cost
+        if count == len(bundles) or all(cost <= limit.tokens or len(batch) == 1 for cost, batch in zip(filled, batches, strict=True)):
             return sorted(batches, key=lambda batch: -limit.cost(shapes[i] for i in batch))
         count += world_size

@@ -27,14 +27,10 @@ class SftBatch(NamedTuple):
 
 
 class GroupBatch(NamedTuple):
-    """ids_NS int64 and attention_NS bool, replies of one group after another, best first; group_sizes: replies of each group.
-
-    own_NS is attention_NS without the tokens that all replies of a group begin with, which are the first reply's.
-    """
+    """ids_NS int64 and attention_NS bool, replies of one group after another, best first; group_sizes: replies of each group."""
 
     ids_NS: torch.Tensor
     attention_NS: torch.Tensor
-    own_NS: torch.Tensor
     group_sizes: list[int]
 
 
@@ -63,22 +59,7 @@ def collate_threads(
 def collate_groups(rows: Sequence[GroupRow], device: torch.device | str = "cpu", *, multiple: int = LENGTH_MULTIPLE) -> GroupBatch:
     """All replies of all groups in one batch."""
     ids_NS, attention_NS = _pad([sequence for row in rows for sequence in row.sequences], multiple)
-    own_NS = attention_NS.clone()
-    group_sizes = [len(row.sequences) for row in rows]
-    for row, own in zip(rows, own_NS.split(group_sizes), strict=True):
-        own[1:, : shared_prefix(row.sequences)] = False
-    return GroupBatch(ids_NS.to(device), attention_NS.to(device), own_NS.to(device), group_sizes)
-
-
-def shared_prefix(sequences: Sequence[IntArray]) -> int:
-    """How many tokens all sequences begin with; each keeps at least one of its own.
-
-    >>> shared_prefix([np.array([1, 2, 3]), np.array([1, 2, 4, 5])]), shared_prefix([np.array([1, 2]), np.array([1, 2])])
-    (2, 1)
-    """
-    limit = min(len(sequence) for sequence in sequences) - 1
-    differs = np.any([sequence[:limit] != sequences[0][:limit] for sequence in sequences], axis=0)
-    return int(differs.argmax()) if differs.any() else limit
+    return GroupBatch(ids_NS.to(device), attention_NS.to(device), [len(row.sequences) for row in rows])
 
 
 def _pad(sequences: Sequence[IntArray], multiple: int) -> tuple[torch.Tensor, torch.Tensor]:

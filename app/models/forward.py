@@ -1,7 +1,7 @@
 """Forward passes that never hold [B, S, V] logits: batching by length, hidden states, per-token log-probs.
 
 Shape legend: B sequences, S tokens of the longest, R = S - 1 predicted tokens (entry t belongs to token t + 1),
-H hidden size, V vocabulary, N tokens picked out of [B, R], n of them in one chunk.
+H hidden size, V vocabulary, N tokens picked out of [B, R], n of them in one chunk; packed rows as in app.models.packed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from app.experience import IntArray
-from app.models.segments import BY_SEGMENT, segment_lengths
+from app.models.packed import PackedRow, pack_sequences, packed_hidden_states
+from app.models.segments import BY_SEGMENT, segments_of
 from app.numerics.logprobs import label_logprobs
 
 LOGITS_PER_CHUNK = 2**25
@@ -58,7 +59,8 @@ def positions(attention_BS: torch.Tensor) -> torch.Tensor:
 def hidden_states(trunk: nn.Module, ids_BS: torch.Tensor, attention_BS: torch.Tensor) -> torch.Tensor:
     """Final hidden states [B, S, H] of a decoder without its head, independent of how the rows are padded.
 
-    With attention by segment (see app.models.segments) padding is not computed, and its states are 0.
+    With attention by segment (see app.models.segments) padding is not computed, and its states are 0; what several rows begin with is
+    computed once.
     """
     if getattr(trunk.config, "_attn_implementation", None) == BY_SEGMENT:
         return _packed_hidden_states(trunk, ids_BS, attention_BS.bool())
@@ -68,11 +70,11 @@ def hidden_states(trunk: nn.Module, ids_BS: torch.Tensor, attention_BS: torch.Te
 
 def _packed_hidden_states(trunk: nn.Module, ids_BS: torch.Tensor, attention_BS: torch.Tensor) -> torch.Tensor:
     """All rows behind each other in one, without their padding."""
-    segments = [length for length in attention_BS.sum(1).tolist() if length]
-    ids_1N, positions_1N = ids_BS[attention_BS][None], positions(attention_BS)[attention_BS][None]
-    hidden_NH = trunk(input_ids=ids_1N, position_ids=positions_1N, segments=segments, use_cache=False).last_hidden_state[0]
-    blank_BSH = hidden_NH.new_zeros(*ids_BS.shape, hidden_NH.shape[-1])
-    return blank_BSH.masked_scatter(attention_BS[..., None], hidden_NH)
+    rows = zip(ids_BS.cpu().numpy(), attention_BS.cpu().numpy(), strict=True)
+    row = pack_sequences([ids[attended] for ids, attended in rows if attended.any()], ids_BS.device)
+    hidden_MH = row.of_tokens(packed_hidden_states(trunk, row))
+    blank_BSH = hidden_MH.new_zeros(*ids_BS.shape, hidden_MH.shape[-1])
+    return blank_BSH.masked_scatter(attention_BS[..., None], hidden_MH)
 
 
 def sequence_logprobs(
@@ -98,6 +100,26 @@ def sequence_logprobs(
     return blank_BR.masked_scatter(pick_BR, torch.cat(logprobs))
 
 
+def packed_logprobs(model: PreTrainedModel, row: PackedRow, *, temperature: float = 1.0, chunk_tokens: int | None = None) -> torch.Tensor:
+    """The same of each sequence of a row, float32 [P], one sequence behind the other: P = M - B tokens that another one predicts.
+
+    For models whose logits are what the output head gives (see `transforms_logits`).
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    chunk = chunk_tokens or max(1, LOGITS_PER_CHUNK // vocabulary)
+    ids_N = row.ids_1N[0]
+    states_M, ids_M = row.of_tokens(torch.arange(len(ids_N), device=ids_N.device)), row.of_tokens(ids_N)
+    predicts_M = torch.ones_like(ids_M, dtype=torch.bool)
+    predicts_M[row.ends_B] = False
+    pairs_P = states_M[predicts_M] * vocabulary + ids_M.roll(-1)[predicts_M]
+    pairs_N, which_P = pairs_P.unique(return_inverse=True)  # shared tokens predict the same ones
+    hidden_NH = packed_hidden_states(model.base_model, row)[pairs_N // vocabulary]
+    head = model.get_output_embeddings()
+    pieces = zip(hidden_NH.split(chunk), (pairs_N % vocabulary).split(chunk), strict=True)
+    logprobs = [label_logprobs(head(hidden_nH)[None], targets_n[None], temperature)[0] for hidden_nH, targets_n in pieces]
+    return torch.cat(logprobs)[which_P]
+
+
 def target_logits(
     model: PreTrainedModel, ids_BS: torch.Tensor, positions_BS: torch.Tensor, targets_BS: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,7 +131,7 @@ def target_logits(
     inputs: dict[str, Any] = {"use_cache": False}
     if model.config._attn_implementation == BY_SEGMENT:  # all in one row: a row's first token is no target, so rows can follow on
         ids_BS, positions_BS, targets_BS = (x.reshape(1, -1) for x in (ids_BS, positions_BS, targets_BS))
-        inputs["segments"] = segment_lengths(positions_BS[0])
+        inputs["segments"] = segments_of(positions_BS[0])
     inputs |= {"input_ids": ids_BS, "position_ids": positions_BS}
     pick_BR = targets_BS[:, 1:]
     if transforms_logits(model):

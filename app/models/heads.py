@@ -142,12 +142,12 @@ def sequence_scores(model: PreTrainedModel, ids_BS: torch.Tensor, attention_BS: 
 
 def packed_scores(model: PreTrainedModel, row: PackedRow) -> torch.Tensor:
     """Raw logit of each sequence of a row, float32 [B]; for models with a `score` head and attention by segment. Raises ModelError."""
-    head, hidden_NH = _score_head(model), packed_hidden_states(model.base_model, row)
+    head, hidden_MH = _score_head(model), row.of_tokens(packed_hidden_states(model.base_model, row))
     if pooling_of(model) == "mean":
-        hidden_BH = torch.stack([states.float().mean(0) for states in hidden_NH.split(row.lengths)])
+        hidden_BH = torch.stack([states.float().mean(0) for states in hidden_MH.split(row.lengths)])
     else:
-        hidden_BH = hidden_NH[row.last_B]
-    return head(hidden_BH.to(hidden_NH.dtype)).squeeze(-1).float()
+        hidden_BH = hidden_MH[row.ends_B]
+    return head(hidden_BH.to(hidden_MH.dtype)).squeeze(-1).float()
 
 
 def _own_head_scores(model: PreTrainedModel, ids_BS: torch.Tensor, attention_BS: torch.Tensor) -> torch.Tensor:

@@ -1,84 +1,135 @@
-"""Forward passes over sequences that stand behind each other in one row: no padding is computed, and no [B, S] tensor is made.
+"""Sequences behind each other in one row: no padding is computed, and what several of them begin with is computed once.
 
 For models with attention by segment (app.models.segments).
-Shape legend: B sequences, N tokens of all of them, P = N - B that predict another, n of them in one chunk, H hidden size, V vocabulary.
+Shape legend: N tokens of the row, M of all sequences, shared ones counted for each; B sequences, H hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from app.experience import IntArray
-from app.models.forward import LOGITS_PER_CHUNK
-from app.numerics.logprobs import label_logprobs
+from app.models.segments import Segment
+
+Places = np.ndarray[Any, np.dtype[np.int64]]
+
+LEAST_SHARED = 16
+"""Fewer common tokens, such as those of a role, are not worth the mask that attention to them takes."""
 
 
 @dataclass(frozen=True)
 class PackedRow:
-    """Sequences in one row. positions_1N restarts at 0 where a sequence begins; both int64."""
+    """Sequences in one row. ids_1N and positions_1N are int64; positions count from the beginning of each sequence.
+
+    lengths: of the sequences, in the order they were given in; where_M: the place in the row of each of their tokens, one sequence
+    behind the other, int64; None where that is the row itself, because nothing is shared."""
 
     ids_1N: torch.Tensor
     positions_1N: torch.Tensor
+    segments: list[Segment]
     lengths: list[int]
+    where_M: torch.Tensor | None
 
     @property
-    def last_B(self) -> torch.Tensor:
-        """Where the last token of each sequence stands, int64."""
+    def ends_B(self) -> torch.Tensor:
+        """Which of the M tokens are the last of a sequence, int64."""
         return torch.tensor(self.lengths, device=self.ids_1N.device).cumsum(0) - 1
 
     @property
     def inputs(self) -> dict[str, Any]:
         """What the model or its trunk is called with."""
-        return {"input_ids": self.ids_1N, "position_ids": self.positions_1N, "segments": self.lengths, "use_cache": False}
+        return {"input_ids": self.ids_1N, "position_ids": self.positions_1N, "segments": self.segments, "use_cache": False}
+
+    def of_tokens(self, row_N: torch.Tensor) -> torch.Tensor:
+        """[N, ...] -> [M, ...]: from what belongs to the row to what belongs to each token of each sequence. Carries gradients."""
+        return row_N if self.where_M is None else row_N[self.where_M]
 
 
 def pack_sequences(sequences: Sequence[IntArray], device: torch.device | str = "cpu") -> PackedRow:
     """Int arrays [s_b], none of them empty."""
-    ids_N = torch.as_tensor(np.concatenate(sequences).astype("int64"))
-    positions_N = torch.as_tensor(np.concatenate([np.arange(len(ids), dtype=np.int64) for ids in sequences]))
-    return PackedRow(ids_N[None].to(device), positions_N[None].to(device), [len(ids) for ids in sequences])
+    sequences = [np.ascontiguousarray(ids, dtype=np.int64) for ids in sequences]
+    placed = _placed(sequences)
+    own = [sequences[index][shared:] for index, shared in placed]
+    ids_N, positions_N = np.concatenate(own), np.concatenate([np.arange(shared, len(sequences[index])) for index, shared in placed])
+    where_M = None
+    if len(ids_N) < sum(map(len, sequences)):
+        where_M = torch.from_numpy(np.concatenate(_places(placed, sequences))).to(device)
+    segments = [Segment(len(ids), shared) for ids, (_, shared) in zip(own, placed, strict=True)]
+    ids_1N, positions_1N = (torch.from_numpy(row_N)[None].to(device) for row_N in (ids_N, positions_N))
+    return PackedRow(ids_1N, positions_1N, segments, [len(ids) for ids in sequences], where_M)
+
+
+def _placed(sequences: Sequence[IntArray]) -> list[tuple[int, int]]:
+    """Index of each sequence in the order of the row, and with how many tokens of the one before it it begins: as given where nothing is
+    shared.
+
+    >>> prompt = list(range(20))
+    >>> _placed([np.array(ids) for ids in ([7, 8], [*prompt, 3], [9], [*prompt, 4, 5])])
+    [(1, 0), (3, 20), (0, 0), (2, 0)]
+    """
+    order = alike(sequences)
+    shared = [0, *(_common(sequences[before], sequences[index]) for before, index in pairwise(order))]
+    if max(shared) < LEAST_SHARED:
+        return [(index, 0) for index in range(len(sequences))]
+    return [(index, common if common >= LEAST_SHARED else 0) for index, common in zip(order, shared, strict=True)]
+
+
+def alike(sequences: Sequence[IntArray]) -> list[int]:
+    """Indices in an order in which sequences that begin alike stand together, the more alike the closer.
+
+    >>> alike([np.array(ids) for ids in ([5, 1, 2], [4, 9], [5, 1], [5, 3])])
+    [1, 2, 0, 3]
+    """
+    return sorted(range(len(sequences)), key=lambda index: sequences[index].tobytes())
+
+
+def _common(before: IntArray, other: IntArray) -> int:
+    """How many tokens of `other` are the first ones of the sequence before it; its last is always its own.
+
+    >>> [_common(np.array([1, 2, 3]), np.array(other)) for other in ([1, 2, 4, 5], [1, 2, 3], [2], [1, 2, 3, 4])]
+    [2, 2, 0, 3]
+    """
+    limit = min(len(before), len(other) - 1)
+    differs = np.flatnonzero(before[:limit] != other[:limit])
+    return int(differs[0]) if len(differs) else limit
+
+
+def _places(placed: Sequence[tuple[int, int]], sequences: Sequence[IntArray]) -> list[Places]:
+    """Where the tokens of each sequence stand in the row, in the order of `sequences`."""
+    places: dict[int, Places] = {}
+    start, before = 0, np.empty(0, np.int64)
+    for index, shared in placed:
+        end = start + len(sequences[index]) - shared
+        before = np.concatenate([before[:shared], np.arange(start, end)])
+        places[index], start = before, end
+    return [places[index] for index in range(len(sequences))]
 
 
 def packed_batches(sequences: Sequence[IntArray], max_tokens: int) -> list[list[int]]:
-    """Group sequences in their order, so that no group has more than max_tokens tokens; a longer sequence is a group of its own.
+    """Group sequences, those that begin alike together, so that no group has more than max_tokens tokens, shared ones counted for each; a
+    longer sequence is a group of its own.
 
-    >>> packed_batches([np.zeros(3), np.zeros(2), np.zeros(4), np.zeros(9), np.zeros(1)], max_tokens=6)
-    [[0, 1], [2], [3], [4]]
+    >>> packed_batches([np.array(ids) for ids in ([5, 1, 2], [4, 9], [5, 1, 3, 3], [9, 9, 9, 9, 9, 9, 9], [7])], max_tokens=6)
+    [[1, 0], [2, 4], [3]]
     """
     batches: list[list[int]] = []
     room = 0
-    for index, sequence in enumerate(sequences):
-        if not batches or len(sequence) > room:
+    for index in alike(sequences):
+        if not batches or len(sequences[index]) > room:
             batches.append([])
             room = max_tokens
         batches[-1].append(index)
-        room -= len(sequence)
+        room -= len(sequences[index])
     return batches
 
 
 def packed_hidden_states(trunk: nn.Module, row: PackedRow) -> torch.Tensor:
     """Final hidden states [N, H] of a decoder without its head."""
     return trunk(**row.inputs).last_hidden_state[0]
-
-
-def packed_logprobs(model: PreTrainedModel, row: PackedRow, *, temperature: float = 1.0, chunk_tokens: int | None = None) -> torch.Tensor:
-    """Log p(ids[t+1] | ids[..t]) of each sequence at a temperature, float32 [N - B], one sequence behind the other.
-
-    For models whose logits are what the output head gives (see `app.models.forward.transforms_logits`). The head runs over at most
-    `chunk_tokens` tokens at a time (default: LOGITS_PER_CHUNK / V).
-    """
-    chunk = chunk_tokens or max(1, LOGITS_PER_CHUNK // model.config.get_text_config().vocab_size)
-    predicts_N = torch.ones_like(row.ids_1N[0], dtype=torch.bool)
-    predicts_N[row.last_B] = False
-    hidden_PH = packed_hidden_states(model.base_model, row)[predicts_N]
-    targets_P = row.ids_1N[0].roll(-1)[predicts_N]
-    head = model.get_output_embeddings()
-    pieces = zip(hidden_PH.split(chunk), targets_P.split(chunk), strict=True)
-    return torch.cat([label_logprobs(head(hidden_nH)[None], targets_n[None], temperature)[0] for hidden_nH, targets_n in pieces])

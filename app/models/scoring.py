@@ -1,10 +1,10 @@
 """What scoring computes, wherever it runs: token ids in, scores, log-probs or logits out.
 
-The sequences of a pass stand behind each other in one row, where the model can attend to each of them by itself; otherwise they are
-padded, those of similar length together.
+The sequences of a pass stand behind each other in one row, where the model can attend to each of them by itself, and what several begin
+with is computed once; otherwise they are padded, those of similar length together.
 
-Shape legend: B sequences of a pass, S tokens of the longest, R = S - 1 predicted tokens, V vocabulary; N tokens of all sequences,
-P = N - B predicted ones.
+Shape legend: B sequences of a pass, S tokens of the longest, R = S - 1 predicted tokens, V vocabulary; M tokens of all sequences,
+P = M - B predicted ones.
 """
 
 from __future__ import annotations
@@ -22,10 +22,18 @@ from transformers import PreTrainedModel
 from app.config.serving import OUTPUTS, ModelKind, Output
 from app.errors import ModelError, ScoringError
 from app.experience import IntArray
-from app.models.forward import LOGITS_PER_CHUNK, pad_sequences, padded_batches, positions, sequence_logprobs, transforms_logits
+from app.models.forward import (
+    LOGITS_PER_CHUNK,
+    packed_logprobs,
+    pad_sequences,
+    padded_batches,
+    positions,
+    sequence_logprobs,
+    transforms_logits,
+)
 from app.models.heads import Precision, has_score_head, load_reward_model, packed_scores, reward_offset, sequence_scores
 from app.models.load import load_causal_lm, scores_text, writes_text
-from app.models.packed import pack_sequences, packed_batches, packed_logprobs
+from app.models.packed import pack_sequences, packed_batches
 from app.models.segments import attend_by_segment
 
 Answer = np.ndarray[Any, np.dtype[Any]]
@@ -118,8 +126,8 @@ class ScoringModel:
         if output == "logprobs":
             logprobs_P = packed_logprobs(self.model, row, temperature=self._temperature).cpu().numpy()
             return np.split(logprobs_P, np.cumsum(row.lengths)[:-1] - np.arange(1, len(row.lengths)))
-        logits_NV = self.model(**row.inputs).logits[0].half().cpu()
-        return [logits.numpy() for logits in logits_NV.split(row.lengths)]
+        logits_MV = row.of_tokens(self.model(**row.inputs).logits[0].half()).cpu()
+        return [logits.numpy() for logits in logits_MV.split(row.lengths)]
 
     @torch.inference_mode()
     def _padded_pass(self, sequences: Sequence[IntArray], output: Output) -> list[Answer]:

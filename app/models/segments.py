@@ -1,12 +1,12 @@
 """Attention over a row that holds several sequences behind each other, one sequence at a time: no [N, N] mask, no work across them.
 
-Shape legend: N tokens of the row, h heads, d head size.
+Shape legend: N tokens of the row, h heads, d head size; s own tokens of one sequence, S tokens that they see.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +17,14 @@ BY_SEGMENT = "corral_by_segment"
 """Name of this attention in Transformers. A model that has it needs the keyword `segments` in every call."""
 
 CAUSAL_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class Segment(NamedTuple):
+    """A sequence's part of the row: `tokens` of its own, behind `shared` ones with which the sequence before it begins as well. Those
+    stand in the row once: a token's keys and values depend on it and on what comes before it, and that is the same."""
+
+    tokens: int
+    shared: int = 0
 
 
 def attend_by_segment(model: PreTrainedModel) -> bool:
@@ -33,14 +41,14 @@ def attend_by_segment(model: PreTrainedModel) -> bool:
     return bool(model.config._attn_implementation == BY_SEGMENT)
 
 
-def segment_lengths(positions_N: torch.Tensor) -> list[int]:
-    """Lengths of the sequences of a row, whose positions restart at 0.
+def segments_of(positions_N: torch.Tensor) -> list[Segment]:
+    """The sequences of a row, whose positions restart at 0.
 
-    >>> segment_lengths(torch.tensor([0, 1, 2, 0, 0, 1]))
+    >>> [segment.tokens for segment in segments_of(torch.tensor([0, 1, 2, 0, 0, 1]))]
     [3, 1, 2]
     """
     starts = (positions_N == 0).nonzero().flatten().tolist()
-    return [end - start for start, end in zip(starts, [*starts[1:], len(positions_N)], strict=True)]
+    return [Segment(end - start) for start, end in zip(starts, [*starts[1:], len(positions_N)], strict=True)]
 
 
 def _attention(
@@ -50,20 +58,32 @@ def _attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    segments: Sequence[int],
+    segments: Sequence[Segment],
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """query, key and value [1, h, N, d] -> [1, N, h, d], by Transformers' own call of torch for each segment."""
-    parts = zip(*(states.split(list(segments), dim=2) for states in (query, key, value)), strict=True)
-    outputs = [sdpa_attention_forward(module, *part, _window(part[0], sliding_window), **options)[0] for part in parts]
+    sizes = [segment.tokens for segment in segments]
+    outputs: list[torch.Tensor] = []
+    seen_key, seen_value = key, value
+    parts = (states.split(sizes, dim=2) for states in (query, key, value))
+    for segment, own_query, own_key, own_value in zip(segments, *parts, strict=True):
+        seen_key, seen_value = _behind(seen_key, segment.shared, own_key), _behind(seen_value, segment.shared, own_value)
+        mask_sS = _mask(segment, sliding_window, query.device)
+        outputs.append(sdpa_attention_forward(module, own_query, seen_key, seen_value, mask_sS, **options)[0])
     return torch.cat(outputs, dim=1), None
 
 
-def _window(query: torch.Tensor, width: int | None) -> torch.Tensor | None:
-    """Where a segment is longer than the window: True [s, s] for keys at most `width` - 1 tokens back."""
-    length = query.shape[2]
-    if width is None or length <= width:
+def _behind(before: torch.Tensor, shared: int, own: torch.Tensor) -> torch.Tensor:
+    """What a sequence sees: the `shared` first keys, or values, of the one before it, and its own."""
+    return torch.cat([before[:, :, :shared], own], dim=2) if shared else own
+
+
+def _mask(segment: Segment, width: int | None, device: torch.device) -> torch.Tensor | None:
+    """True [s, S] for keys that an own token sees, at most `width` - 1 tokens back; None where plain causality says it."""
+    own, shared = segment
+    total = own + shared
+    if not shared and (width is None or total <= width):
         return None
-    ones = torch.ones(length, length, dtype=torch.bool, device=query.device)
-    return ones.tril().triu(1 - width)
+    seen_sS = torch.ones(own, total, dtype=torch.bool, device=device).tril(shared)
+    return seen_sS if width is None else seen_sS.triu(shared + 1 - width)

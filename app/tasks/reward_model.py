@@ -20,10 +20,10 @@ from app.data.collate import LENGTH_MULTIPLE, collate_groups
 from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, GroupRow, read_groups
 from app.experience import IntArray
 from app.models.forward import pad_sequences, padded_batches
-from app.models.grouped import can_share_prefix, group_scores, share_prefix
-from app.models.heads import init_reward_model, load_reward_model, save_reward_model, sequence_scores
+from app.models.heads import has_score_head, init_reward_model, load_reward_model, save_reward_model, sequence_scores
 from app.models.load import load_tokenizer
 from app.models.residual_dropout import add_residual_dropout
+from app.models.segments import attend_by_segment
 from app.models.trainable import choose_trainable
 from app.numerics import group_bradley_terry_loss, pair_bradley_terry_loss, ranking_metrics, ranking_sums
 
@@ -40,14 +40,10 @@ class SequenceScores(nn.Module):
     def __init__(self, reward_model: PreTrainedModel, *, sharing: bool) -> None:
         super().__init__()
         self.reward_model = reward_model
-        self.sharing = sharing and can_share_prefix(reward_model)
-        if self.sharing:
-            share_prefix(reward_model)
+        self.sharing = sharing and has_score_head(reward_model) and attend_by_segment(reward_model)
 
-    def forward(self, ids_NS: torch.Tensor, attention_NS: torch.Tensor, own_NS: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids_NS: torch.Tensor, attention_NS: torch.Tensor) -> torch.Tensor:
         """Raw logits float32 [N] of a `GroupBatch`."""
-        if self.sharing:
-            return group_scores(self.reward_model, ids_NS, attention_NS, own_NS)
         return sequence_scores(self.reward_model, ids_NS, attention_NS)
 
 
@@ -86,11 +82,11 @@ class RewardModelTask:
 
     def loss(self, engine: Any, rows: Sequence[GroupRow], device: torch.device) -> torch.Tensor:
         batch = collate_groups(rows, device, multiple=self.multiple)
-        return self._loss(engine(batch.ids_NS, batch.attention_NS, batch.own_NS), batch.group_sizes)
+        return self._loss(engine(batch.ids_NS, batch.attention_NS), batch.group_sizes)
 
     def evaluate(self, engine: Any, rows: Sequence[GroupRow], device: torch.device) -> dict[str, float]:
         batch = collate_groups(rows, device, multiple=self.multiple)
-        scores_N = engine(batch.ids_NS, batch.attention_NS, batch.own_NS).cpu()
+        scores_N = engine(batch.ids_NS, batch.attention_NS).cpu()
         return {"loss": float(self._loss(scores_N, batch.group_sizes)), **ranking_sums(scores_N, batch.group_sizes)}
 
     def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:

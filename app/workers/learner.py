@@ -207,7 +207,12 @@ class LearnerWorker:
     def _micro_batches(self, rows: torch.Tensor, tokens: TokenBatch) -> list[torch.Tensor]:
         """This rank's share of `rows`: index tensors into `tokens`."""
         shapes = [RowShape(1, length, length) for length in (tokens.prompt_lengths_B + tokens.response_lengths_B).tolist()]
-        return [torch.tensor(batch) for batch in micro_batches(rows.tolist(), shapes, self._limit, rank=self._rank, world_size=self._world)]
+        beginnings = None
+        if not self._limit.padded:
+            prompts = zip(tokens.ids_BS.numpy(), tokens.prompt_lengths_B.tolist(), strict=True)
+            beginnings = [ids[:length].tobytes() for ids, length in prompts]
+        batches = micro_batches(rows.tolist(), shapes, self._limit, rank=self._rank, world_size=self._world, beginnings=beginnings)
+        return [torch.tensor(batch) for batch in batches]
 
     def _forward_passes(self, experience: Experience, rows: torch.Tensor, *, learns: bool) -> Iterator[tuple[Minibatch, PolicyOutputs]]:
         """This rank's micro-batches of an optimizer step with their outputs: those that `inspect` holds, else computed now."""

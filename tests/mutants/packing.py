@@ -6,38 +6,54 @@ from tests.mutants.mutant import Mutant
 
 COLLATE, FORWARD, SEGMENTS, PACKED = "app/data/collate.py", "app/models/forward.py", "app/models/segments.py", "app/models/packed.py"
 COLLATE_TESTS, FORWARD_TESTS = ("tests/unit/data/test_collate.py",), ("tests/unit/models/test_forward.py",)
-SCORING_TESTS = ("tests/unit/models/test_scoring.py",)
+SCORING_TESTS, PACKED_TESTS = ("tests/unit/models/test_scoring.py",), ("tests/unit/models/test_packed.py",)
 
 MUTANTS = (
     Mutant(
         "packing",
-        FORWARD,
-        "ids_BS[attention_BS][None], positions(attention_BS)[attention_BS][None]",
-        "ids_BS[attention_BS][None], torch.arange(int(attention_BS.sum()), device=ids_BS.device)[None]",
-        "positions run on from one sequence into the next",
-        FORWARD_TESTS,
-    ),
-    Mutant(
-        "packing",
-        FORWARD,
-        "segments = [length for length in attention_BS.sum(1).tolist() if length]",
-        "segments = [int(attention_BS.sum())]",
-        "a sequence sees those before it in the learner's row",
-        FORWARD_TESTS,
-    ),
-    Mutant(
-        "packing",
-        SEGMENTS,
-        "return ones.tril().triu(1 - width)",
-        "return ones.tril().triu(-width)",
-        "the window of packed rows is a token wider",
-        ("tests/unit/tasks/test_sft_loss.py",),
+        PACKED,
+        "[np.arange(shared, len(sequences[index])) for index, shared in placed]",
+        "[np.arange(len(sequences[index]) - shared) for index, shared in placed]",
+        "own tokens count their positions from 0, whatever they share",
+        PACKED_TESTS,
     ),
     Mutant(
         "packing",
         PACKED,
-        "    predicts_N[row.last_B] = False\n",
-        "    predicts_N[-1] = False\n",
+        "    segments = [Segment(len(ids), shared) for ids, (_, shared) in zip(own, placed, strict=True)]\n",
+        "    segments = [Segment(len(ids_N))]\n",
+        "a sequence sees those before it in its row",
+        FORWARD_TESTS,
+    ),
+    Mutant(
+        "packing",
+        PACKED,
+        "limit = min(len(before), len(other) - 1)",
+        "limit = min(len(before), len(other))",
+        "two sequences that are the same leave one of them no token",
+        PACKED_TESTS,
+    ),
+    Mutant(
+        "packing",
+        SEGMENTS,
+        "dtype=torch.bool, device=device).tril(shared)",
+        "dtype=torch.bool, device=device).tril(shared + 1)",
+        "behind shared tokens each sees the next one",
+        PACKED_TESTS,
+    ),
+    Mutant(
+        "packing",
+        SEGMENTS,
+        "seen_sS.triu(shared + 1 - width)",
+        "seen_sS.triu(shared - width)",
+        "the window of packed rows is a token wider",
+        PACKED_TESTS,
+    ),
+    Mutant(
+        "packing",
+        FORWARD,
+        "    predicts_M[row.ends_B] = False\n",
+        "    predicts_M[-1] = False\n",
         "the last token of a sequence predicts the first of the next",
         SCORING_TESTS,
     ),
@@ -52,8 +68,8 @@ MUTANTS = (
     Mutant(
         "packing",
         "app/data/batch_order.py",
-        "filled[emptiest] += shapes[index].tokens",
-        "filled[emptiest] += shapes[index].longest",
+        "filled[emptiest] += cost",
+        "filled[emptiest] += len(bundle)",
         "packed passes hold more tokens than they may",
         ("tests/unit/data/test_batch_order.py",),
     ),

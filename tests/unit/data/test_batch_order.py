@@ -75,6 +75,32 @@ def test_passes_keep_their_token_budget(shapes: list[RowShape], world_size: int,
         assert len(rows) == 1 or computed <= tokens
 
 
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=12, max_size=12),
+    beginnings=st.lists(st.sampled_from("abc"), min_size=12, max_size=12),
+    world_size=st.sampled_from([1, 2, 4]),
+    limit=st.integers(1, 300).map(lambda tokens: PassLimit(1, tokens, padded=False)) | st.just(PassLimit(3, padded=False)),
+)
+def test_beginnings_change_neither_shares_nor_budgets(lengths: list[int], beginnings: list[str], world_size: int, limit: PassLimit) -> None:
+    shapes = singles(lengths)
+    shares = [
+        micro_batches(range(12), shapes, limit, rank=rank, world_size=world_size, beginnings=beginnings) for rank in range(world_size)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(i for share in shares for batch in share for i in batch) == list(range(12))
+    for batch in (batch for share in shares for batch in share):
+        assert 1 <= len(batch) <= (12 if limit.tokens else limit.rows)
+        assert not limit.tokens or len(batch) == 1 or sum(lengths[i] for i in batch) <= limit.tokens
+
+
+@pytest.mark.parametrize("limit", [PassLimit(4, padded=False), PassLimit(1, 100, padded=False)], ids=["rows", "tokens"])
+def test_rows_that_begin_alike_share_a_pass(limit: PassLimit) -> None:
+    shapes = singles([24, 20, 22, 26, 21, 25, 23, 19])
+    shares = [micro_batches(range(8), shapes, limit, rank=rank, world_size=2, beginnings="abababab") for rank in range(2)]
+    assert sorted(sorted(batch) for share in shares for batch in share) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
 def test_packed_passes_are_few_and_alike() -> None:
     shapes = singles([50, 10, 30, 30, 20, 40, 10, 10])
     shares = [micro_batches(range(8), shapes, PassLimit(1, 100, padded=False), rank=rank, world_size=2) for rank in range(2)]

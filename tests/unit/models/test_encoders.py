@@ -91,7 +91,7 @@ def test_it_learns_a_ranking_and_keeps_it_on_disk(encoder: str, tmp_path: Path) 
     task.export(model, tmp_path / "rm")
     with torch.no_grad():
         ids_BS, attention_BS = pad_sequences(sequences())
-        expected = model(ids_BS, attention_BS, attention_BS)
+        expected = model(ids_BS, attention_BS)
         torch.testing.assert_close(sequence_scores(load_reward_model(str(tmp_path / "rm")), *pad_sequences(sequences())), expected)
 
 

@@ -24,7 +24,7 @@ def rows() -> list[GroupRow]:
     return [GroupRow(f"g{n}", tuple(draw.integers(4, 90, 6).astype(np.int32) for _ in range(size))) for n, size in enumerate(sizes)]
 
 
-def mean_id(ids_NS: torch.Tensor, attention_NS: torch.Tensor, own_NS: torch.Tensor) -> torch.Tensor:
+def mean_id(ids_NS: torch.Tensor, attention_NS: torch.Tensor) -> torch.Tensor:
     """Stands in for an engine: a score that depends on each reply alone."""
     return (ids_NS * attention_NS).sum(1) / attention_NS.sum(1) / 20
 
