@@ -18,6 +18,7 @@ from app.models.segments import attend_by_segment
 from tests.tiny_models import VOCABULARY, make_llama, make_neox
 
 SHAPES = [(5, 4), (3, 7), (6, 1), (2, 5)]  # prompt and response tokens
+SAMPLES = [(20, 4), (3, 7), (20, 9), (20, 1)]  # of one prompt, whose responses begin alike, and another
 
 
 @pytest.fixture(scope="module", params=[make_neox, make_llama], ids=["neox", "llama"])
@@ -56,20 +57,34 @@ def test_values_begin_at_zero_and_depend_on_the_seed_alone() -> None:
     assert head.outer.weight.grad is not None and head.outer.weight.grad.ne(0).any(), "it could never learn"
 
 
-def test_values_are_those_of_the_states_before_the_tokens_each_sequence_alone(model: PolicyModel) -> None:
+@pytest.mark.parametrize("shapes", [SHAPES, SAMPLES], ids=["prompts", "samples"])
+def test_values_are_those_of_the_states_before_the_tokens_each_sequence_alone(shapes: list[tuple[int, int]], model: PolicyModel) -> None:
     """Whatever stands beside a sequence, padded or behind each other in one row; 0 where masked."""
-    tokens = batch(SHAPES)
+    tokens = batch(shapes)
     packed = copy.deepcopy(model)
     assert attend_by_segment(packed.language_model)
     for each in (model, packed):
         values_BT = outputs(each, tokens)[2]
         assert values_BT[~tokens.mask_BT].eq(0).all()
-        for row, (prompt, response) in enumerate(SHAPES):
+        for row, (prompt, response) in enumerate(shapes):
             ids = tokens.ids_BS[row, : prompt + response]
             hidden_SH = model.language_model.base_model(ids[None]).last_hidden_state[0]
             inner = (hidden_SH @ model.value_head.inner.weight.T + model.value_head.inner.bias).clamp(min=0)
             expected = (inner @ model.value_head.outer.weight.T + model.value_head.outer.bias)[prompt - 1 : -1, 0]
             torch.testing.assert_close(values_BT[row, :response].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_samples_of_a_prompt_in_one_row_give_the_gradients_of_padded_ones(model: PolicyModel) -> None:
+    tokens = batch(SAMPLES)
+    packed = copy.deepcopy(model)
+    assert attend_by_segment(packed.language_model)
+    found = []
+    for each in (model, packed):
+        logprobs_BT, entropy_BT, values_BT = outputs(each, tokens, entropy_gradient=True)
+        loss = (logprobs_BT.pow(2) + 0.1 * entropy_BT + values_BT.pow(3)).sum()
+        found.append([logprobs_BT.detach(), *torch.autograd.grad(loss, list(each.parameters()))])
+    for padded, alike in zip(*found, strict=True):
+        torch.testing.assert_close(alike, padded, rtol=0, atol=1e-6 * max(1.0, float(padded.abs().max())))
 
 
 def test_the_trunk_runs_once(model: PolicyModel) -> None:
