@@ -127,11 +127,11 @@ def _bundles(order: Sequence[int], shapes: Sequence[RowShape], beginnings: Seque
 
 def _divided(bundles: Sequence[list[int]], shapes: Sequence[RowShape], limit: PassLimit, world_size: int) -> list[list[int]]:
     """The bundles, in halves until each keeps within the limit, or is one row, and they divide evenly over the workers."""
+    assert limit.tokens is not None
     divided = list(bundles)
     while True:
         several = [bundle for bundle in divided if len(bundle) > 1]
         costliest = max(several, key=lambda bundle: limit.cost(shapes[i] for i in bundle), default=None)
-        assert limit.tokens is not None
         if costliest is None or (limit.cost(shapes[i] for i in costliest) <= limit.tokens and not len(divided) % world_size):
             return divided
         at = divided.index(costliest)

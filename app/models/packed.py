@@ -20,8 +20,9 @@ from app.models.segments import Segment
 
 Places = np.ndarray[Any, np.dtype[np.int64]]
 
-LEAST_SHARED = 16
-"""Fewer common tokens, such as those of a role, are not worth the mask that attention to them takes."""
+LEAST_SHARED, LEAST_SHARE = 16, 1 / 8
+"""Fewer common tokens, such as those of a role, or less of a sequence are not worth the mask that attention to them takes: without one
+it does half the work."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class PackedRow:
 
     def of_tokens(self, row_N: torch.Tensor) -> torch.Tensor:
         """[N, ...] -> [M, ...]: from what belongs to the row to what belongs to each token of each sequence. Carries gradients."""
-        return row_N if self.where_M is None else row_N[self.where_M]
+        return row_N if self.where_M is None else row_N.index_select(0, self.where_M)  # whose backward adds in one order
 
 
 def pack_sequences(sequences: Sequence[IntArray], device: torch.device | str = "cpu") -> PackedRow:
@@ -75,10 +76,8 @@ def _placed(sequences: Sequence[IntArray]) -> list[tuple[int, int]]:
     [(1, 0), (3, 20), (0, 0), (2, 0)]
     """
     order = alike(sequences)
-    shared = [0, *(_common(sequences[before], sequences[index]) for before, index in pairwise(order))]
-    if max(shared) < LEAST_SHARED:
-        return [(index, 0) for index in range(len(sequences))]
-    return [(index, common if common >= LEAST_SHARED else 0) for index, common in zip(order, shared, strict=True)]
+    shared = [0, *(_worth_sharing(sequences[before], sequences[index]) for before, index in pairwise(order))]
+    return list(zip(order, shared, strict=True)) if any(shared) else [(index, 0) for index in range(len(sequences))]
 
 
 def alike(sequences: Sequence[IntArray]) -> list[int]:
@@ -90,15 +89,19 @@ def alike(sequences: Sequence[IntArray]) -> list[int]:
     return sorted(range(len(sequences)), key=lambda index: sequences[index].tobytes())
 
 
-def _common(before: IntArray, other: IntArray) -> int:
-    """How many tokens of `other` are the first ones of the sequence before it; its last is always its own.
+def _worth_sharing(before: IntArray, other: IntArray) -> int:
+    """How many tokens of `other` are the first ones of the sequence before it, its last not among them; 0 where they are too few.
 
-    >>> [_common(np.array([1, 2, 3]), np.array(other)) for other in ([1, 2, 4, 5], [1, 2, 3], [2], [1, 2, 3, 4])]
-    [2, 2, 0, 3]
+    >>> prompt = list(range(20))
+    >>> [_worth_sharing(np.array([*prompt, 7]), np.array(other)) for other in ([*prompt, 8, 9], [*prompt, 7], prompt[:16], prompt[:17])]
+    [20, 20, 0, 16]
+    >>> [_worth_sharing(np.array(prompt), np.array([*prompt, *range(own)])) for own in (140, 141)]
+    [20, 0]
     """
     limit = min(len(before), len(other) - 1)
     differs = np.flatnonzero(before[:limit] != other[:limit])
-    return int(differs[0]) if len(differs) else limit
+    common = int(differs[0]) if len(differs) else limit
+    return common if common >= max(LEAST_SHARED, LEAST_SHARE * len(other)) else 0
 
 
 def _places(placed: Sequence[tuple[int, int]], sequences: Sequence[IntArray]) -> list[Places]:
