@@ -3,10 +3,17 @@ trials: tests/e2e/test_commands.py."""
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
+import pytest
+
 from app.config.loading import with_values
-from app.stages.tuning.records import read_history, write_history
+from app.errors import Interrupted
+from app.stages.tuning.records import read_ended, read_history, write_history
 from tests.local_ray.pretend_trials import begun, recipe, rows, run_search
 
 
@@ -25,3 +32,24 @@ def test_spoilt_trials_are_marked_and_a_killed_one_goes_on_from_its_checkpoint(t
     assert write_history(tmp_path / "tune").is_file()
     (stacks,) = (tmp_path / "tune" / found[4]["trial"] / "logs").glob("stacks-a-wait-*.txt")  # of the trial, not of the search
     assert "==== the waiting process" in stacks.read_text()
+
+
+def test_a_stopped_search_says_so_and_goes_on(tmp_path: Path) -> None:
+    """With one trial at a time nothing is pending when the signal comes: Tune has only what has ended and what it has just ended itself."""
+    space = {"ppo.policy.lr": {"type": "loguniform", "low": 0.01, "high": 1.0}}
+    searched = recipe(space, searcher="optuna", scheduler="none", trials=3, save_every=2)
+
+    def stop_after_the_first() -> None:
+        while not read_ended(tmp_path / "tune"):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    stopping = threading.Thread(target=stop_after_the_first, daemon=True)
+    stopping.start()
+    with pytest.raises(Interrupted, match=r"stopped, [12] of 3 trials have ended; the same command goes on"):
+        run_search(searched, tmp_path, 1)
+    stopping.join()
+    before = read_ended(tmp_path / "tune")
+    found = {row["trial"]: row for row in rows(run_search(searched, tmp_path, 1))}
+    assert [row["status"] for row in found.values()] == ["finished"] * 3
+    assert before.keys() < found.keys() and len(begun(tmp_path)) <= 4

@@ -45,6 +45,11 @@ class SearchRecords(tune.Callback):
             drop_partial_line(folder / name)
         self._ended = set(read_ended(folder))
 
+    @property
+    def ended(self) -> int:
+        """Trials that have come to an end of their own, failed ones among them."""
+        return len(self._ended)
+
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         """A trial made a step."""
         self._append(HISTORY, {"trial": trial_name(trial.trial_id), **kept(result)})
