@@ -77,11 +77,7 @@ def micro_batches(
         raise ValueError(f"{len(indices)} rows do not divide into micro-batches of {unit // world_size} on {world_size} workers")
     bundles = _bundles(_by_length(indices, shapes), shapes, beginnings)
     if limit.tokens is None or limit.padded:
-        batches = _in_order([index for bundle in bundles for index in bundle], shapes, limit)
-        while len(batches) % world_size:  # there are enough rows: their number divides
-            costliest = max((batch for batch in batches if len(batch) > 1), key=lambda batch: limit.cost(shapes[i] for i in batch))
-            at = batches.index(costliest)
-            batches[at : at + 1] = [costliest[: len(costliest) // 2], costliest[len(costliest) // 2 :]]
+        batches = _divided(_in_order([index for bundle in bundles for index in bundle], shapes, limit), shapes, limit, world_size)
     else:
         batches = _balanced(_divided(bundles, shapes, limit, world_size), shapes, limit, world_size)
     return batches[rank::world_size]
@@ -126,13 +122,13 @@ def _bundles(order: Sequence[int], shapes: Sequence[RowShape], beginnings: Seque
 
 
 def _divided(bundles: Sequence[list[int]], shapes: Sequence[RowShape], limit: PassLimit, world_size: int) -> list[list[int]]:
-    """The bundles, in halves until each keeps within the limit, or is one row, and they divide evenly over the workers."""
-    assert limit.tokens is not None
+    """The bundles, the costliest in halves until each keeps within the limit, or is one row, and they divide evenly over the workers:
+    the number of rows does."""
     divided = list(bundles)
     while True:
         several = [bundle for bundle in divided if len(bundle) > 1]
         costliest = max(several, key=lambda bundle: limit.cost(shapes[i] for i in bundle), default=None)
-        if costliest is None or (limit.cost(shapes[i] for i in costliest) <= limit.tokens and not len(divided) % world_size):
+        if costliest is None or (_fits([shapes[i] for i in costliest], limit) and not len(divided) % world_size):
             return divided
         at = divided.index(costliest)
         divided[at : at + 1] = [costliest[: len(costliest) // 2], costliest[len(costliest) // 2 :]]

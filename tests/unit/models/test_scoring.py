@@ -15,15 +15,17 @@ from app.models.scoring import ScoringModel
 from tests.tiny_models import VOCABULARY, make_bert, make_llama, make_neox, make_tokenizer
 
 LENGTHS = (7, 1, 40, 2, 12, 9, 30)
-ALIKE = (2, 6)
-"""Of the longest two, which begin with the same 20 tokens."""
+ALIKE = 20
+"""Longer sequences begin with the same so many tokens."""
 
 
 def rows(lengths: tuple[int, ...] = LENGTHS) -> list[np.ndarray]:
     generator = np.random.default_rng(0)
     drawn = [generator.integers(4, VOCABULARY, length).astype(np.int32) for length in lengths]
-    if lengths is LENGTHS:
-        drawn[ALIKE[1]][:20] = drawn[ALIKE[0]][:20]
+    beginning = generator.integers(4, VOCABULARY, ALIKE)
+    for ids in drawn:
+        if len(ids) > ALIKE:
+            ids[:ALIKE] = beginning
     return drawn
 
 
