@@ -32,7 +32,7 @@ IDS = np.arange(4, 24, dtype=np.int32)
 REQUEST = ScoringRequest(IDS, np.array([len(IDS)], dtype=np.int32), "logprobs")
 DEADLINE = 60.0
 PAUSE_SECONDS = 0.05
-"""Of a caller between two requests: what is started under load shares the machine's cores with it."""
+"""Of a caller between two requests, and between two looks: what is started under load shares the machine's cores with them."""
 FAILURES = (ScoringError, RayError, RayServeException, TimeoutError, httpx.HTTPError, grpc.RpcError)
 
 
@@ -70,8 +70,12 @@ class Policies:
 
 
 def by_handle(handle: DeploymentHandle[Any]) -> Ask:
+    """Connects the handle before any thread uses it: threads that find it unconnected make a router each, all report their load to
+    the autoscaler under the one handle's id, and it knows only the last one's."""
+    infer = handle.infer
+
     def ask() -> Answer:
-        answer = handle.infer.remote(REQUEST).result(timeout_s=DEADLINE)
+        answer = infer.remote(REQUEST).result(timeout_s=DEADLINE)
         return Answer(answer.model.version, answer.model.weights_hash, answer.values)
 
     return ask
@@ -137,11 +141,11 @@ class Load:
         wait_for(lambda: len(self.answers) >= seen + answers)
 
 
-def wait_for(reached: Callable[[], bool], every: float = 0.05) -> None:
+def wait_for(reached: Callable[[], bool]) -> None:
     deadline = time.monotonic() + DEADLINE
     while not reached():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(every)
+        assert time.monotonic() < deadline, f"it did not happen within {DEADLINE:g} s"
+        time.sleep(PAUSE_SECONDS)
 
 
 @contextmanager

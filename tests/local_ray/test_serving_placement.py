@@ -20,7 +20,7 @@ from app.workers.rollout import engine_options
 from jobs.main import main
 from jobs.serving import APPLICATION
 from serve import deploying
-from serve.deploying import NO_DOORS, POLL_SECONDS, ServeGoneError, deploy, deployed, http_door, target
+from serve.deploying import NO_DOORS, ServeGoneError, deploy, deployed, http_door, target
 from serve.scoring import model_options, scoring_application
 from tests.local_ray.service_load import DEADLINE, Policies, by_grpc, by_handle, by_http, check_answers, load, wait_for
 
@@ -40,7 +40,7 @@ def test_replicas_follow_the_load(shared_serve: None, policies: Policies) -> Non
     """Every request waits half a second for its batch, as it would for a slow model."""
     batching = BatchingConfig(wait_seconds=0.5)
     config = policies.config(
-        "1", max_replicas=2, target_ongoing_requests=2, upscale_delay_seconds=0, downscale_delay_seconds=5, batching=batching
+        "1", max_replicas=2, target_ongoing_requests=2, upscale_delay_seconds=0, downscale_delay_seconds=1, batching=batching
     )
 
     def replicas() -> int:
@@ -49,10 +49,9 @@ def test_replicas_follow_the_load(shared_serve: None, policies: Policies) -> Non
     with deployed([target(scoring_application({"policy": config}), "scaled")], deadline_seconds=DEADLINE, stop_serve=True):
         assert replicas() == 1
         with load(*[by_handle(serve.get_deployment_handle("policy", "scaled"))] * 8) as under:
-            # a look at Serve's status takes the process that has the load as well; the routers then report it too late
-            wait_for(lambda: replicas() == 2, every=POLL_SECONDS)
+            wait_for(lambda: replicas() == 2)
         assert not under.failures
-        wait_for(lambda: replicas() == 1, every=POLL_SECONDS)
+        wait_for(lambda: replicas() == 1)
 
 
 def test_scorers_share_no_gpu_with_learners_and_engines(shared_serve: None, policies: Policies) -> None:
