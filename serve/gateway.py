@@ -65,7 +65,7 @@ class Gateway:
 
     async def describe(self, model: str, version: str = "") -> ModelDescription:
         """What the model is now."""
-        description: ModelDescription = await self._call(model, "describe", PROBE_SECONDS)
+        description: ModelDescription = await self._call(model, "describe", _Patience(PROBE_SECONDS))
         self._described[model] = description
         _check_version(description, version)
         return description
@@ -138,31 +138,27 @@ class Gateway:
     async def _ask(
         self, model: str, sequences: Sequences, outputs: Sequence[Output], timeout: float, *, alone: bool, request_id: str
     ) -> list[ScoringAnswer]:
-        deadline = asyncio.get_running_loop().time() + timeout
-        answers = []
-        for output in outputs:
-            request = ScoringRequest(sequences.ids_N, sequences.lengths_B, output, alone=alone, request_id=request_id)
-            answers.append(await self._call(model, "infer", deadline - asyncio.get_running_loop().time(), request))
-        return answers
+        patience = _Patience(timeout)
+        requests = [ScoringRequest(sequences.ids_N, sequences.lengths_B, each, alone=alone, request_id=request_id) for each in outputs]
+        return [await self._call(model, "infer", patience, request) for request in requests]
 
-    async def _call(self, model: str, method: str, timeout: float, *arguments: Any) -> Any:
-        """A method of one of the model's replicas. Raises ModelNotFoundError, ScoringTimeoutError after `timeout` seconds, and what
-        the replica raised."""
+    async def _call(self, model: str, method: str, patience: _Patience, *arguments: Any) -> Any:
+        """A method of one of the model's replicas. Raises ModelNotFoundError, ScoringTimeoutError when the patience is at its end, and
+        what the replica raised."""
         if model not in self._handles:
             raise ModelNotFoundError(f"no model {model[:80]!r}; this service has {', '.join(self.names)}")
-        clock = asyncio.get_running_loop().time
-        deadline = clock() + timeout
         while True:
             try:
-                return await self._attempt(model, method, deadline - clock(), *arguments)
+                return await self._attempt(model, method, patience.left(), *arguments)
             except RayActorError as error:
-                if clock() + PAUSE_SECONDS > deadline:
+                if patience.left() < PAUSE_SECONDS:
                     raise as_scoring_error(error, model) from error
                 await asyncio.sleep(PAUSE_SECONDS)
             except TimeoutError as error:
                 if isinstance(error, RayError):  # the replica's own
                     raise as_scoring_error(error, model) from error
-                raise ScoringTimeoutError(f"model {model}: no answer within {timeout:.3g} s; ask again, or for less at a time") from None
+                reason = f"model {model}: no answer within {patience.seconds:.3g} s; ask again, or for less at a time"
+                raise ScoringTimeoutError(reason) from None
             except Exception as error:
                 raise as_scoring_error(error, model) from error
 
@@ -173,6 +169,17 @@ class Gateway:
         except (TimeoutError, asyncio.CancelledError):
             response.cancel()  # nobody waits for it any more
             raise
+
+
+class _Patience:
+    """The seconds that a caller waits, all calls for its answer together."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._end = asyncio.get_running_loop().time() + seconds
+
+    def left(self) -> float:
+        return self._end - asyncio.get_running_loop().time()
 
 
 def _check_version(description: ModelDescription, version: str) -> None:

@@ -241,6 +241,9 @@ def test_a_deadline_cancels_the_call(client: TestClient, models: dict[str, FakeM
     answer = ask(client, parameters={"timeout": 20_000})
     assert answer.status_code == 504 and "0.02 s" in answer.json()["error"]
     assert models["reward"].infer.last.cancelled
+    models["reference"].delay = 0.12
+    late = ask(client, "reference", outputs=[{"name": "logits"}, {"name": "logprobs"}], parameters={"timeout": 200_000})
+    assert "no answer within 0.2 s" in late.json()["error"], "the seconds asked for, not what the first output left of them"
 
 
 def test_an_answer_is_of_one_version(client: TestClient, models: dict[str, FakeModel]) -> None:
