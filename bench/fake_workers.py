@@ -1,12 +1,14 @@
 """Rollout engines and learner ranks that compute nothing: real Ray actors with the methods that the pool and the learner call.
 
-Only numpy and ray are imported here, so that hundreds of these processes fit one machine.
+Only numpy and ray are imported here, and by engines anywhere, so that hundreds of these processes fit one machine.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, NamedTuple
+from unittest.mock import MagicMock
 
 import numpy as np
 import ray
@@ -30,6 +32,8 @@ class FakeEngine:
 
     def __init__(self, length: int) -> None:
         self._length, self._version = length, 0
+        for module in ("torch", "app.models.adapters"):  # prompts and pushes that arrive here name them, and need nothing of them
+            sys.modules.setdefault(module, MagicMock())
 
     async def generate(self, prompts: Sequence[Any], seeds: Sequence[int]) -> AsyncIterator[tuple[int, Answer]]:
         versions = np.full(self._length, self._version, dtype=np.int32)
