@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -41,7 +40,8 @@ from app.models.load import load_tokenizer  # noqa: E402
 from app.models.packed import pack_sequences  # noqa: E402
 from app.tasks.reward_model import RewardModelTask  # noqa: E402
 from app.workers.deepspeed_engine import backward_scaled, optimizer_step, start_engine  # noqa: E402
-from app.workers.processes import KEEP_FREED_MEMORY, NOTHING_COMPILED, process_environment  # noqa: E402
+from app.workers.processes import process_environment  # noqa: E402
+from bench.peer import peer_steps  # noqa: E402
 
 LEARNING_RATE = 1e-5
 
@@ -110,30 +110,13 @@ def trl_steps(arguments: argparse.Namespace, reward_model: Path, rows: Sequence[
         pairs += chosen
     micro = arguments.peer_micro
     batch = max(1, round(len(pairs) * arguments.groups / len(rows) / micro)) * micro
+    batches = [pairs[start : start + batch] for start in range(0, len(pairs), batch)]
     file = reward_model.with_name("pairs.json")
     file.write_text(json.dumps(pairs))
     options = {"model": reward_model, "pairs": file, "batch": batch, "micro": micro, "lr": LEARNING_RATE, "threads": arguments.threads}
-    command = [arguments.peer, str(ROOT / "bench" / "trl_rm.py"), *(f"--{name}={value}" for name, value in options.items())]
-    ours = {"LOCAL_RANK", "PYTHONPATH", *KEEP_FREED_MEMORY, *NOTHING_COMPILED}
-    environment = {name: value for name, value in os.environ.items() if name not in ours}
-    peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    assert peer.stdin and peer.stdout
-
-    def steps() -> Iterator[Step]:
-        assert peer.stdin and peer.stdout
-        for _ in range(-(-len(pairs) // batch)):
-            peer.stdin.write("\n")
-            peer.stdin.flush()
-            done = json.loads(peer.stdout.readline())
-            yield Step(done["seconds"], done["pairs"], 2 * done["pairs"], done["tokens"], done["tokens"])
-
-    try:
-        if not peer.stdout.readline():
-            raise SystemExit(f"{arguments.peer}: TRL did not start; see its error above")
-        yield steps()
-    finally:
-        peer.stdin.close()
-        peer.wait()
+    with peer_steps(arguments.peer, "trl_rm.py", options) as step:
+        counts = [(len(part), sum(len(ids) for pair in part for ids in pair)) for part in batches]
+        yield (Step(step(), count, 2 * count, tokens, tokens) for count, tokens in counts)
 
 
 def alternate(lanes: dict[str, Iterator[Step]]) -> dict[str, list[Step]]:

@@ -11,7 +11,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +24,11 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     PreTrainedTokenizerFast,
-    TrainerCallback,
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+from trl_turns import Turns
 
 PROMPT_TOKENS = 16
-
-
-class StepClock(TrainerCallback):
-    """Seconds of every iteration, a JSON line each; with `turns`, an iteration begins when a line comes in."""
-
-    def __init__(self, turns: bool) -> None:
-        self.turns, self.seconds = turns, list[float]()
-
-    def on_train_begin(self, *arguments: Any, **more: Any) -> None:
-        self._begin()
-
-    def on_step_end(self, *arguments: Any, **more: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._began)
-        sys.stdout.write(json.dumps({"step_seconds": self.seconds[-1]}) + "\n")
-        sys.stdout.flush()
-        self._begin()
-
-    def _begin(self) -> None:
-        if self.turns:
-            sys.stdin.readline()
-        self._began = time.perf_counter()
 
 
 class ResponseCounter:
@@ -95,7 +73,7 @@ def main() -> None:
     config.pad_token_id = 0
     reward = AutoModelForSequenceClassification.from_pretrained(arguments.model, config=config, dtype=torch.float32)
     rows, tokenizer = prompts_of(arguments, config.vocab_size)
-    clock, counter = StepClock(arguments.turns), ResponseCounter()
+    turns, counter = Turns(wait=arguments.turns), ResponseCounter()
     ppo_trainer.truncate_response = counter
     with tempfile.TemporaryDirectory() as folder:
         trainer = PPOTrainer(
@@ -127,11 +105,11 @@ def main() -> None:
             train_dataset=Dataset.from_dict({"input_ids": rows}),
             eval_dataset=Dataset.from_dict({"input_ids": rows[:16]}),
             data_collator=DataCollatorWithPadding(tokenizer),
-            callbacks=[clock],
+            callbacks=[turns],
         )
         trainer.train()
-    median = statistics.median(clock.seconds[1:] or clock.seconds)
-    tokens = counter.tokens / len(clock.seconds) if counter.tokens else arguments.batch * arguments.length
+    median = statistics.median(turns.seconds[1:] or turns.seconds)
+    tokens = counter.tokens / len(turns.seconds) if counter.tokens else arguments.batch * arguments.length
     result = {"tokens_per_second": tokens / median, "seconds_per_step": median, "mean_length": tokens / arguments.batch}
     sys.stdout.write(json.dumps(result) + "\n")
 

@@ -1,48 +1,17 @@
-"""TRL's half of `bench/rm.py`, which starts it in TRL's own environment: one optimizer step for every line on standard input.
-
-Answers with one JSON object a line on standard output: `{}` when ready, then for each step its seconds, pairs and tokens.
-"""
+"""The work of `bench/rm.py` done by TRL's RewardTrainer, in TRL's own environment (requirements/peers.txt). Started by `bench/rm.py`."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 import tempfile
-import time
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig, RewardTrainer
-
-ANSWERS = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # what the libraries print must not stand between the answers
-
-
-def answer(value: dict[str, float]) -> None:
-    ANSWERS.write(json.dumps(value) + "\n")
-    ANSWERS.flush()
-
-
-class OnDemand(TrainerCallback):
-    """Lets a step begin when it is asked for, and tells how long it took."""
-
-    def __init__(self, batches: Iterable[Mapping[str, float]]) -> None:
-        self.batches = iter(batches)
-        self.began = 0.0
-
-    def on_step_begin(self, *arguments: Any, **more: Any) -> None:
-        if not sys.stdin.readline():
-            raise SystemExit
-        self.began = time.perf_counter()
-
-    def on_step_end(self, *arguments: Any, **more: Any) -> None:
-        answer({"seconds": time.perf_counter() - self.began, **next(self.batches)})
+from trl_turns import Turns
 
 
 def main() -> None:
@@ -56,9 +25,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     pairs = json.loads(Path(arguments.pairs).read_text())
-    batches = [pairs[start : start + arguments.batch] for start in range(0, len(pairs), arguments.batch)]
     model = AutoModelForSequenceClassification.from_pretrained(arguments.model, dtype=torch.float32)
-    counts = [{"pairs": len(batch), "tokens": sum(len(ids) for pair in batch for ids in pair)} for batch in batches]
     with tempfile.TemporaryDirectory() as folder:
         trainer = RewardTrainer(
             model=model,
@@ -80,9 +47,8 @@ def main() -> None:
             ),
             processing_class=AutoTokenizer.from_pretrained(arguments.model),
             train_dataset=Dataset.from_dict({"chosen_ids": [pair[0] for pair in pairs], "rejected_ids": [pair[1] for pair in pairs]}),
-            callbacks=[OnDemand(counts)],
+            callbacks=[Turns(wait=True)],
         )
-        answer({})
         trainer.train()
 
 

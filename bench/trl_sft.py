@@ -1,45 +1,20 @@
 """The work of `bench/sft.py` done by TRL's SFTTrainer, in TRL's own environment (requirements/peers.txt). Started by `bench/sft.py --peer`.
 
 Rows come from a JSON file, in the order of training: {"input_ids": [...], "labels": [...]} each, -100 where a token is no target.
-Each line on standard input lets one optimizer step go; each step answers with a JSON line {"step_seconds": ...}.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
-
-
-class Gate(TrainerCallback):
-    """Waits for the word before each step, and tells how long the step took, batch included."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-        self.began = 0.0
-
-    def wait(self) -> None:
-        sys.stdin.readline()
-        self.began = time.perf_counter()
-
-    def on_train_begin(self, *arguments: Any, **more: Any) -> None:
-        self.wait()
-
-    def on_step_end(self, *arguments: Any, **more: Any) -> None:
-        sys.stdout.write(json.dumps({"step_seconds": time.perf_counter() - self.began}) + "\n")
-        sys.stdout.flush()
-        self.left -= 1
-        if self.left:
-            self.wait()
+from trl_turns import Turns
 
 
 def main() -> None:
@@ -67,18 +42,16 @@ def main() -> None:
                 gradient_checkpointing=False,
                 bf16=False,
                 use_cpu=True,
-                logging_steps=1,
+                logging_strategy="no",
                 report_to=[],
                 save_strategy="no",
                 disable_tqdm=True,
             ),
             train_dataset=Dataset.from_list(json.loads(arguments.rows.read_text())),
             processing_class=AutoTokenizer.from_pretrained(arguments.model),
-            callbacks=[Gate(arguments.steps)],
+            callbacks=[Turns(wait=True)],
         )
         trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    sys.stdout.write(json.dumps({"losses": losses}) + "\n")
 
 
 if __name__ == "__main__":
