@@ -30,8 +30,9 @@ def client_python(name: str) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not whole.exists():
-            venv.create(folder, clear=True, with_pip=True)
-            install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--timeout", "10", "--retries", "1", "-r", str(pins)]
+            venv.create(folder, clear=True)
+            pip = [sys.executable, "-m", "pip", f"--python={python}"]  # ours installs there: one of its own would take longer than this
+            install = [*pip, "install", "--quiet", "--no-compile", "--no-deps", "--timeout", "10", "--retries", "1", "-r", str(pins)]
             done = subprocess.run(install, capture_output=True, text=True, check=False)
             if done.returncode:
                 reason = done.stderr.strip().splitlines()[-1:] or ["no reason"]
