@@ -11,8 +11,9 @@ from pathlib import Path
 
 from app.workers.processes import KEEP_FREED_MEMORY, NOTHING_COMPILED
 
-OURS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", *KEEP_FREED_MEMORY, *NOTHING_COMPILED}
-"""Variables of our own processes, which its users do not set."""
+RANKS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+OURS = {*RANKS, *KEEP_FREED_MEMORY, *NOTHING_COMPILED, "PYTHONPATH"}
+"""Variables of our own processes, which its users do not set, or which would lead into our environment."""
 
 
 @contextmanager
