@@ -9,7 +9,7 @@ for work.
     .venv/bin/python -m bench.scoring --triton /tmp/triton/bin/python
     .venv/bin/python -m bench.scoring --load 10000
 
-With `--triton` a real Triton server (see bench/triton.py) takes a turn in every round as well, and gRPC requests are those of Triton's
+With `--triton` a real Triton server (see bench/triton_server.py) takes a turn in every round as well, and gRPC requests are those of Triton's
 public client in a process of its own; without, those of a stub in this one.
 """
 
@@ -46,7 +46,7 @@ from app.models.forward import pad_sequences, sequence_logprobs
 from app.models.load import load_causal_lm, load_config, seen_from_anywhere
 from app.workers.scoring_client import ServeScorer, flatten
 from app.workers.scoring_messages import ScoringAnswer, ScoringRequest
-from bench.triton import asked_by_triton_clients, triton_server
+from bench.triton_server import asked_by_triton_clients, triton_server
 from jobs.local_ray import running_ray, uses_cluster
 from serve.batching import Batch
 from serve.deploying import deployed, target

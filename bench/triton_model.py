@@ -1,6 +1,6 @@
 """Log-probs of a language model in Triton's Python backend: rows of a batch padded to the longest, plain Transformers.
 
-Triton loads this file by itself, beside config.pbtxt (see bench/triton.py); nothing of this repository is there.
+Triton loads this file by itself, beside config.pbtxt (see bench/triton_server.py); nothing of this repository is there.
 """
 
 from __future__ import annotations
