@@ -9,8 +9,8 @@ for work.
     .venv/bin/python -m bench.scoring --triton /tmp/triton/bin/python
     .venv/bin/python -m bench.scoring --load 10000
 
-With `--triton` a real Triton server (see bench/triton_server.py) takes a turn in every round as well, and gRPC requests are those of Triton's
-public client in a process of its own; without, those of a stub in this one.
+With `--triton` a real Triton server (see bench/triton_server.py) takes a turn in every round as well, and gRPC requests are those of
+Triton's public client in a process of its own; without, those of a stub in this one.
 """
 
 from __future__ import annotations
