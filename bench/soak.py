@@ -145,6 +145,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="soak-")) / "run"
     models: Path = arguments.models
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # its default fills for hundreds of steps, as if something leaked
     address = ray.init(
         address="local", num_cpus=4, object_store_memory=512 * 2**20, logging_level="ERROR", log_to_driver=False
     ).address_info["gcs_address"]
