@@ -6,14 +6,13 @@ around: 16 configurations around the default; the winner trained again on three 
 
 Searches use the models of one seed; gains are those of other seeds, whose prompts no search has seen.
 
-Runs and records lie in `runs/bench-tuning`, and what is finished there is taken as it is; docs/results/tuning.md tells both.
+Runs and records lie in `runs/bench-tuning`, and what is finished there is taken as it is. Prints sections for docs/results/tuning.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from app.config.loading import load_recipe, resolved
 from app.evaluation_statistics import paired_bootstrap
 from app.search.results import as_options
 
-WORK, RESULTS = Path("runs/bench-tuning"), Path("docs/results/tuning.md")
+WORK = Path("runs/bench-tuning")
 RECIPE = "jobs/recipes/tiny/ppo.toml"
 RATES, COEFFICIENT = ("ppo.policy.lr", "ppo.critic.lr"), "ppo.kl.coef"
 RATE_FACTOR, COEFFICIENT_FACTOR = 30, 20
@@ -132,8 +131,7 @@ def interval(value: Mapping[str, float]) -> str:
 
 def page(records: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown of whatever has been run; records by search and objective."""
-    lines = ["# Searches on the embedded task", "", f"{os.cpu_count()} CPU cores, no GPU. Gold is the score that no training sees, on"]
-    lines += [f"{PROMPTS} held-out prompts of a seed that no search has seen; intervals are 95 % bootstrap intervals.", ""]
+    lines = []
     for name, found in records.items():
         search, objective = name.rsplit("-", 1)
         lines += [f"## `python -m bench.tuning {search} --objective {objective}`", ""]
@@ -171,8 +169,7 @@ def main(arguments: Sequence[str]) -> None:
     record = {"bad-start": bad_start, "around": around}[given.search](given.objective)
     (WORK / f"{given.search}-{given.objective}.json").write_text(json.dumps(record, indent=2))
     known = {path.stem: json.loads(path.read_text()) for path in sorted(WORK.glob("*.json"))}
-    RESULTS.write_text(page(known))
-    print(RESULTS)
+    print(page(known))
 
 
 if __name__ == "__main__":
