@@ -112,7 +112,7 @@ def around(objective: str) -> dict[str, Any]:
     space = [
         *(loguniform(key, default[key] / 4, default[key] * 4) for key in (*RATES, COEFFICIENT)),
         '--tune.space.ppo.epochs={type = "int", low = 1, high = 3}',
-        '--tune.space.ppo.minibatches={type = "choice", values = [2, 4]}',
+        '--tune.space.ppo.minibatches={type = "choice", values = [3, 4, 6]}',
     ]
     search = searched(WORK / f"around-{objective}", objective, *space)
     best, pairs = search["tune"]["best_config"], {}
