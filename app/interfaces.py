@@ -23,7 +23,7 @@ class Pending(Protocol[T_co]):
 class Sampling(Pending[list[Rollout]], Protocol):
     """Responses in the making, one per prompt. Raises RolloutError when an engine fails for good, DeadlineError when none ends in time.
 
-    `result()` waits for all and gives them in the order of the prompts."""
+    `result()` waits for all and gives them in the order of the prompts. One thread follows a sampling; any other may cancel it."""
 
     def finished(self) -> Iterator[Sequence[int]]:
         """Places of responses that have just ended, group after group, until all have."""
@@ -31,6 +31,10 @@ class Sampling(Pending[list[Rollout]], Protocol):
 
     def __getitem__(self, place: int) -> Rollout:
         """A response that has ended."""
+        ...
+
+    def cancel(self) -> None:
+        """Nobody wants what has not ended yet. Whoever waits for it is told by a RolloutError."""
         ...
 
 

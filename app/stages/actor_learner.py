@@ -25,7 +25,7 @@ from app.experience import Experience, Rollout, Scores, TokenBatch, pad_rows, pr
 from app.interfaces import Learner, Publisher, Reward, RolloutPool, Scorer, Tracker
 from app.kept_rollouts import Batch, RolloutRecorder
 from app.numerics import Moments
-from app.stages.reference_scores import reference_scores, shape_rollout_scores
+from app.stages.reference_scores import shape_rollout_scores
 from app.stages.rollout_stream import RolloutStream, ScoredRollouts
 from app.stages.step_metrics import batch_metrics, speed_metrics
 
@@ -103,71 +103,71 @@ def actor_learner_loop(
     """
     algorithm = config.make_algorithm()
     parts.publisher.publish(state.version)
-    stream = RolloutStream(
-        parts.pool, parts.reward, parts.scorer, parts.prompts, batch_size=config.batch_size, samples=config.samples_per_prompt,
-        pieces=config.score_pieces, max_lag=config.max_lag, carry_over=config.prompts_carried_over, seed=seed, step=state.step,
-        steps=config.steps, cursor=state.prompt_cursor, carried=state.carried,
-    )  # fmt: skip
-    stream.fill(state.step)
-    while state.step < config.steps:
-        clock = PhaseClock()
-        began = time.perf_counter()
-        # 1. what was sampled; reward model and reference judge each piece of it while the rest is still sampled
-        with clock("rollout"):
-            pending = stream.take()
-        rollouts = pending.rollouts
-        check_lag(rollouts, state.version, config.max_lag)
-        # 2. what the models think of it: reward model, reference, policy and critic work at the same time
-        with clock("score"):
-            baselines = reference_scores(parts.reward, rollouts) if config.reward.delta else None
-            tokens = TokenBatch.from_rollouts(rollouts, parts.pad_id)
-            proximal_BT, values_BT = parts.learner.inspect(tokens)
-            scored = pending.result()
-            scores_B = torch.from_numpy(scored.scores.total_B).float()
-            shaped_B, moments = shape_rollout_scores(scores_B, baselines, rollouts, state.scores, config.reward, parts.max_new_tokens)
-            experience = collect_experience(scored, tokens, shaped_B, proximal_BT, values_BT)
-        require_agreement(experience, config)
-        require_scores(scored.scores, shaped_B, config)
-        # 3. credit: KL-shaped rewards, advantages, returns
-        kl_coef = config.kl.coef if state.kl_coef is None else state.kl_coef
-        batch = Batch(state.step + 1, state.version, rollouts, scored.scores, experience, {"kl_coef": kl_coef})
-        experience = credit_and_record(parts, algorithm, batch)
-        measured = batch_metrics(algorithm, rollouts, scored.scores, experience, version=state.version)
-        require_finite_batch(parts, batch.step, measured)
-        if config.carry_over:
-            measured |= pending.metrics(state.version)
-        # 4. learn: epochs x minibatches x micro-batches happen inside the workers
-        with clock("update"):
-            update = parts.learner.update(experience, step=state.step)
-        # 5. publish and record
-        moved = config.policy_learns(state.step)
-        if moved:
-            kl_coef = config.kl.after(kl_coef, kl=measured["kl"], sequences=int(experience.mask_BT.any(1).sum()))
-        state = LoopState(
-            step=state.step + 1,
-            version=state.version + int(moved),
-            prompt_cursor=stream.cursor,
-            carried=tuple(stream.carried),
-            kl_coef=kl_coef,
-            scores=moments,
-        )
-        with clock("push"):
-            push = parts.publisher.publish(state.version)
-            stream.fill(state.step)
-        metrics = measured | dict(update) | dict(push) | speed_metrics(rollouts, time.perf_counter() - began)
-        metrics["score_scale"] = scale_of(config.reward, moments)
-        if config.critic_warmup_steps:
-            metrics["critic_warmup"] = float(not moved)
-        metrics |= {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()} | parts.watch.drift(metrics)
-        parts.tracker.log("ppo", state.step, metrics)
-        sound_alarms(parts, state.step, metrics)
-        stopping = stop_requested()
-        if stopping or state.step % config.save_every == 0 or state.step == config.steps:
-            parts.checkpoints.save(state.step, asdict(state), lambda folder: parts.learner.save(str(folder)))
-        if stopping:
-            raise Interrupted(
-                f"stopped after PPO step {state.step} of {config.steps}; a checkpoint is saved, the same command goes on from it"
+    with RolloutStream(
+        parts.pool, parts.reward, parts.scorer, parts.prompts, config, seed=seed, step=state.step, cursor=state.prompt_cursor,
+        carried=state.carried,
+    ) as stream:  # fmt: skip
+        stream.fill(state.step)
+        while state.step < config.steps:
+            clock = PhaseClock()
+            began = time.perf_counter()
+            # 1. what was sampled; reward model and reference judge each piece of it while the rest is still sampled
+            with clock("rollout"):
+                batch, judged = stream.take()
+            rollouts = batch.rollouts
+            check_lag(rollouts, state.version, config.max_lag)
+            # 2. what the models think of it: reward model, reference, policy and critic work at the same time
+            with clock("score"):
+                tokens = TokenBatch.from_rollouts(rollouts, parts.pad_id)
+                proximal_BT, values_BT = parts.learner.inspect(tokens)
+                scored = judged.result()
+                scores_B = torch.from_numpy(scored.scores.total_B).float()
+                shaped_B, moments = shape_rollout_scores(
+                    scores_B, scored.baselines, rollouts, state.scores, config.reward, parts.max_new_tokens
+                )
+                experience = collect_experience(scored, tokens, shaped_B, proximal_BT, values_BT)
+            require_agreement(experience, config)
+            require_scores(scored.scores, shaped_B, config)
+            # 3. credit: KL-shaped rewards, advantages, returns
+            kl_coef = config.kl.coef if state.kl_coef is None else state.kl_coef
+            kept = Batch(state.step + 1, state.version, rollouts, scored.scores, experience, {"kl_coef": kl_coef})
+            experience = credit_and_record(parts, algorithm, kept)
+            measured = batch_metrics(algorithm, rollouts, scored.scores, experience, version=state.version)
+            require_finite_batch(parts, kept.step, measured)
+            if config.carry_over:
+                measured |= batch.metrics(state.version)
+            # 4. learn: epochs x minibatches x micro-batches happen inside the workers
+            with clock("update"):
+                update = parts.learner.update(experience, step=state.step)
+            # 5. publish and record
+            moved = config.policy_learns(state.step)
+            if moved:
+                kl_coef = config.kl.after(kl_coef, kl=measured["kl"], sequences=int(experience.mask_BT.any(1).sum()))
+            state = LoopState(
+                step=state.step + 1,
+                version=state.version + int(moved),
+                prompt_cursor=batch.cursor,
+                carried=tuple(batch.carried),
+                kl_coef=kl_coef,
+                scores=moments,
             )
+            with clock("push"):
+                push = parts.publisher.publish(state.version)
+                stream.fill(state.step)
+            metrics = measured | dict(update) | dict(push) | speed_metrics(rollouts, time.perf_counter() - began)
+            metrics["score_scale"] = scale_of(config.reward, moments)
+            if config.critic_warmup_steps:
+                metrics["critic_warmup"] = float(not moved)
+            metrics |= {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()} | parts.watch.drift(metrics)
+            parts.tracker.log("ppo", state.step, metrics)
+            sound_alarms(parts, state.step, metrics)
+            stopping = stop_requested()
+            if stopping or state.step % config.save_every == 0 or state.step == config.steps:
+                parts.checkpoints.save(state.step, asdict(state), lambda folder: parts.learner.save(str(folder)))
+            if stopping:
+                raise Interrupted(
+                    f"stopped after PPO step {state.step} of {config.steps}; a checkpoint is saved, the same command goes on from it"
+                )
     return state
 
 

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from types import TracebackType
 
 import numpy as np
 
+from app.config.ppo import PpoConfig
 from app.data.prompt_stream import PromptStream
 from app.errors import CheckpointError
 from app.experience import DoubleArray, FloatArray, Rollout, Scores
 from app.interfaces import Pending, Reward, RolloutPool, Sampling, Scorer
+from app.stages.reference_scores import reference_scores
+
+LAST_WAIT_SECONDS = 30.0
+"""For what is under way when a stream is closed; whatever hangs for longer is left to itself."""
 
 
 @dataclass(frozen=True)
 class ScoredRollouts:
-    """One batch. reference: float32 [S-1] per rollout, log-probs of its whole sequence under the reference policy."""
+    """One batch. reference: float32 [S-1] per rollout, log-probs of its whole sequence under the reference policy; baselines: scores
+    of reference answers by prompt id."""
 
     rollouts: list[Rollout]
     scores: Scores
     reference: list[FloatArray]
+    baselines: Mapping[str, float] = field(default_factory=dict)
 
 
 class Cohort:
@@ -66,8 +75,60 @@ class Cohort:
         return range(group * self._samples, (group + 1) * self._samples)
 
 
+class SampledBatch:
+    """A batch whose responses have ended; reward and reference judge it. Built by one thread, read by others once it is complete."""
+
+    def __init__(self, *, older: int) -> None:
+        """older: how many rollouts the batch before has left behind; they stand first."""
+        self._older = older
+        self._rows: dict[int, Rollout] = {}  # by place in the whole of what the engines were given
+        self._pieces: list[tuple[list[int], Pending[Scores], Pending[list[FloatArray]]]] = []
+        self._baselines: Pending[Mapping[str, float]] | None = None
+        self.cursor = 0
+        """Prompts up to this batch, with those that it has left behind."""
+        self.carried: list[int] = []
+        """Positions of the prompts that it has left behind."""
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        """In the order of the prompts."""
+        return [self._rows[row] for row in sorted(self._rows)]
+
+    def metrics(self, version: int) -> dict[str, float]:
+        """carried_share: share of the batch that the one before has left behind; carried_length, carried_age: their mean tokens, and
+        versions by which their oldest tokens are behind `version`, on average."""
+        older = self.rollouts[: self._older]
+        found = {"carried_share": len(older) / len(self._rows)}
+        if older:
+            found["carried_length"] = float(np.mean([len(rollout.ids) for rollout in older]))
+            found["carried_age"] = float(np.mean([version - rollout.policy_version for rollout in older]))
+        return found
+
+    def send(self, ended: Mapping[int, Rollout], reward: Reward, scorer: Scorer) -> None:
+        """Have a piece of the batch judged."""
+        rows = sorted(ended)
+        rollouts = [ended[row] for row in rows]
+        reference = scorer.logprobs([rollout.sequence for rollout in rollouts])
+        self._rows |= ended
+        self._pieces.append((rows, reward.score(rollouts), reference))
+
+    def close(self, cursor: int, carried: Sequence[int], baselines: Reward | None) -> None:
+        """There are no more pieces. baselines: judges the reference answers too."""
+        self.cursor, self.carried = cursor, list(carried)
+        if baselines is not None:
+            self._baselines = reference_scores(baselines, self.rollouts)
+
+    def judged(self) -> ScoredRollouts:
+        """Wait for everything; in the order of the prompts. Raises ScoringError."""
+        scores = [(rows, piece.result()) for rows, piece, _ in self._pieces]
+        reference = {row: logprobs for rows, _, piece in self._pieces for row, logprobs in zip(rows, piece.result(), strict=True)}
+        baselines = self._baselines.result() if self._baselines else {}
+        return ScoredRollouts(self.rollouts, joined(scores), [reference[row] for row in sorted(reference)], baselines)
+
+
 class RolloutStream:
-    """Batch k is trained on in step k; the engines are given it as soon as step k - `max_lag` has published its weights.
+    """Batch k is trained on in step k; the engines are given it as soon as step k - `max_lag` has published its weights. A thread of
+    the stream's own takes what the engines have finished and has it judged, also while the learner learns. A context manager.
 
     With `carry_over` they are given that many prompts more than a batch needs. It is closed without those whose responses take longest;
     these go on and all belong to the next batch, which waits for them. Since they are a step older then, every batch is given to the
@@ -80,118 +141,95 @@ class RolloutStream:
         reward: Reward,
         scorer: Scorer,
         prompts: PromptStream,
+        config: PpoConfig,
         *,
-        batch_size: int,
-        samples: int,
-        pieces: int,
-        max_lag: int,
-        carry_over: int = 0,
         seed: int,
-        step: int,
-        steps: int,
-        cursor: int,
+        step: int = 0,
+        cursor: int = 0,
         carried: Sequence[int] = (),
     ) -> None:
-        """samples: responses to each prompt, which stand together in the batch; pieces: a batch goes to scoring in at most so many;
-        carry_over: prompts, fewer than a batch has; step, cursor, carried: batches that earlier starts have used, prompts that they
-        have drawn, and positions of those among them that they have not trained on: these are sampled anew. Raises CheckpointError
-        where that are too many for a batch, as after a change of its size."""
+        """step, cursor, carried: batches that earlier starts have used, prompts that they have drawn, and positions of those among them
+        that they have not trained on: these are sampled anew. Raises CheckpointError where that are too many for a batch, as after a
+        change of its size."""
         self._pool, self._reward, self._scorer, self._prompts = pool, reward, scorer, prompts
-        self._prompts_per_step, self._samples = batch_size // samples, samples
-        self._batch_size, self._pieces, self._seed = batch_size, pieces, seed
-        self._ahead, self._carry_over = max_lag - (carry_over > 0), carry_over
-        self._started, self._submitted, self._steps, self._drawn = step, step, steps, cursor
+        self._config, self._seed = config, seed
+        self._samples = config.samples_per_prompt  # of one prompt, which stand together in the batch
+        self._prompts_per_step = config.batch_size // self._samples
+        self._carry_over = config.prompts_carried_over
+        self._ahead = config.max_lag - (self._carry_over > 0)
+        self._started, self._submitted, self._drawn = step, step, cursor
         self._rows = 0
-        self.cursor = cursor
-        """Prompts up to the latest batch, with those that it has left behind."""
         self._drawn_before = list(carried)
         if len(carried) >= self._prompts_per_step:
             raise CheckpointError(
                 f"the checkpoint carries {len(carried)} prompts over, and a batch has {self._prompts_per_step}: "
                 "go on with the ppo.batch_size and ppo.samples_per_prompt that wrote it"
             )
-        self._carried: Cohort | None = None
-        self._in_flight: deque[Cohort] = deque()
+        self._thread = ThreadPoolExecutor(1, "rollout-stream")
+        self._sampled: deque[Future[tuple[SampledBatch, Cohort]]] = deque()
+        self._judged: deque[Future[ScoredRollouts]] = deque()
+        self._latest: Future[tuple[SampledBatch, Cohort]] | None = None
+        self._samplings: deque[Sampling] = deque(maxlen=config.max_lag + 2)  # whatever may be under way is among them
 
-    @property
-    def carried(self) -> list[int]:
-        """Positions of the prompts that the latest batch has left behind."""
-        return self._carried.left if self._carried else []
+    def __enter__(self) -> RolloutStream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Give up what is under way: afterwards nobody but the caller speaks to pool, reward and scorer."""
+        for sampling in self._samplings:
+            sampling.cancel()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        wait([*self._sampled, *self._judged], timeout=LAST_WAIT_SECONDS)
 
     def fill(self, done: int) -> None:
         """Give the engines what may be sampled once `done` steps are trained and their weights published."""
-        while self._submitted < min(done + self._ahead + 1, self._steps):
+        while self._submitted < min(done + self._ahead + 1, self._config.steps):
             self._submitted += 1
-            spare = self._carry_over if self._submitted < self._steps else 0
+            spare = self._carry_over if self._submitted < self._config.steps else 0
             needed = (self._submitted - self._started) * self._prompts_per_step + spare - self._rows // self._samples
             drawn = self._drawn + needed - len(self._drawn_before)
-            self._in_flight.append(self._submit([*self._drawn_before, *range(self._drawn, drawn)]))
+            cohort = self._submit([*self._drawn_before, *range(self._drawn, drawn)])
             self._drawn, self._drawn_before = drawn, []
+            sampled = self._thread.submit(self._collect, cohort, self._latest)
+            self._sampled.append(sampled)
+            self._judged.append(self._thread.submit(lambda sampled=sampled: sampled.result()[0].judged()))
+            self._latest = sampled
 
-    def take(self) -> PendingScores:
-        """The next batch once all of its responses have ended; their scores and reference log-probs are under way."""
-        carried, cohort = self._carried, self._in_flight.popleft()
-        older = len(carried) if carried else 0
-        pending = PendingScores(carried=older * self._samples)
-        self.cursor = cohort.left[-1] + 1
-        waiting: dict[int, Rollout] = {}
-        sources = ([(carried, older)] if carried else []) + [(cohort, self._prompts_per_step - older)]
-        for source, count in sources:
-            for places in source.take(count):
-                waiting |= {source.first + place: source.sampling[place] for place in places}
-                if len(waiting) * self._pieces >= self._batch_size:
-                    self._send(pending, waiting)
-                    waiting = {}
-        if waiting:
-            self._send(pending, waiting)
-        self._carried = cohort if cohort else None
-        return pending
+    def take(self) -> tuple[SampledBatch, Pending[ScoredRollouts]]:
+        """The next batch once all of its responses have ended, and what reward and reference say of it. Raises what the pool and the
+        scoring service raise."""
+        batch, _ = self._sampled[0].result()
+        self._sampled.popleft()
+        return batch, self._judged.popleft()
 
     def _submit(self, positions: Sequence[int]) -> Cohort:
         span = self._prompts.take(positions[0], positions[-1] + 1 - positions[0], seed=self._seed)
         batch = [span[at - positions[0]] for at in positions for _ in range(self._samples)]
         sampling = self._pool.submit(batch, seed=self._seed + positions[0])
+        self._samplings.append(sampling)
         cohort = Cohort(sampling, positions, samples=self._samples, first=self._rows)
         self._rows += len(batch)
         return cohort
 
-    def _send(self, pending: PendingScores, ended: Mapping[int, Rollout]) -> None:
-        rows = sorted(ended)
-        rollouts = [ended[row] for row in rows]
-        reference = self._scorer.logprobs([rollout.sequence for rollout in rollouts])
-        pending.rows |= ended
-        pending.pieces.append((rows, self._reward.score(rollouts), reference))
-
-
-class PendingScores:
-    """`Pending` scores and reference log-probs of a batch whose responses have ended."""
-
-    def __init__(self, *, carried: int) -> None:
-        """carried: how many rollouts the batch before has left behind; they stand first."""
-        self._carried = carried
-        self.rows: dict[int, Rollout] = {}  # by place in the whole of what the engines were given
-        self.pieces: list[tuple[list[int], Pending[Scores], Pending[list[FloatArray]]]] = []
-
-    @property
-    def rollouts(self) -> list[Rollout]:
-        """In the order of the prompts."""
-        return [self.rows[row] for row in sorted(self.rows)]
-
-    def metrics(self, version: int) -> dict[str, float]:
-        """carried_share: share of the batch that the one before has left behind; carried_length, carried_age: their mean tokens, and
-        versions by which their oldest tokens are behind `version`, on average."""
-        carried = self.rollouts[: self._carried]
-        found = {"carried_share": len(carried) / len(self.rows)}
-        if carried:
-            found["carried_length"] = float(np.mean([len(rollout.ids) for rollout in carried]))
-            found["carried_age"] = float(np.mean([version - rollout.policy_version for rollout in carried]))
-        return found
-
-    def result(self) -> ScoredRollouts:
-        """Everything, in the order of the prompts. Raises ScoringError."""
-        scores = [(rows, piece.result()) for rows, piece, _ in self.pieces]
-        reference = {row: logprobs for rows, _, piece in self.pieces for row, logprobs in zip(rows, piece.result(), strict=True)}
-        return ScoredRollouts(self.rollouts, joined(scores), [reference[row] for row in sorted(reference)])
+    def _collect(self, cohort: Cohort, before: Future[tuple[SampledBatch, Cohort]] | None) -> tuple[SampledBatch, Cohort]:
+        """In the stream's thread: a batch from `cohort` and from what the batch before has left, each piece judged as soon as it has
+        ended; and the cohort, for the next batch."""
+        carried = before.result()[1] if before else None
+        older = len(carried) if carried else 0
+        batch = SampledBatch(older=older * self._samples)
+        cursor = cohort.left[-1] + 1
+        waiting: dict[int, Rollout] = {}
+        sources = ([(carried, older)] if carried else []) + [(cohort, self._prompts_per_step - older)]
+        for source, count in sources:
+            for places in source.take(count):
+                waiting |= {source.first + place: source.sampling[place] for place in places}
+                if len(waiting) * self._config.score_pieces >= self._config.batch_size:
+                    batch.send(waiting, self._reward, self._scorer)
+                    waiting = {}
+        if waiting:
+            batch.send(waiting, self._reward, self._scorer)
+        batch.close(cursor, cohort.left, self._reward if self._config.reward.delta else None)
+        return batch, cohort
 
 
 def joined(pieces: Sequence[tuple[Sequence[int], Scores]]) -> Scores:

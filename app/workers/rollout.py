@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,10 @@ def request_seed(seed: int, prompt_id: str, sample: int) -> int:
 
 class VllmRolloutPool:
     """`RolloutPool` over engine actors. An engine whose process ends is replaced by one that holds the current weights before it is
-    given any prompt, and what it had not finished is sampled again, with the same seeds."""
+    given any prompt, and what it had not finished is sampled again, with the same seeds.
+
+    One thread gives prompts and weights, another may follow what is sampled: either finds an engine dead, and one of them replaces it.
+    """
 
     def __init__(
         self, start: Callable[[int], Any], config: RolloutConfig, *, deadline_seconds: float, note: Note, exact: bool = False
@@ -49,6 +53,7 @@ class VllmRolloutPool:
         self._wanted = config.engines.count
         self._least = config.min_engines or self._wanted
         self._late: dict[Any, Any] = {}  # engines that wait for room, or load, by the call that answers once they have
+        self._changing = threading.RLock()  # held while engines or the weights that they should have become others
         self.engines = [start(k) for k in range(self._wanted)]
 
     def ready(self) -> None:
@@ -71,8 +76,9 @@ class VllmRolloutPool:
 
     def submit(self, prompts: Sequence[Prompt], *, seed: int) -> Sampling:
         """Start sampling; see `app.interfaces.RolloutPool`."""
-        if self._late:
-            self._take_in()
+        with self._changing:
+            if self._late:
+                self._take_in()
         return Sampling(self, prompts, seed=seed, deadline_seconds=self._deadline_seconds)
 
     def sample(self, prompts: Sequence[IntArray], settings: Sequence[Mapping[str, Any]]) -> list[IntArray]:
@@ -87,13 +93,11 @@ class VllmRolloutPool:
 
     def load(self, policy: PushedPolicy, version: int) -> None:
         """Give every engine new weights, through Ray's object store. They stay there for engines that start later."""
-        self._current = ("load_policy", (policy, version))
-        self.each("load_policy", policy, version)
+        self._load("load_policy", policy, version)
 
     def load_folder(self, path: str, version: int) -> None:
         """Give every engine the weights of a Hugging Face folder of the same architecture. Needs rollout.transfer = object_store."""
-        self._current = ("load_folder", (path, version))
-        self.each("load_folder", path, version)
+        self._load("load_folder", path, version)
 
     def label(self, version: int) -> None:
         """Say which version the weights have that another way has brought. Engines that are lost afterwards cannot be replaced."""
@@ -104,14 +108,15 @@ class VllmRolloutPool:
         """Forget what is being sampled and where the weights came from: their learner is gone, and the next one brings its own.
 
         Engines that are in an NCCL group with the lost learner are ended, and others take their places."""
-        self._current = ("pid", ())
-        if not self._over_nccl:
-            self.each("discard")
-            return
-        for engine in self.engines:
-            ray.kill(engine)
-        self.engines = [self._start(k) for k in range(len(self.engines))]
-        self.ready()
+        with self._changing:
+            self._current = ("pid", ())
+            if not self._over_nccl:
+                self.each("discard")
+                return
+            for engine in self.engines:
+                ray.kill(engine)
+            self.engines = [self._start(k) for k in range(len(self.engines))]
+            self.ready()
 
     def each(self, method: str, *args: Any) -> list[Any]:
         """Call `method` on every engine and wait for all answers."""
@@ -126,6 +131,15 @@ class VllmRolloutPool:
         one dies too before it has the weights, as on a node of which Ray does not know yet that it is gone, the next one is started.
         Raises RolloutError once `rollout.max_restarts` engines were lost.
         """
+        with self._changing:
+            return self._replaced(k, lost)
+
+    def _load(self, method: str, *args: Any) -> None:
+        with self._changing:
+            self._current = (method, args)
+        self.each(method, *args)
+
+    def _replaced(self, k: int, lost: Any) -> Any:
         if all(engine is not lost for engine in self.engines):
             return self.engines[k % len(self.engines)]
         place = next(place for place, each in enumerate(self.engines) if each is lost)
@@ -206,8 +220,10 @@ class Sampling:
         self._seeds = [request_seed(seed, prompt.id, sample) for prompt, sample in zip(prompts, self._samples, strict=True)]
         self._rollouts: dict[int, Rollout] = {}
         self._streams: dict[Any, _Share] = {}
-        count = len(pool.engines)
-        for k, engine in enumerate(pool.engines):
+        self._cancelled = False
+        engines = list(pool.engines)
+        count = len(engines)
+        for k, engine in enumerate(engines):
             if places := list(range(k, len(prompts), count)):
                 self._deal(_Share(k, engine, places))
 
@@ -237,6 +253,12 @@ class Sampling:
             pass
         return [self._rollouts[place] for place in range(len(self._prompts))]
 
+    def cancel(self) -> None:
+        """See `app.interfaces.Sampling`. Engines drop everything that they have in flight, of other samplings too."""
+        self._cancelled = True
+        for share in list(self._streams.values()):
+            share.engine.discard.remote()
+
     def _wait_for_one(self, seconds: float) -> None:
         ready, _ = ray.wait(list(self._streams), num_returns=1, timeout=seconds)
         if not ready:
@@ -245,6 +267,8 @@ class Sampling:
     def _deal(self, share: _Share) -> None:
         prompts, seeds = [self._prompts[i].ids for i in share.places], [self._seeds[i] for i in share.places]
         self._streams[share.engine.generate.options(num_returns="streaming").remote(prompts, seeds)] = share
+        if self._cancelled:  # meanwhile, by another thread
+            self.cancel()
 
     def _take(self, stream: Any) -> list[int]:
         """The next response of one engine; its unfinished prompts go to another one where it has died."""
@@ -258,6 +282,8 @@ class Sampling:
             (answer,) = collect([reference], **self._waiting)
         except EngineDiedError:
             del self._streams[stream]
+            if self._cancelled:
+                raise
             if self._pool.exact:
                 for place in share.places:
                     self._rollouts.pop(place, None)

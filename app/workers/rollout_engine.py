@@ -121,7 +121,7 @@ class RolloutEngine:
 
         def land() -> None:
             for flight in self._interrupt():
-                flight.land(RolloutError("discarded: the learner that asked for it is gone"))
+                flight.land(RolloutError("discarded: whoever asked for it wants it no more"))
             self._rest()
 
         await self._ask(land)

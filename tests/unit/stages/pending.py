@@ -25,3 +25,6 @@ class Sampled(Done):
     def __getitem__(self, place: int) -> Rollout:
         rollout: Rollout = self.value[place]
         return rollout
+
+    def cancel(self) -> None:
+        """Everything has ended."""

@@ -43,6 +43,9 @@ class Uneven:
     def __getitem__(self, place: int) -> Rollout:
         return self.rollouts[place]
 
+    def cancel(self) -> None:
+        """Nobody waits here for long."""
+
     def result(self) -> list[Rollout]:
         raise AssertionError("a batch is taken without waiting for all")
 

@@ -193,3 +193,14 @@ def test_an_engine_that_dies_before_it_has_the_weights_is_replaced_in_its_turn(m
     assert [rollout.policy_version for rollout in pool.submit(PROMPTS, seed=1).result()] == [5, 4, 5, 4, 5, 4, 3]
     with pytest.raises(RolloutError, match="max_restarts"):
         pool.replace(0, heir)
+
+
+def test_nobody_replaces_an_engine_for_a_cancelled_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the loop has failed and the pool is being closed while another thread still follows the batch."""
+    mortal, heir = Engine(3, life=1), Engine(5)
+    pool = pool_of([mortal, Engine(4), heir], monkeypatch)
+    sampling = pool.submit(PROMPTS, seed=1)
+    sampling.cancel()
+    with pytest.raises(EngineDiedError):
+        sampling.result()
+    assert heir not in pool.engines and not heir.seeds
