@@ -93,7 +93,8 @@ class PpoConfig(Config):
     """With one optimizer step per batch: learn from the forward pass that computed the proximal log-probs and values, instead
     of running it again. Saves a quarter of the learner's work and holds the activations of all its micro-batches at once."""
     max_lag: int = Field(0, ge=0)
-    """How many policy versions old a rollout may be when it is trained on; 0 is synchronous PPO."""
+    """How many policy versions old a rollout may be when it is trained on; 0 is synchronous PPO. From 1 on the next batch is sampled, and
+    judged by reward model and reference, while the learner learns."""
     carry_over: float = Field(0.0, ge=0, lt=1)
     """Share of a batch that may be left unfinished when the batch closes (0: it waits for its longest response). These prompts go on being
     answered and belong to the next batch, each trained on once. They are a version older there, so one version of ppo.max_lag is theirs:

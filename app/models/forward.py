@@ -6,7 +6,7 @@ H hidden size, V vocabulary, N tokens picked out of [B, R], n of them in one chu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import torch
@@ -14,15 +14,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from app.experience import IntArray
+from app.models.logits import logits_of
 from app.models.packed import PackedRow, pack_sequences, packed_hidden_states
 from app.models.segments import BY_SEGMENT, segments_of
 from app.numerics.logprobs import label_logprobs
 
 LOGITS_PER_CHUNK = 2**25
 """Default size of one chunk of logits, tokens x vocabulary: 128 MiB in float32."""
-
-LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-"""Config keys of architectures that change the head's output before they call it logits (Gemma, Cohere, Granite, Falcon-H1)."""
 
 
 def padded_batches(sequences: Sequence[Sized], max_tokens: int) -> list[list[int]]:
@@ -95,16 +93,12 @@ def sequence_logprobs(
     blank_BR = torch.zeros(pick_BR.shape, dtype=torch.float32, device=ids_BS.device)
     if not pick_BR.any():
         return blank_BR
-    pieces = (_logits_by_rows if transforms_logits(model) else _logits_by_tokens)(model, ids_BS, attention_BS, pick_BR, chunk)
-    logprobs = [label_logprobs(logits_nV[None], targets_n[None], temperature)[0] for logits_nV, targets_n in pieces]
-    return blank_BR.masked_scatter(pick_BR, torch.cat(logprobs))
+    hidden_NH = hidden_states(model.base_model, ids_BS, attention_BS)[:, :-1][pick_BR]
+    return blank_BR.masked_scatter(pick_BR, _logprobs(model, hidden_NH, ids_BS[:, 1:][pick_BR], temperature, chunk))
 
 
 def packed_logprobs(model: PreTrainedModel, row: PackedRow, *, temperature: float = 1.0, chunk_tokens: int | None = None) -> torch.Tensor:
-    """The same of each sequence of a row, float32 [P], one sequence behind the other: P = M - B tokens that another one predicts.
-
-    For models whose logits are what the output head gives (see `transforms_logits`).
-    """
+    """The same of each sequence of a row, float32 [P], one sequence behind the other: P = M - B tokens that another one predicts."""
     vocabulary = model.config.get_text_config().vocab_size
     chunk = chunk_tokens or max(1, LOGITS_PER_CHUNK // vocabulary)
     ids_N = row.ids_1N[0]
@@ -114,10 +108,15 @@ def packed_logprobs(model: PreTrainedModel, row: PackedRow, *, temperature: floa
     pairs_P = states_M[predicts_M] * vocabulary + ids_M.roll(-1)[predicts_M]
     pairs_N, which_P = pairs_P.unique(return_inverse=True)  # shared tokens predict the same ones
     hidden_NH = packed_hidden_states(model.base_model, row)[pairs_N // vocabulary]
-    head = model.get_output_embeddings()
-    pieces = zip(hidden_NH.split(chunk), (pairs_N % vocabulary).split(chunk), strict=True)
-    logprobs = [label_logprobs(head(hidden_nH)[None], targets_n[None], temperature)[0] for hidden_nH, targets_n in pieces]
-    return torch.cat(logprobs)[which_P]
+    return _logprobs(model, hidden_NH, pairs_N % vocabulary, temperature, chunk)[which_P]
+
+
+def _logprobs(model: PreTrainedModel, hidden_NH: torch.Tensor, targets_N: torch.Tensor, temperature: float, chunk: int) -> torch.Tensor:
+    """Log-probs [N] of the targets, by `chunk` tokens at a time."""
+    pieces = zip(hidden_NH.split(chunk), targets_N.split(chunk), strict=True)
+    return torch.cat(
+        [label_logprobs(logits_of(model, hidden_nH)[None], targets_n[None], temperature)[0] for hidden_nH, targets_n in pieces]
+    )
 
 
 def target_logits(
@@ -134,38 +133,4 @@ def target_logits(
         inputs["segments"] = segments_of(positions_BS[0])
     inputs |= {"input_ids": ids_BS, "position_ids": positions_BS}
     pick_BR = targets_BS[:, 1:]
-    if transforms_logits(model):
-        logits_NV = model(**inputs).logits[:, :-1][pick_BR]
-    else:
-        logits_NV = model.get_output_embeddings()(model.base_model(**inputs).last_hidden_state[:, :-1][pick_BR])
-    return logits_NV, ids_BS[:, 1:][pick_BR]
-
-
-def transforms_logits(model: PreTrainedModel) -> bool:
-    """Whether logits are more than what the output head gives."""
-    config = model.config.get_text_config()
-    return any(getattr(config, key, None) not in (None, 1.0) for key in LOGIT_TRANSFORMS)
-
-
-Pieces = Iterator[tuple[torch.Tensor, torch.Tensor]]
-"""Logits [n, V] and target ids [n] of the picked entries, in row-major order."""
-
-
-def _logits_by_tokens(
-    model: PreTrainedModel, ids_BS: torch.Tensor, attention_BS: torch.Tensor, pick_BR: torch.Tensor, chunk: int
-) -> Pieces:
-    """The trunk once, then the model's own head over `chunk` picked tokens at a time."""
-    head = model.get_output_embeddings()
-    hidden_NH = hidden_states(model.base_model, ids_BS, attention_BS)[:, :-1][pick_BR]
-    for hidden_nH, targets_n in zip(torch.split(hidden_NH, chunk), torch.split(ids_BS[:, 1:][pick_BR], chunk), strict=True):
-        yield head(hidden_nH), targets_n
-
-
-def _logits_by_rows(model: PreTrainedModel, ids_BS: torch.Tensor, attention_BS: torch.Tensor, pick_BR: torch.Tensor, chunk: int) -> Pieces:
-    """The model's whole forward over as many rows as `chunk` tokens allow: for logits that are more than the head's output."""
-    rows = max(1, chunk // ids_BS.shape[1])
-    for ids, attention, pick in zip(*(torch.split(x, rows) for x in (ids_BS, attention_BS, pick_BR)), strict=True):
-        if not pick.any():
-            continue
-        logits = model(input_ids=ids, attention_mask=attention, position_ids=positions(attention), use_cache=False).logits
-        yield logits[:, :-1][pick], ids[:, 1:][pick]
+    return logits_of(model, model.base_model(**inputs).last_hidden_state[:, :-1][pick_BR]), ids_BS[:, 1:][pick_BR]

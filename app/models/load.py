@@ -32,6 +32,7 @@ from app.data.templates import OASST_TOKENS, prepare_tokenizer
 from app.errors import ModelError, first_line
 from app.models.embedded import EMBEDDING_MULTIPLE, build_embedded
 from app.models.gguf import PACKAGED, convert_gguf, packaged_gguf
+from app.models.logits import learn_logits
 from app.models.open_assistant import OpenAssistantConfig, load_open_assistant
 from app.models.saving import save_folder
 
@@ -214,19 +215,23 @@ def load_config(path: str | Path, trust_remote_code: bool = False) -> Pretrained
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model {path}: its config cannot be read ({first_line(error)}); check model.path or the network") from error
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):  # which torch's own attention would leave out, silently
+        config._attn_implementation = "eager"
     return without_dropout(config)
 
 
 def load_causal_lm(
     path: str | Path, precision: Literal["fp32", "bf16", "fp16"] = "fp32", trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A causal language model whose dropouts are all 0, so that training mode and evaluation mode compute the same. Raises ModelError."""
+    """A causal language model whose dropouts are all 0, so that training mode and evaluation mode compute the same. Raises ModelError,
+    also for an architecture whose logits are unknown to app.models.logits."""
     config = load_config(path, trust_remote_code)
     try:
         model = AutoModelForCausalLM.from_pretrained(str(path), config=config, dtype=DTYPES[precision], trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"model {path}: cannot be loaded ({first_line(error)}); check model.path or the network") from error
-    return model.eval()
+    learn_logits(model.eval())
+    return model
 
 
 def without_dropout(config: PretrainedConfig) -> PretrainedConfig:

@@ -1,6 +1,6 @@
 """The policy as the learner trains it: log-probs of the response tokens only.
 
-Shape legend: B rows, S sequence, T response tokens, H hidden, V vocabulary.
+Shape legend: B rows, S sequence, T response tokens, N of them that are not masked, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from app.models.forward import hidden_states
+from app.models.logits import logits_of
 from app.numerics.logprobs import entropy, label_logprobs
 
 
@@ -50,9 +51,12 @@ class PolicyModel(nn.Module):
             hidden_BSH = hidden_states(self.language_model.base_model, ids_BS, attention_BS)
             before_BT = states_before(prompt_lengths_B, mask_BT)
             rows_B1 = torch.arange(len(ids_BS), device=ids_BS.device)[:, None]
-            states_BTH = hidden_BSH[rows_B1, before_BT]
-            logits_BTV = self.language_model.get_output_embeddings()(states_BTH)
-            logprobs_BT = label_logprobs(logits_BTV, ids_BS.gather(1, before_BT + 1), temperature)
-            entropy_BT = entropy(logits_BTV if entropy_gradient else logits_BTV.detach(), temperature)
-        values_BT = None if self.value_head is None else self.value_head(states_BTH).masked_fill(~mask_BT, 0.0)
-        return logprobs_BT.masked_fill(~mask_BT, 0.0), entropy_BT.masked_fill(~mask_BT, 0.0), values_BT
+            picked_NH, labels_N = hidden_BSH[rows_B1, before_BT][mask_BT], ids_BS.gather(1, before_BT + 1)[mask_BT]
+            logits_1NV = logits_of(self.language_model, picked_NH)[None]
+            logprobs_N = label_logprobs(logits_1NV, labels_N[None], temperature)[0]
+            entropy_N = entropy(logits_1NV if entropy_gradient else logits_1NV.detach(), temperature)[0]
+
+        def spread(x_N: torch.Tensor) -> torch.Tensor:
+            return torch.zeros_like(mask_BT, dtype=x_N.dtype).masked_scatter(mask_BT, x_N)
+
+        return spread(logprobs_N), spread(entropy_N), None if self.value_head is None else spread(self.value_head(picked_NH))

@@ -29,7 +29,6 @@ from app.models.forward import (
     padded_batches,
     positions,
     sequence_logprobs,
-    transforms_logits,
 )
 from app.models.heads import Precision, has_score_head, load_reward_model, packed_scores, reward_offset, sequence_scores
 from app.models.load import load_causal_lm, scores_text, writes_text
@@ -76,7 +75,7 @@ class ScoringModel:
         torch.nn.Module.to(self.model, device)  # in place
         self.path, self.kind = path, kind
         own_head = kind == "reward" and not has_score_head(self.model)  # an encoder's, which looks for its first token in every row
-        self.packs = not own_head and not transforms_logits(self.model) and attend_by_segment(self.model)
+        self.packs = not own_head and attend_by_segment(self.model)
         config = self.model.config.get_text_config()
         self.vocabulary: int = config.vocab_size
         self.context: int | None = getattr(config, "max_position_embeddings", None)

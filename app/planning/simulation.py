@@ -2,7 +2,9 @@
 
 Given are the phases of a step as a run at `ppo.max_lag = 0` measures them, where each phase waits for the one before it. Engines are
 one queue: they sample batch after batch, pause while weights are pushed, and are given batch k once step k - max_lag - 1 is published.
-So several batches in flight do not make an engine faster here, which continuous batching does a little.
+So several batches in flight do not make an engine faster here, which continuous batching does a little. With a lag reward and reference
+judge while the learner learns, and of the score phase the learner's own passes are left; the whole phase is taken for them, which is
+too much where reward or reference are slower than the learner.
 """
 
 from __future__ import annotations

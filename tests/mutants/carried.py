@@ -9,7 +9,7 @@ MUTANTS = (
     Mutant(
         "carried",
         STREAM,
-        "spare = self._carry_over if self._submitted < self._steps else 0",
+        "spare = self._carry_over if self._submitted < self._config.steps else 0",
         "spare = self._carry_over",
         "prompts of the last batch are sampled and never trained on",
         LONG_TAIL_TESTS,
@@ -38,5 +38,5 @@ MUTANTS = (
         "responses of the new batch overwrite those that were carried over",
         LONG_TAIL_TESTS,
     ),
-    Mutant("carried", LOOP, "carried=tuple(stream.carried)", "carried=()", "a checkpoint forgets who was carried over", LONG_TAIL_TESTS),
+    Mutant("carried", LOOP, "carried=tuple(batch.carried)", "carried=()", "a checkpoint forgets who was carried over", LONG_TAIL_TESTS),
 )

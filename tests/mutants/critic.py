@@ -12,8 +12,8 @@ MUTANTS = (
     Mutant(
         "critic",
         POLICY,
-        "self.value_head(states_BTH)",
-        "self.value_head(states_BTH.detach())",
+        "self.value_head(picked_NH)",
+        "self.value_head(picked_NH.detach())",
         "the trunk learns nothing of values",
         (*POLICY_TESTS, "tests/oracle/test_literal_mix.py"),
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.files import LOOP, ROLLOUT
+from tests.mutants.files import LOOP, ROLLOUT, STREAM
 from tests.mutants.mutant import Mutant
 
 HEALING, LEARNERS = "app/stages/healing.py", "app/workers/learner_group.py"
@@ -20,16 +20,16 @@ MUTANTS = (
     Mutant(
         "healing",
         ROLLOUT,
-        '        self._current = ("load_policy", (policy, version))\n        self.each("load_policy", policy, version)',
-        '        self.each("load_policy", policy, version)',
+        "            self._current = (method, args)\n",
+        "            pass\n",
         "an engine that replaces another one gets the weights of an earlier push",
         POOL_TESTS,
     ),
     Mutant(
         "healing",
         ROLLOUT,
-        '        self._current = ("pid", ())\n        if',
-        "        if",
+        '            self._current = ("pid", ())\n            if',
+        "            if",
         "engines that start after the learner was lost are given its weights",
         POOL_TESTS,
     ),
@@ -57,6 +57,14 @@ MUTANTS = (
         "what is sampled again has other seeds",
         POOL_TESTS,
     ),
+    Mutant(
+        "healing",
+        ROLLOUT,
+        "            if self._cancelled:\n                raise\n",
+        "",
+        "an engine is replaced for a batch that nobody wants",
+        POOL_TESTS,
+    ),
     Mutant("healing", HEALING, "        self._left -= 1\n", "", "a learner that always dies is started for ever", HEALING_TESTS),
     Mutant("healing", HEALING, "        self._forget()\n", "", "engines go on with what a lost learner has left with them", HEALING_TESTS),
     Mutant(
@@ -69,8 +77,16 @@ MUTANTS = (
     ),
     Mutant(
         "healing",
+        STREAM,
+        "            sampling.cancel()\n",
+        "            pass\n",
+        "a loop that has failed leaves a thread behind that follows its batches",
+        ("tests/unit/stages/test_rollout_stream.py",),
+    ),
+    Mutant(
+        "healing",
         LOOP,
-        "prompt_cursor=stream.cursor",
+        "prompt_cursor=batch.cursor",
         "prompt_cursor=stream._drawn",
         "a run that goes on has lost the prompts that were being sampled",
         HEALING_TESTS,

@@ -25,8 +25,8 @@ MUTANTS = (
     Mutant(
         "version",
         STREAM,
-        "max_lag - (carry_over > 0), carry_over",
-        "max_lag, carry_over",
+        "config.max_lag - (self._carry_over > 0)",
+        "config.max_lag",
         "carried-over rollouts are older than allowed",
         LONG_TAIL_TESTS,
     ),

@@ -95,6 +95,17 @@ def test_the_trunk_runs_once(model: PolicyModel) -> None:
     assert calls == [1]
 
 
+def test_the_heads_see_response_tokens_alone(model: PolicyModel) -> None:
+    """Logits are the largest tensor of all: none are computed for what is padded."""
+    seen: list[int] = []
+    heads = (model.language_model.get_output_embeddings(), model.value_head)
+    hooks = [head.register_forward_hook(lambda module, arguments, output: seen.append(arguments[0][..., 0].numel())) for head in heads]
+    outputs(model, batch(SHAPES))
+    for hook in hooks:
+        hook.remove()
+    assert seen == [sum(response for _, response in SHAPES)] * 2
+
+
 @pytest.mark.parametrize("part", [0, 1], ids=["log-probs", "entropy"])
 def test_the_policy_loss_leaves_the_value_head_alone(part: int, model: PolicyModel) -> None:
     loss = outputs(model, batch(SHAPES), entropy_gradient=True)[part].pow(2).sum()
