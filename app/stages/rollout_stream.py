@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -16,6 +17,8 @@ from app.errors import CheckpointError
 from app.experience import DoubleArray, FloatArray, Rollout, Scores
 from app.interfaces import Pending, Reward, RolloutPool, Sampling, Scorer
 from app.stages.reference_scores import reference_scores
+
+logger = logging.getLogger(__name__)
 
 LAST_WAIT_SECONDS = 30.0
 """For what is under way when a stream is closed; whatever hangs for longer is left to itself."""
@@ -179,7 +182,9 @@ class RolloutStream:
         for sampling in self._samplings:
             sampling.cancel()
         self._thread.shutdown(wait=False, cancel_futures=True)
-        wait([*self._sampled, *self._judged], timeout=LAST_WAIT_SECONDS)
+        left = [future for future in (*self._sampled, *self._judged) if not future.cancelled()]
+        if wait(left, timeout=LAST_WAIT_SECONDS).not_done:
+            logger.warning("what was being sampled or scored has not ended %g s after the loop has", LAST_WAIT_SECONDS)
 
     def fill(self, done: int) -> None:
         """Give the engines what may be sampled once `done` steps are trained and their weights published."""
