@@ -123,7 +123,7 @@ class WeightPublisher:
     def publish(self, version: int) -> dict[str, float]:
         began, metrics = time.perf_counter(), dict[str, float]()
         if self._nccl:
-            self._learner.broadcast_nccl()
+            self._learner.broadcast_nccl(version)
             self._pool.label(version)
         else:
             policy = self._learner.pushed_policy()
