@@ -53,7 +53,7 @@ class LearnerError(CorralError, RuntimeError):
 
 
 class WeightPushError(RolloutError):
-    """After a weight push the rollout engine does not compute what the learner computes."""
+    """A weight push brought the rollout engine other weights than the learner's, or it does not compute what the learner computes."""
 
 
 class ScoringError(CorralError, RuntimeError):
@@ -118,6 +118,10 @@ class CheckpointError(CorralError, RuntimeError):
     """A checkpoint or run folder that is incomplete, or belongs to another configuration."""
 
     exit_code = 2
+
+
+class DiskError(CorralError, RuntimeError):
+    """A checkpoint or another file of a run cannot be written: the disk is full, read-only or gone."""
 
 
 class StorageError(CorralError, RuntimeError):
