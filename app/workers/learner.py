@@ -181,7 +181,7 @@ class LearnerWorker:
                     continue
                 self._require_finite(name, descended[name])
                 backward_scaled(engine, descended[name])
-                norm = optimizer_step(engine)
+                norm = optimizer_step(engine, f"{name}, optimizer step {index + 1}")
                 if norm is not None:
                     norms[f"{name}_grad_norm"] = norm
             for name, value in loss.metrics.items():
