@@ -98,9 +98,10 @@ class RolloutEngine:
     async def load_policy(self, policy: PushedPolicy, version: int) -> None:
         """Replace all weights by those of `policy`; tokens from here on carry `version`.
 
-        What happens to requests in flight is `rollout.in_flight`.
+        What happens to requests in flight is `rollout.in_flight`. Raises WeightPushError, and goes on as it was, where they are not
+        what was sent.
         """
-        await self._load(policy.weights, version)
+        await self._load(partial(policy.weights, version), version)
 
     async def load_folder(self, path: str, version: int) -> None:
         """Replace all weights by those of a Hugging Face folder of the same architecture. Needs rollout.transfer = object_store."""

@@ -1,8 +1,8 @@
 """The learner's policy weights into the rollout engines, through vLLM's own weight-transfer interface.
 
-Two ways: the object store (works everywhere: see `app.workers.pushed_policy`; what is not trained travels once) and NCCL (engines
-that own their GPUs; the whole policy each time, adapters merged). Either way the push ends with a check: both sides compute the
-log-probs of canary sequences, and they must agree.
+Two ways: the object store (works everywhere, with checksums: see `app.workers.pushed_policy`; what is not trained travels once) and
+NCCL (engines that own their GPUs; the whole policy each time, adapters merged). Either way the push ends with a check: both sides
+compute the log-probs of canary sequences, and they must agree.
 """
 
 from __future__ import annotations
