@@ -96,7 +96,7 @@ class ScoringTimeoutError(ScoringError, TimeoutError):
 
 
 class NonFiniteError(CorralError, RuntimeError):
-    """A loss, reward or gradient is NaN or infinite; raised before the optimizer step."""
+    """A loss, reward or gradient is NaN or infinite; raised before it is in the weights, and else says so."""
 
 
 class AlarmError(CorralError, RuntimeError):

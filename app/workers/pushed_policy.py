@@ -129,7 +129,7 @@ def checksum(bucket: Weights) -> int:
     value = 0
     for name, array in bucket.items():
         value = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), value)
-        value = zlib.crc32(np.ascontiguousarray(array), value)
+        value = zlib.crc32(np.ascontiguousarray(array).data, value)
     return value
 
 

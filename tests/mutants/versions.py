@@ -68,7 +68,7 @@ MUTANTS = (
         "return bool(self._flights) and not self._updating",
         "return bool(self._flights)",
         "tokens are sampled while new weights come in",
-        ("tests/unit/workers/test_nccl_transfer.py",),
+        ("tests/unit/workers/test_engine_updates.py",),
     ),
     Mutant(
         "version",

@@ -1,4 +1,4 @@
-"""A push over NCCL is several calls to an engine that others ask meanwhile: to its requests it is one moment all the same."""
+"""New weights in an engine that samples meanwhile: over NCCL a push is several calls, and to its requests one moment all the same."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from app.config.rollout import RolloutConfig
+from app.errors import WeightPushError
 from app.workers import nccl_transfer
 from app.workers.nccl_transfer import EngineActorsClient
 from app.workers.rollout_engine import RolloutEngine
@@ -155,3 +156,20 @@ def test_after_a_push_that_broke_off_no_step_is_taken_before_a_whole_one(actor: 
     time.sleep(0.05)
     assert actor.core.log[seen:] == []
     assert push(actor, 10)[-2:] == ["version 10", "step"]
+
+
+@pytest.mark.parametrize("actor", ["keep"], indirect=True)
+def test_weights_from_the_object_store_come_in_between_two_steps_or_not_at_all(actor: Actor) -> None:
+    def damaged(version: int) -> Iterator[Any]:
+        raise WeightPushError(f"policy version {version}: bucket 1 of 1 is not what the learner has sent")
+
+    actor.admit(LONG)
+    with pytest.raises(WeightPushError, match="policy version 4"):
+        actor.load_policy.remote(SimpleNamespace(weights=damaged), 4).result(10)
+    actor.wait_for_step()
+    assert set(actor.core.log) == {"add 0", "step"}, "it goes on as it was"
+    actor.load_policy.remote(SimpleNamespace(weights=lambda version: iter([{}, {}])), 5).result(10)
+    actor.wait_for_step()
+    log = actor.core.log[actor.core.log.index("start_weight_update") :]
+    assert log[:5] == ["start_weight_update", "update_weights", "update_weights", "finish_weight_update", "version 5"]
+    assert set(log[5:]) == {"step"}
