@@ -107,6 +107,7 @@ def no_vllm_and_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 def actor(request: pytest.FixtureRequest) -> Iterator[Actor]:
     actor = Actor(request.param)
     yield actor
+    actor.engine._loop.call(actor.engine._flights.clear).result(10)  # its thread takes no more steps
     actor.events.call_soon_threadsafe(actor.events.stop)
 
 
