@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from app.durable import MANIFEST, damage, file_hashes, read_json, sync, sync_tree, write_json
+from app.durable import MANIFEST, damage, file_hashes, read_json, sync, sync_tree, write_json, writing
 from app.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -63,20 +63,26 @@ class CheckpointStore:
 
         `state`: small and JSON-able (counters, coefficients, RNG states as lists), finite. `write(folder)` puts the large
         parts there, by whichever processes, and returns when all of them are closed. If anything raises, the earlier
-        checkpoints stay as they were.
+        checkpoints stay as they were. Raises DiskError where the disk is full or cannot be written to.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._clear_leftovers()
-        final = self._free_name(step)
-        partial = self.folder / f"{SAVING}{final.name}"
-        partial.mkdir()
-        write(partial)
-        sync_tree(partial)
-        manifest = {"step": step, "state": dict(state), "saved": time.time(), "files": file_hashes(partial)}
-        write_json(partial / MANIFEST, manifest)
-        partial.rename(final)
-        sync(self.folder)
-        self._retire(final)
+        remedy = "make it writable; the same command goes on from the last complete checkpoint"
+        with writing(f"{self.folder}: the checkpoint of step {step}", remedy):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._clear_leftovers()
+            final = self._free_name(step)
+            partial = self.folder / f"{SAVING}{final.name}"
+            partial.mkdir()
+            try:
+                write(partial)
+                sync_tree(partial)
+                manifest = {"step": step, "state": dict(state), "saved": time.time(), "files": file_hashes(partial)}
+                write_json(partial / MANIFEST, manifest)
+            except (OSError, RuntimeError):
+                shutil.rmtree(partial, ignore_errors=True)  # on a full disk it would be in the way of everything else
+                raise
+            partial.rename(final)
+            sync(self.folder)
+            self._retire(final)
         return final
 
     def latest(self) -> SavedCheckpoint | None:

@@ -7,14 +7,31 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from app.errors import CheckpointError
+from app.errors import CheckpointError, CorralError, DiskError, first_line
 
 MANIFEST = "manifest.json"
+TORCH_WRITER = "inline_container"
+"""In the RuntimeError of `torch.save` where it could not write all."""
+
+
+@contextmanager
+def writing(what: str, remedy: str) -> Iterator[None]:
+    """Within this block a disk that is full, read-only or gone is a DiskError, which says what could not be written."""
+    try:
+        yield
+    except CorralError:  # a deadline's is a TimeoutError and with it an OSError
+        raise
+    except (OSError, RuntimeError) as error:
+        if not isinstance(error, OSError) and TORCH_WRITER not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise DiskError(f"{what} cannot be written ({reason}): free space there, or {remedy}") from error
 
 
 def without_non_finite(value: Any) -> Any:

@@ -53,7 +53,7 @@ class LearnerError(CorralError, RuntimeError):
 
 
 class WeightPushError(RolloutError):
-    """After a weight push the rollout engine does not compute what the learner computes."""
+    """A weight push brought the rollout engine other weights than the learner's, or it does not compute what the learner computes."""
 
 
 class ScoringError(CorralError, RuntimeError):
@@ -96,7 +96,7 @@ class ScoringTimeoutError(ScoringError, TimeoutError):
 
 
 class NonFiniteError(CorralError, RuntimeError):
-    """A loss, reward or gradient is NaN or infinite; raised before the optimizer step."""
+    """A loss, reward or gradient is NaN or infinite; raised before it is in the weights, and else says so."""
 
 
 class AlarmError(CorralError, RuntimeError):
@@ -118,6 +118,10 @@ class CheckpointError(CorralError, RuntimeError):
     """A checkpoint or run folder that is incomplete, or belongs to another configuration."""
 
     exit_code = 2
+
+
+class DiskError(CorralError, RuntimeError):
+    """A checkpoint or another file of a run cannot be written: the disk is full, read-only or gone."""
 
 
 class StorageError(CorralError, RuntimeError):

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from app.config.ppo import PpoConfig
+from app.durable import writing
 from app.errors import CheckpointError, ConfigError
 from app.experience import DoubleArray, Experience, FinishReason, IntArray, Prompt, Rollout, Scores, TokenBatch, pad_rows, prompt_groups
 
@@ -57,7 +58,7 @@ class RolloutRecorder:
     def write(self, batch: Batch, credited: Experience) -> None:
         """Record a step, in place of what an earlier session left of it and of later ones.
 
-        credited: the experience after credit; where that has failed, the batch's own, and its results are null."""
+        credited: the experience after credit; where that has failed, the batch's own, and its results are null. Raises DiskError."""
         if not self.config.keep_rollouts:
             return
         step = batch.step
@@ -70,10 +71,19 @@ class RolloutRecorder:
             "config": self.config.model_dump(mode="json"),
         }
         table = pa.table(self._columns(batch, credited), metadata={FACTS: json.dumps(facts).encode()})
+        with writing(f"{self.folder}: the rollouts of step {step}", "make it writable, or set ppo.keep_rollouts = 0"):
+            self._replace(step, table)
+
+    def _replace(self, step: int, table: pa.Table) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = step_path(self.folder, step)
-        pq.write_table(table, path.with_suffix(".saving"), compression="zstd")
-        path.with_suffix(".saving").rename(path)
+        partial = path.with_suffix(".saving")
+        try:
+            pq.write_table(table, partial, compression="zstd")
+        except OSError:
+            partial.unlink(missing_ok=True)  # on a full disk it would be in the way of everything else
+            raise
+        partial.rename(path)
         earlier = [number for number in kept_steps(self.folder) if number <= step]
         for number in set(kept_steps(self.folder)) - set(earlier[-self.config.keep_rollouts :]):
             step_path(self.folder, number).unlink()

@@ -61,7 +61,7 @@ class _PendingMix:
         disagreements: list[DoubleArray] = []
         for part, pending in zip(self.mix.parts, self.pending, strict=True):
             answers = [source.result() for source in pending]
-            reasons = [answer.reason for row in answers for answer in row if isinstance(answer, Failed)]
+            reasons = [reason for row in answers for answer in row if (reason := _why_failed(answer))]
             if reasons:
                 failures[part.name] = reasons[0]
             scores_MB = np.array([[math.nan if isinstance(answer, Failed) else answer for answer in row] for row in answers])
@@ -77,6 +77,12 @@ class _PendingMix:
             disagreement_B=np.max(disagreements, axis=0) if disagreements else None,
             failures=failures,
         )
+
+
+def _why_failed(answer: float | Failed) -> str | None:
+    if isinstance(answer, Failed):
+        return answer.reason
+    return None if math.isfinite(answer) else f"the score is {answer}"
 
 
 def combined(scores_KB: DoubleArray, weights: Sequence[float], how: Combine) -> DoubleArray:
@@ -136,3 +142,21 @@ def score_metrics(scores: Scores) -> dict[str, float]:
     if scores.disagreement_B is not None and not np.isnan(scores.disagreement_B).all():
         metrics["reward_disagreement"] = float(np.nanmean(scores.disagreement_B))
     return metrics
+
+
+def failure_note(scores: Scores, references: Scores | None = None) -> str | None:
+    """Why scores of a batch failed, in one line: of each part how many did, and the first reason; None where none did.
+
+    references: scores of the reference answers, where they were asked for.
+
+    >>> scores = Scores(np.array([1.0, np.nan]), {"judge": np.array([1.0, np.nan])}, failures={"judge": "no answer"})
+    >>> failure_note(scores)
+    '1 of 2 scores of the reward judge failed (no answer)'
+    """
+    kinds = [("scores", scores)] + ([("scores of reference answers", references)] if references is not None else [])
+    notes = [
+        f"{int(np.isnan(found.parts[name]).sum())} of {len(found.parts[name])} {kind} of the reward {name} failed ({reason})"
+        for kind, found in kinds
+        for name, reason in found.failures.items()
+    ]
+    return "; ".join(notes) or None

@@ -54,7 +54,8 @@ class RulePart(RewardPart):
 
 
 class IsolatedPart(RulePart):
-    """A rule that may hang or crash: it runs in processes of its own and never holds up the loop for longer than its deadline."""
+    """A rule that may hang or crash: it runs in processes of its own and holds up the loop no longer than its deadline, which starts
+    over where a process was lost."""
 
     deadline_seconds: float = Field(60.0, gt=0)
     """Time for one batch of rollouts; what has no score by then failed, and the process is replaced."""

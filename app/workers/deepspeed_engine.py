@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 
 from app.config.deepspeed_presets import merge
 from app.config.shared import DeepSpeedConfig, OptimizerConfig
-from app.errors import CheckpointError, ConfigError
+from app.durable import writing
+from app.errors import CheckpointError, ConfigError, NonFiniteError
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -168,10 +169,13 @@ def backward_scaled(engine: DeepSpeedEngine, loss: torch.Tensor) -> None:
     engine.backward(loss * engine.dp_world_size, scale_wrt_gas=False)
 
 
-def optimizer_step(engine: DeepSpeedEngine) -> float | None:
+def optimizer_step(engine: DeepSpeedEngine, what: str = "model") -> float | None:
     """Clip, step and clear the gradients; returns their global 2-norm before clipping.
 
     Call it once after every `backward_scaled`; where more micro-batches of the step are to come it only counts, and returns None.
+
+    what: model and step, for messages. Raises NonFiniteError, on every rank, where the norm is not finite: without ZeRO before the
+    step; with it after DeepSpeed has skipped the step. In fp16 a skipped step only lowers the loss scale, and infinity is returned.
     """
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
@@ -182,9 +186,24 @@ def optimizer_step(engine: DeepSpeedEngine) -> float | None:
         for parameter in trained:
             if parameter.grad is None:  # no loss of this step reached it: Adam counts the step all the same, as it does under ZeRO
                 parameter.grad = torch.zeros_like(parameter)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
+        _require_finite(norm, what, "before the step")
     engine.step()
-    return float(engine.get_global_grad_norm() if norm is None else norm)
+    if norm is not None:
+        return norm
+    norm = float(engine.get_global_grad_norm())
+    if engine.was_step_applied():
+        _require_finite(norm, what, "and the weights have taken it: go on from the last checkpoint")
+    elif not engine.fp16_enabled():
+        _require_finite(norm, what, "and DeepSpeed has skipped the step")
+    return norm
+
+
+def _require_finite(norm: float, what: str, state: str) -> None:
+    if not math.isfinite(norm):
+        raise NonFiniteError(
+            f"{what}: the gradient norm is {norm}, {state}: lower the learning rate, raise model.precision, or look for broken rows"
+        )
 
 
 def full_parameters(
@@ -218,11 +237,12 @@ def full_weights(engine: DeepSpeedEngine) -> Iterator[None]:
 def save_engine(engine: DeepSpeedEngine, folder: Path, state: Mapping[str, Any]) -> None:
     """Write weights, optimizer, schedule, rank 0's `state` and the random state of every worker under `folder`, which all of them share.
 
-    Collective; every worker writes its own shards.
+    Collective; every worker writes its own shards. Raises DiskError.
     """
-    engine.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, client_state=dict(state))
     random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
-    torch.save(random, folder / RANDOM_FILE.format(rank=engine.global_rank))
+    with writing(f"{folder}: the checkpoint", "make it writable; the same command goes on from the last complete checkpoint"):
+        engine.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, client_state=dict(state))
+        torch.save(random, folder / RANDOM_FILE.format(rank=engine.global_rank))
 
 
 def load_engine(engine: DeepSpeedEngine, folder: Path) -> dict[str, Any]:

@@ -181,7 +181,7 @@ class LearnerWorker:
                     continue
                 self._require_finite(name, descended[name])
                 backward_scaled(engine, descended[name])
-                norm = optimizer_step(engine)
+                norm = optimizer_step(engine, f"{name}, optimizer step {index + 1}")
                 if norm is not None:
                     norms[f"{name}_grad_norm"] = norm
             for name, value in loss.metrics.items():
@@ -287,9 +287,9 @@ class LearnerWorker:
 
         self._nccl = connect(self, engines, rank=self._rank, tensor_parallel=tensor_parallel, address=address)
 
-    def broadcast_nccl(self) -> None:
-        """Send the policy to every engine. Collective."""
-        self._nccl.send_weights()
+    def broadcast_nccl(self, version: int) -> None:
+        """Send the policy to every engine, as `version`. Collective."""
+        self._nccl.send(version)
 
     def save(self, folder: str) -> None:
         """Every engine and every rank's random state. Collective."""

@@ -75,8 +75,8 @@ class RayLearner:
         address = self._each("address")[0]
         self._each("connect_nccl", list(engines), tensor_parallel, address, failure=WeightPushError)
 
-    def broadcast_nccl(self) -> None:
-        self._each("broadcast_nccl", failure=WeightPushError)
+    def broadcast_nccl(self, version: int) -> None:
+        self._each("broadcast_nccl", version, failure=WeightPushError)
 
     def save(self, folder: str) -> None:
         self._each("save", folder, failure=CheckpointError)

@@ -1,12 +1,15 @@
 """A policy on its way from the learner to the rollout engines, through Ray's object store.
 
 What never changes, frozen layers or the weights below adapters, is put there once; a push carries what is trained. Engines read
-both and add adapters to what they stand beside, so an engine that starts later needs nothing else.
+both and add adapters to what they stand beside, so an engine that starts later needs nothing else. Every bucket has a checksum,
+which whoever reads it compares.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +17,7 @@ import numpy as np
 import ray
 import torch
 
+from app.errors import WeightPushError
 from app.models.adapters import is_adapter, merged_weights
 
 if TYPE_CHECKING:
@@ -29,11 +33,13 @@ Weights = Mapping[str, Array]  # parameter name -> array
 
 @dataclass(frozen=True)
 class Shipment:
-    """Weights in the object store, in buckets. whole: bytes of them that a model without adapters has as well."""
+    """Weights in the object store, in buckets. whole: bytes of them that a model without adapters has as well; checksums: of the
+    buckets, as they were when they were put there."""
 
     buckets: tuple[ray.ObjectRef[Weights], ...] = ()
     bytes: int = 0
     whole: int = 0
+    checksums: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,10 +62,13 @@ class PushedPolicy:
         """`bytes` as a share of what the whole policy would take."""
         return self.bytes / (self.trained.whole + self.frozen.whole)
 
-    def weights(self) -> Iterator[Weights]:
-        """The whole policy under the names of a model without adapters, float32, bucket after bucket. Where the store has lost one,
-        with the learner that put it there, the call itself raises, before there is any bucket."""
+    def weights(self, version: int) -> Iterator[Weights]:
+        """The whole policy under the names of a model without adapters, float32, bucket after bucket. version: for messages.
+
+        Where the store has lost one, with the learner that put it there, or one is not what was put there (WeightPushError), the call
+        itself raises, before there is any bucket."""
         buckets: list[Weights] = ray.get([bucket for shipment in (self.trained, self.frozen) for bucket in shipment.buckets])
+        require_intact(buckets, [*self.trained.checksums, *self.frozen.checksums], version)
         return iter(buckets) if self.scale is None else self._merged(buckets, self.scale)
 
     def _merged(self, buckets: Iterable[Weights], scale: float) -> Iterator[Weights]:
@@ -105,11 +114,36 @@ class PolicyOutbox:
                 pass
             return Shipment()
         buckets: list[ray.ObjectRef[Weights]] = []
+        checksums: list[int] = []
         sizes: dict[str, int] = {}
         for bucket in in_buckets((name, tensor.float().cpu().numpy()) for name, tensor in weights):
             sizes |= {name: array.nbytes for name, array in bucket.items()}
+            checksums.append(checksum(bucket))
             buckets.append(ray.put(bucket))
-        return Shipment(tuple(buckets), sum(sizes.values()), sum(size for name, size in sizes.items() if not is_adapter(name)))
+        whole = sum(size for name, size in sizes.items() if not is_adapter(name))
+        return Shipment(tuple(buckets), sum(sizes.values()), whole, tuple(checksums))
+
+
+def checksum(bucket: Weights) -> int:
+    """CRC-32 over names, types, shapes and bytes: some 2 GB a second."""
+    value = 0
+    for name, array in bucket.items():
+        value = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), value)
+        value = zlib.crc32(np.ascontiguousarray(array).data, value)
+    return value
+
+
+def require_intact(buckets: Sequence[Weights], checksums: Sequence[int], version: int) -> None:
+    """Raises WeightPushError where a bucket does not have its checksum."""
+    with ThreadPoolExecutor(max_workers=4) as pool:  # the sum releases the interpreter lock
+        found = list(pool.map(checksum, buckets))
+    for number, (bucket, value, expected) in enumerate(zip(buckets, found, checksums, strict=True), start=1):
+        if value != expected:
+            raise WeightPushError(
+                f"policy version {version}: bucket {number} of {len(buckets)} ({next(iter(bucket), 'no weights')}, ...) is not what the "
+                f"learner has sent (checksum {value:08x} instead of {expected:08x}): run the same command again, and without the nodes "
+                "of this learner and this engine where it comes back: memory or network of one of them is faulty"
+            )
 
 
 def in_buckets(arrays: Iterable[tuple[str, Array]]) -> Iterator[dict[str, Array]]:

@@ -70,7 +70,8 @@ class RolloutEngine:
         self._sleeps = config.colocate and config.engines.gpus > 0
         self._flights: dict[str, _Flight] = {}
         self._numbers = count()
-        self._loop = StepLoop(self._step, lambda: bool(self._flights), self._crash)
+        self._updating = False
+        self._loop = StepLoop(self._step, self._busy, self._crash)
         self._loop.call(lambda: self._build(model_path, precision, max_model_len, seed)).result()
 
     async def generate(self, prompts: Sequence[IntArray], seeds: Sequence[int]) -> AsyncIterator[tuple[int, Sampled]]:
@@ -97,9 +98,10 @@ class RolloutEngine:
     async def load_policy(self, policy: PushedPolicy, version: int) -> None:
         """Replace all weights by those of `policy`; tokens from here on carry `version`.
 
-        What happens to requests in flight is `rollout.in_flight`.
+        What happens to requests in flight is `rollout.in_flight`. Raises WeightPushError, and goes on as it was, where they are not
+        what was sent.
         """
-        await self._load(policy.weights, version)
+        await self._load(partial(policy.weights, version), version)
 
     async def load_folder(self, path: str, version: int) -> None:
         """Replace all weights by those of a Hugging Face folder of the same architecture. Needs rollout.transfer = object_store."""
@@ -111,6 +113,18 @@ class RolloutEngine:
     async def transfer(self, method: str, *args: Any) -> None:
         """Call one step of vLLM's weight-transfer interface on the workers of this engine."""
         await self._ask(lambda: self._transfer(method, *args))
+
+    async def start_update(self) -> None:
+        """Make ready for weights that another process sends; until `finish_update` no step is taken.
+
+        What happens to requests in flight is `rollout.in_flight`.
+        """
+        await self._settle()
+        await self._ask(self._begin_update)
+
+    async def finish_update(self, version: int) -> None:
+        """All weights are there; tokens from here on carry `version`."""
+        await self._ask(lambda: self._end_update(version))
 
     async def set_version(self, version: int) -> None:
         """Label the weights that another backend has just brought."""
@@ -154,21 +168,20 @@ class RolloutEngine:
                 raise output
             yield place, output
 
-    async def _load(self, buckets: Callable[[], Iterable[Weights]], version: int) -> None:
+    async def _settle(self) -> None:
+        """Before new weights: with rollout.in_flight = "wait" until nothing is in flight."""
         while self._config.in_flight == "wait" and await self._ask(lambda: bool(self._flights)):
             await asyncio.sleep(WAIT_SECONDS)
 
+    async def _load(self, buckets: Callable[[], Iterable[Weights]], version: int) -> None:
+        await self._settle()
+
         def load() -> None:
             pieces = buckets()  # where they have gone with their owner, nothing is begun
-            self._wake()
-            self._transfer("start_weight_update")
+            self._begin_update()
             for tensors in pieces:
                 self._transfer("update_weights", {"tensors": tensors})
-            self._transfer("finish_weight_update")
-            self._core.set_weight_version(str(version))
-            if self._config.in_flight == "redo":
-                self._redo()
-            self._rest()
+            self._end_update(version)
 
         await self._ask(load)
 
@@ -219,6 +232,19 @@ class RolloutEngine:
         inner_id = self._core.add_request(name, tokens_input(prompt.tolist()), params)
         self._flights[name] = _Flight(inner_id, prompt, params, land)
 
+    def _begin_update(self) -> None:
+        self._wake()
+        self._updating = True
+        self._transfer("start_weight_update")
+
+    def _end_update(self, version: int) -> None:
+        self._transfer("finish_weight_update")
+        self._core.set_weight_version(str(version))
+        self._updating = False
+        if self._config.in_flight == "redo":
+            self._redo()
+        self._rest()
+
     def _redo(self) -> None:
         """Start what is in flight anew, under the weights of now."""
         for flight in self._interrupt():
@@ -230,6 +256,11 @@ class RolloutEngine:
         self._flights.clear()
         self._core.abort_request([flight.inner_id for flight in interrupted], internal=True)
         return interrupted
+
+    def _busy(self) -> bool:
+        """Whether a step is to be taken. While new weights come in the layers hold parts of both policies, or nothing at all; after an
+        update that broke off they do so until the next one is whole."""
+        return bool(self._flights) and not self._updating
 
     def _step(self) -> None:
         for output in self._core.step():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -47,13 +48,20 @@ class RuleProcess:
 
 
 @dataclass
+class Deadline:
+    """Of the calls of a batch on one process together; it runs from when the first of them is sent."""
+
+    end: float = math.inf
+
+
+@dataclass
 class Call:
     """Some samples of a batch on one process. alone: never in flight together with another call of its process, so that a death of the
     process is its own doing; reference: None until it is sent; answer: None until it is known."""
 
     process: int
     samples: Sequence[Sample]
-    deadline: float
+    deadline: Deadline
     alone: bool = False
     reference: ray.ObjectRef[Any] | None = None
     answer: Sequence[float | Failed] | None = None
@@ -78,11 +86,11 @@ class RuleProcesses:
             raise ConfigError(f"reward part {self._name} cannot start in a process of its own: {last_line(error)}") from error
 
     def submit(self, samples: Sequence[Sample]) -> PendingRule:
-        """Start scoring a batch; its deadline runs from now."""
-        deadline = time.monotonic() + self._rule.deadline_seconds
+        """Start scoring a batch; its deadline runs from now, and anew for what is asked again after a process was lost."""
+        deadlines = [Deadline() for _ in self._processes]
         size = max(1, -(-len(samples) // (len(self._processes) * CHUNKS_PER_PROCESS)))
         calls = [
-            Call(number % len(self._processes), samples[start : start + size], deadline)
+            Call(number % len(deadlines), samples[start : start + size], deadlines[number % len(deadlines)])
             for number, start in enumerate(range(0, len(samples), size))
         ]
         for call in calls:
@@ -101,7 +109,7 @@ class RuleProcesses:
             if first.reference is None:
                 self._send(first)
             try:
-                first.answer = ray.get(first.reference, timeout=max(LAST_LOOK_SECONDS, first.deadline - time.monotonic()))
+                first.answer = ray.get(first.reference, timeout=max(LAST_LOOK_SECONDS, first.deadline.end - time.monotonic()))
                 queue.popleft()
             except GetTimeoutError:
                 self._late(queue)
@@ -115,11 +123,11 @@ class RuleProcesses:
             ray.kill(process)
 
     def _late(self, queue: deque[Call]) -> None:
-        """The first call hangs: it failed, with all others whose deadline has passed, and its process is replaced."""
+        """The first call hangs: it failed, with the others of its batch behind it, and its process is replaced."""
         failed = Failed(f"no score within deadline_seconds = {self._rule.deadline_seconds:g}")
         deadline = queue[0].deadline
         for call in queue:
-            if call.deadline <= deadline:
+            if call.deadline is deadline:
                 call.answer = [failed] * len(call.samples)
         self._start_over(queue, [call for call in queue if call.answer is None])
 
@@ -134,17 +142,19 @@ class RuleProcesses:
         self._start_over(queue, [*first.parts, *others])
 
     def _start_over(self, queue: deque[Call], calls: Sequence[Call]) -> None:
-        """End the queue's process, whatever it is doing, and let another go on with `calls`, one at a time."""
+        """End the queue's process, whatever it is doing, and let another go on with `calls`, one at a time. Their deadlines start over
+        as well: the lost process has used up the time of all, and nobody may have looked for long."""
         number = next(number for number, other in enumerate(self._queues) if other is queue)
         ray.kill(self._processes[number])
         self._processes[number] = self._start()
         queue.clear()
         for call in calls:
-            call.alone, call.reference = True, None
+            call.alone, call.reference, call.deadline.end = True, None, math.inf
             queue.append(call)
 
     def _send(self, call: Call) -> None:
         call.reference = self._processes[call.process].score.remote(call.samples)
+        call.deadline.end = min(call.deadline.end, time.monotonic() + self._rule.deadline_seconds)
 
     def _start(self) -> Any:
         return (

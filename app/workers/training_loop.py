@@ -146,12 +146,13 @@ class TrainingLoop:
             loss += parts[-1]
         total, stop = self.agree(loss)
         if not math.isfinite(total):
-            raise self.non_finite("loss", total, f"before the optimizer step{self.blame(mine, parts)}")
+            raise NonFiniteError(
+                f"{self.task.stage}: loss is {total} in step {progress.step + 1}, before the optimizer step{self.blame(mine, parts)}: "
+                "lower optimizer.lr, or look for broken rows in the data"
+            )
         window.lr = self.engine.get_lr()[0]
-        norm = optimizer_step(self.engine)
+        norm = optimizer_step(self.engine, f"{self.task.stage}, step {progress.step + 1}")
         assert norm is not None
-        if not math.isfinite(norm) and self.job.precision != "fp16":  # there an overflow only skips the step and lowers the loss scale
-            raise self.non_finite("gradient norm", norm, "which spoils the weights")
         window.grad_norm = norm
         window.losses.append(total)
         progress.step += 1
@@ -159,12 +160,6 @@ class TrainingLoop:
         progress.tokens, progress.seconds = progress.tokens + tokens, progress.seconds + seconds
         window.tokens, window.seconds = window.tokens + tokens, window.seconds + seconds
         return stop
-
-    def non_finite(self, name: str, value: float, where: str) -> NonFiniteError:
-        return NonFiniteError(
-            f"{self.task.stage}: {name} is {value} in step {self.progress.step + 1}, {where}: "
-            "lower optimizer.lr, or look for broken rows in the data"
-        )
 
     def blame(self, batches: list[list[int]], parts: list[torch.Tensor]) -> str:
         """The rows of each rank's first micro-batch whose loss is not finite, in words. Collective."""

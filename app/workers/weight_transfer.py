@@ -1,8 +1,8 @@
 """The learner's policy weights into the rollout engines, through vLLM's own weight-transfer interface.
 
-Two ways: the object store (works everywhere: see `app.workers.pushed_policy`; what is not trained travels once) and NCCL (engines
-that own their GPUs; the whole policy each time, adapters merged). Either way the push ends with a check: both sides compute the
-log-probs of canary sequences, and they must agree.
+Two ways: the object store (works everywhere, with checksums: see `app.workers.pushed_policy`; what is not trained travels once) and
+NCCL (engines that own their GPUs; the whole policy each time, adapters merged). Either way the push ends with a check: both sides
+compute the log-probs of canary sequences, and they must agree.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class WeightPublisher:
     def publish(self, version: int) -> dict[str, float]:
         began, metrics = time.perf_counter(), dict[str, float]()
         if self._nccl:
-            self._learner.broadcast_nccl()
+            self._learner.broadcast_nccl(version)
             self._pool.label(version)
         else:
             policy = self._learner.pushed_policy()

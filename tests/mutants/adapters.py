@@ -50,6 +50,14 @@ MUTANTS = (
     ),
     Mutant(
         "adapter",
+        PUSHED,
+        "require_intact(buckets, [*self.trained.checksums, *self.frozen.checksums], version)",
+        "require_intact(buckets[: len(self.trained.buckets)], self.trained.checksums, version)",
+        "weights below adapters may arrive otherwise than they were sent",
+        PUSHED_TESTS,
+    ),
+    Mutant(
+        "adapter",
         "app/workers/ppo_checkpoint.py",
         'write_json(checkpoint / POLICY / ADAPTERS, {"scale": scale_of(lora)})',
         'write_json(checkpoint / POLICY / ADAPTERS, {"scale": 1.0})',

@@ -64,6 +64,14 @@ MUTANTS = (
     ),
     Mutant(
         "version",
+        ENGINE,
+        "return bool(self._flights) and not self._updating",
+        "return bool(self._flights)",
+        "tokens are sampled while new weights come in",
+        ("tests/unit/workers/test_engine_updates.py",),
+    ),
+    Mutant(
+        "version",
         ROLLOUT,
         "place = share.places[index]",
         "place = share.places[-1 - index]",

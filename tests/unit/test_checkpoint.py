@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from app.checkpoint import CheckpointStore
 from app.durable import tree_hash
-from app.errors import CheckpointError
+from app.errors import CheckpointError, DeadlineError, DiskError
 
 
 def parts(text: str) -> Callable[[Path], None]:
@@ -63,6 +66,60 @@ def test_a_write_that_raises_leaves_the_earlier_checkpoint(tmp_path: Path) -> No
     assert saved.step == 1
     store.save(2, {}, parts("two"))
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"], "leftovers of the failed save are cleared by the next one"
+
+
+@contextmanager
+def little_room(size: int) -> Iterator[None]:
+    """No file of this process may become larger: what a full disk is to whoever writes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def write_bytes(folder: Path) -> None:
+    (folder / "weights.bin").write_bytes(bytes(5000))
+
+
+def write_tensors(folder: Path) -> None:
+    torch.save({"weights": torch.zeros(5000)}, folder / "weights.pt")
+
+
+@pytest.mark.parametrize(("write", "reason"), [(write_bytes, "File too large"), (write_tensors, ".*"), (parts("two"), "File too large")])
+def test_a_full_disk_is_told_in_one_line_and_leaves_the_earlier_checkpoint(
+    tmp_path: Path, write: Callable[[Path], None], reason: str
+) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", keep=1)
+    first = store.save(1, {}, parts("one"))
+    state = {"large": "x" * 5000} if reason == "File too large" else {}  # where the parts have room, the manifest has none
+    expected = rf"^{tmp_path}/checkpoints: the checkpoint of step 2 cannot be written \({reason}\): free space there, or [^\n]*$"
+    with little_room(2000), pytest.raises(DiskError, match=expected) as raised:
+        store.save(2, state, write)
+    assert isinstance(raised.value.__cause__, OSError | RuntimeError)
+    assert [path.name for path in store.folder.iterdir()] == [first.name], "what is half written keeps the disk full"
+    saved = store.latest()
+    assert saved is not None and saved.step == 1
+    store.save(2, state, write)
+    saved = store.latest()
+    assert saved is not None and saved.step == 2
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "ppo").touch()
+    with pytest.raises(DiskError, match=r"ppo/checkpoints: the checkpoint of step 1 cannot be written \(Not a directory\)"):
+        CheckpointStore(tmp_path / "ppo" / "checkpoints").save(1, {}, parts("one"))
+
+
+@pytest.mark.parametrize("error", [DeadlineError("learner: save: no answer"), RuntimeError("a bug"), CheckpointError("rank 1")])
+def test_what_is_not_the_disks_fault_is_raised_as_it_is(tmp_path: Path, error: Exception) -> None:
+    def fail(folder: Path) -> None:
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        CheckpointStore(tmp_path).save(1, {}, fail)
+    assert raised.value is error
 
 
 @pytest.mark.parametrize("state", [{"best": float("inf")}, {"what": object()}])

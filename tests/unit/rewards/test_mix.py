@@ -16,7 +16,7 @@ from app.errors import ConfigError
 from app.experience import FinishReason, Prompt, Rollout
 from app.interfaces import Pending
 from app.rewards.length import LengthReward
-from app.rewards.mix import Combine, Part, RewardMix, RuleSource, score_metrics
+from app.rewards.mix import Combine, Part, RewardMix, RuleSource, failure_note, score_metrics
 from app.rewards.part import Failed, RulePart, Sample
 
 
@@ -49,8 +49,18 @@ def test_a_failure_of_one_part_fails_the_rollout_and_never_counts_as_zero(combin
     scores = mix.score([]).result()
     assert np.isnan(scores.total_B).tolist() == [True, True, False]
     assert scores.failures == {"b": "died"}
+    assert failure_note(scores) == "2 of 3 scores of the reward b failed (died)"
     metrics = score_metrics(scores)
     assert metrics == {"reward_failed/a": 0.0, "reward/a": 1.0, "reward_failed/b": pytest.approx(2 / 3), "reward/b": 2.0}
+
+
+def test_every_part_that_failed_says_why_and_those_of_reference_answers_too() -> None:
+    good = RewardMix((part("a", [1.0, 2.0]),)).score([]).result()
+    assert failure_note(good) is failure_note(good, good) is None
+    bad = RewardMix((part("a", [1.0, Failed("no answer")]), part("judge", [math.inf, Failed("late")], hold_out=True))).score([]).result()
+    said = "1 of 2 scores of the reward a failed (no answer); 2 of 2 scores of the reward judge failed (the score is inf)"
+    assert failure_note(bad) == said
+    assert failure_note(good, bad) == said.replace("scores of", "scores of reference answers of")
 
 
 def test_a_held_out_part_is_scored_and_never_trained_on() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from app.alarms import AlarmWatch
 from app.config.ppo import PpoConfig
 from app.data.prompt_stream import PromptStream
 from app.display import PlainDisplay
+from app.errors import DiskError
 from app.experience import Experience, FinishReason, Minibatch, PolicyOutputs, Prompt, Rollout, TokenBatch, Totals
 from app.kept_rollouts import RolloutRecorder, kept_steps, read_step, step_path
 from app.rewards.length import LengthReward
@@ -161,6 +164,22 @@ def test_a_resumed_run_drops_what_the_lost_steps_left(run: Path) -> None:
     batch, config = read_step(folder, 4)
     RolloutRecorder(folder, config, decode=str, pad_id=0).write(batch, config.make_algorithm().credit(batch.experience, **batch.credit))
     assert kept_steps(folder) == [3, 4]
+
+
+def test_a_full_disk_is_told_and_leaves_the_steps_before(run: Path) -> None:
+    folder = run / "ppo" / "rollouts"
+    batch, config = read_step(folder, 5)
+    recorder = RolloutRecorder(folder, config, decode=str, pad_id=0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(DiskError, match=rf"^{folder}: the rollouts of step 6 cannot be written \(.*File too large.*keep_rollouts = 0$"):
+            recorder.write(replace(batch, step=6), batch.experience)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(path.name for path in folder.iterdir()) == [step_path(folder, step).name for step in (3, 4, 5)]
+    recorder.write(replace(batch, step=6), batch.experience)
+    assert kept_steps(folder) == [4, 5, 6]
 
 
 def test_a_batch_that_credit_refuses_is_there_to_be_looked_at(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
 from app.config.shared import AdapterConfig
 from app.config.training import SftConfig
+from app.errors import WeightPushError
 from app.models.adapters import is_adapter
 from app.models.heads import ValueHead
 from app.models.load import load_causal_lm
@@ -60,7 +63,7 @@ def outbox_of(model: PolicyModel, *, scale: float | None = None, sends: bool = T
 
 
 def received(policy: PushedPolicy) -> dict[str, torch.Tensor]:
-    weights = [item for bucket in policy.weights() for item in bucket.items()]
+    weights = [item for bucket in policy.weights(1) for item in bucket.items()]
     assert len(weights) == len(dict(weights)), "a weight comes twice"
     return {name: torch.from_numpy(array.copy()) for name, array in weights}
 
@@ -99,6 +102,50 @@ def test_a_push_of_adapters_carries_nothing_else_after_the_first(tmp_path: Path,
     assert (first.bytes, second.bytes) == (whole + adapters, adapters)
     assert second.share == adapters / whole < 0.3
     assert second.frozen is first.frozen
+
+
+def change_a_bit(bucket: dict[str, Any]) -> None:
+    name = next(iter(bucket))
+    changed = bucket[name].copy()
+    changed.view(np.uint8).reshape(-1)[3] ^= 1
+    bucket[name] = changed
+
+
+def cut_a_shape(bucket: dict[str, Any]) -> None:
+    name = next(name for name, array in bucket.items() if array.ndim == 2)
+    bucket[name] = bucket[name].reshape(-1)
+
+
+def rename(bucket: dict[str, Any]) -> None:
+    bucket["another"] = bucket.pop(next(iter(bucket)))
+
+
+@pytest.mark.parametrize(
+    ("harm", "config", "frozen"),
+    [
+        (change_a_bit, SftConfig(), False),
+        (cut_a_shape, SftConfig(), False),
+        (rename, SftConfig(), False),
+        (change_a_bit, SftConfig(freeze_layers=1), True),
+        (change_a_bit, SftConfig(lora=LORA), False),
+        (change_a_bit, SftConfig(lora=LORA), True),
+    ],
+    ids=["bit", "shape", "name", "frozen", "adapters", "below-adapters"],
+)
+def test_a_bucket_that_is_not_what_was_sent_is_refused_before_any_is_handed_out(
+    harm: Callable[[dict[str, Any]], None], config: SftConfig, frozen: bool, tmp_path: Path, store: dict[int, Any]
+) -> None:
+    model = policy_of(make_neox(tmp_path / "model"), config)
+    outbox = outbox_of(model, scale=1.5 if config.lora else None)
+    outbox.push()
+    policy: Any = outbox.push()
+    received(policy)
+    count = len(policy.trained.buckets)
+    number, harmed = (count + 1, policy.frozen.buckets[0]) if frozen else (1, policy.trained.buckets[0])
+    harm(store[harmed])
+    whole = count + len(policy.frozen.buckets)
+    with pytest.raises(WeightPushError, match=rf"^policy version 7: bucket {number} of {whole} \(.*\) is not what the learner has sent"):
+        policy.weights(7)
 
 
 def test_what_is_frozen_travels_once_and_all_of_an_ordinary_policy_each_time(tmp_path: Path) -> None:

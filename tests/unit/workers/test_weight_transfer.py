@@ -32,6 +32,15 @@ class Sides:
     def pushed_policy(self) -> PushedPolicy:
         return POLICY
 
+    def connect_nccl(self, engines: int, *, tensor_parallel: int) -> None:
+        self.calls.append(("connect", engines, tensor_parallel))
+
+    def broadcast_nccl(self, version: int) -> None:
+        self.calls.append(("broadcast", version))
+
+    def label(self, version: int) -> None:
+        """The engines have been told with the weights; the pool is, that those it loses cannot be replaced."""
+
     def load(self, policy: PushedPolicy, version: int) -> None:
         self.calls.append(("load", policy, version))
 
@@ -53,6 +62,14 @@ def test_weights_are_labelled_and_compared() -> None:
     assert (metrics["push/bytes"], metrics["push/share"]) == (100, 0.1)
     assert sides.calls[0] == ("load", POLICY, 7)
     assert sides.calls[1][0] == "logprobs"
+
+
+def test_over_nccl_the_version_travels_with_the_weights() -> None:
+    sides = Sides(apart=5e-4)
+    publisher = WeightPublisher(cast(RayLearner, sides), cast(VllmRolloutPool, sides), CANARIES, limit=1e-3, nccl_tensor_parallel=4)
+    metrics = publisher.publish(7)
+    assert sides.calls[:3] == [("connect", 2, 4), ("broadcast", 7), ("logprobs", CANARIES)]
+    assert "push/bytes" not in metrics and metrics["push/seconds"] >= 0
 
 
 @pytest.mark.parametrize("apart", [2e-3, -2e-3, math.nan])

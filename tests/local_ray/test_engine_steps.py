@@ -1,0 +1,72 @@
+"""A gradient that is not finite stops before it is in the weights: DeepSpeed's real engines, in a process of their own."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+ENGINES = """
+import json, os, sys
+import torch
+from app.config.shared import DeepSpeedConfig, OptimizerConfig
+from app.errors import NonFiniteError
+from app.numerics.policy_loss import clipped_policy_loss
+from app.workers.deepspeed_engine import backward_scaled, import_deepspeed, optimizer_step, start_engine
+
+os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+import_deepspeed().init_distributed(dist_backend="gloo", verbose=False)
+
+class Lifted(torch.nn.Module):  # a log-prob, `lift` nats above that of the proximal policy
+    def __init__(self):
+        super().__init__()
+        self.line = torch.nn.Linear(4, 1, bias=False)
+
+    def forward(self, lift):
+        logprobs_BT = self.line(torch.zeros(2, 3, 4, dtype=self.line.weight.dtype) + 1).float().squeeze(-1)
+        return logprobs_BT + lift
+
+def step(engine, lift):
+    current_BT = engine(lift)
+    proximal_BT = (current_BT - lift).detach()
+    loss = clipped_policy_loss(
+        current_BT, proximal_BT, torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool), clip=0.2, total_tokens=6
+    ).loss
+    assert torch.isfinite(loss)
+    backward_scaled(engine, loss)
+    return optimizer_step(engine, "policy, optimizer step 8")
+
+def weights(engine):
+    with import_deepspeed().zero.GatheredParameters(list(engine.module.parameters())):
+        return engine.module.line.weight.detach().clone()
+
+def attempt(precision, stage):
+    optimizer, ds = OptimizerConfig(lr=0.1), DeepSpeedConfig(extra={"zero_optimization": {"stage": stage}})
+    engine = start_engine(Lifted(), optimizer, ds, precision=precision, micro_batch_size=1, accumulation=1, total_steps=9)
+    start = weights(engine)
+    norm = step(engine, 0.1)
+    before = weights(engine)
+    assert not torch.equal(start, before), "a healthy step moves the weights"
+    try:
+        step(engine, 99.0)
+        said = ""
+    except NonFiniteError as error:
+        said = str(error)
+    return {"stage": engine.zero_optimization_stage(), "norm": norm, "said": said, "same": torch.equal(before, weights(engine))}
+
+print(json.dumps([attempt("fp32", 0), attempt("fp32", 1), attempt("fp32", 3), attempt("bf16", 1), attempt("bf16", 2)]))
+"""
+
+
+def test_a_loss_that_is_finite_and_its_gradient_not() -> None:
+    done = subprocess.run([sys.executable, "-c", ENGINES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    attempts = json.loads(done.stdout.splitlines()[-1])
+    assert [attempt["stage"] for attempt in attempts] == [0, 1, 3, 1, 2]
+    for attempt in attempts:
+        assert math.isfinite(attempt["norm"]) and attempt["norm"] > 0
+        assert attempt["said"].startswith("policy, optimizer step 8: the gradient norm is "), attempt
+        assert attempt["same"], "the weights have changed"
+    assert "the gradient norm is nan, before the step" in attempts[0]["said"]
+    assert all("the gradient norm is inf, and DeepSpeed has skipped the step" in attempt["said"] for attempt in attempts[1:])

@@ -1,0 +1,176 @@
+"""New weights in an engine that samples meanwhile: over NCCL a push is several calls, and to its requests one moment all the same."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from app.config.rollout import RolloutConfig
+from app.errors import WeightPushError
+from app.workers import nccl_transfer
+from app.workers.nccl_transfer import EngineActorsClient
+from app.workers.rollout_engine import RolloutEngine
+from app.workers.step_loop import StepLoop
+
+LONG = 10**6
+
+
+class Core:
+    """vLLM's engine and its workers: writes down what happens. A request is its number of steps."""
+
+    def __init__(self) -> None:
+        self.log: list[Any] = []
+        self.left: dict[str, int] = {}
+
+    def collective_rpc(self, method: str, args: tuple[Any, ...]) -> None:
+        self.log.append(method)
+        time.sleep(0.02)  # time for a step, if one were taken
+
+    def set_weight_version(self, version: str) -> None:
+        self.log.append(f"version {version}")
+
+    def add_request(self, name: str, steps: int, params: Any) -> str:
+        self.log.append(f"add {name}")
+        self.left[name] = steps
+        return name
+
+    def abort_request(self, names: list[str], *, internal: bool) -> None:
+        self.log.append(f"abort {' '.join(names)}")
+        for name in names:
+            del self.left[name]
+
+    def step(self) -> list[Any]:
+        self.log.append("step")
+        time.sleep(0.001)
+        self.left = {name: steps - 1 for name, steps in self.left.items()}
+        ended = [name for name, steps in self.left.items() if not steps]
+        for name in ended:
+            del self.left[name]
+        return [SimpleNamespace(finished=True, request_id=name) for name in ended]
+
+
+class Actor:
+    """An engine as Ray would run it: its calls share one event loop, in a thread of its own."""
+
+    def __init__(self, in_flight: str) -> None:
+        engine: Any = object.__new__(RolloutEngine)
+        self.core, self.landed = Core(), list[str]()
+        engine._config = RolloutConfig.model_validate({"in_flight": in_flight})
+        engine._sleeps, engine._flights, engine._numbers = False, {}, iter(range(100))
+        engine._core = engine._llm = self.core
+        engine._updating = False
+        engine._loop = StepLoop(engine._step, engine._busy, engine._crash)
+        self.engine = engine
+        self.events = asyncio.new_event_loop()
+        threading.Thread(target=self.events.run_forever, daemon=True).start()
+
+    def __getattr__(self, method: str) -> Any:
+        call = getattr(self.engine, method)
+        return SimpleNamespace(remote=lambda *args: asyncio.run_coroutine_threadsafe(call(*args), self.events))
+
+    def admit(self, steps: int) -> None:
+        def land(output: Any) -> None:
+            self.landed.append(output.request_id)
+
+        self.engine._loop.call(lambda: self.engine._admit(np.array(steps), None, land)).result(10)
+
+    def wait_for_step(self) -> None:
+        """Until the engine has taken one from now on."""
+        seen, end = len(self.core.log), time.monotonic() + 10
+        while "step" not in self.core.log[seen:]:
+            assert time.monotonic() < end
+            time.sleep(0.001)
+
+
+@pytest.fixture(autouse=True)
+def no_vllm_and_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = SimpleNamespace(tokens_input=lambda steps: steps)
+    for name, module in {"vllm": SimpleNamespace(), "vllm.inputs": SimpleNamespace(), "vllm.inputs.engine": inputs}.items():
+        monkeypatch.setitem(sys.modules, name, module)  # type: ignore[arg-type]
+
+    def get(calls: list[Future[Any]]) -> list[Any]:
+        return [call.result(10) for call in calls]
+
+    monkeypatch.setattr(nccl_transfer, "ray", SimpleNamespace(get=get))
+
+
+@pytest.fixture
+def actor(request: pytest.FixtureRequest) -> Iterator[Actor]:
+    actor = Actor(request.param)
+    yield actor
+    actor.engine._loop.call(actor.engine._flights.clear).result(10)  # its thread takes no more steps
+    actor.events.call_soon_threadsafe(actor.events.stop)
+
+
+def push(actor: Actor, version: int) -> list[Any]:
+    """What the engine did from the first call of a push to the next step, while it was given another request."""
+    client = EngineActorsClient([actor], tensor_parallel=1)
+    client.version = version
+    client.start_weight_update()
+    actor.admit(LONG)
+    client.update_weights({"names": []})
+    client.finish_weight_update()
+    actor.wait_for_step()
+    log = actor.core.log[actor.core.log.index("start_weight_update") :]
+    return log[: log.index("step") + 1]
+
+
+@pytest.mark.parametrize("actor", ["keep"], indirect=True)
+def test_no_step_is_taken_while_weights_come_in_and_what_is_in_flight_goes_on_under_the_new_ones(actor: Actor) -> None:
+    actor.admit(LONG)
+    actor.wait_for_step()
+    assert push(actor, 7) == ["start_weight_update", "add 1", "update_weights", "finish_weight_update", "version 7", "step"]
+    assert len(actor.core.left) == 2 and actor.landed == []
+
+
+@pytest.mark.parametrize("actor", ["redo"], indirect=True)
+def test_what_is_in_flight_starts_anew_before_the_next_step(actor: Actor) -> None:
+    actor.admit(LONG)
+    actor.wait_for_step()
+    begun = ["start_weight_update", "add 1", "update_weights", "finish_weight_update", "version 8"]
+    assert push(actor, 8) == [*begun, "abort 0 1", "add 2", "add 3", "step"]
+
+
+@pytest.mark.parametrize("actor", ["wait"], indirect=True)
+def test_a_push_that_waits_begins_when_nothing_is_in_flight(actor: Actor) -> None:
+    actor.admit(30)
+    log = push(actor, 9)
+    assert log == ["start_weight_update", "add 1", "update_weights", "finish_weight_update", "version 9", "step"]
+    assert actor.landed == ["0"] and actor.core.log.count("step") >= 30
+
+
+@pytest.mark.parametrize("actor", ["keep"], indirect=True)
+def test_after_a_push_that_broke_off_no_step_is_taken_before_a_whole_one(actor: Actor) -> None:
+    actor.admit(LONG)
+    client = EngineActorsClient([actor], tensor_parallel=1)
+    client.start_weight_update()
+    seen = len(actor.core.log)
+    time.sleep(0.05)
+    assert actor.core.log[seen:] == []
+    assert push(actor, 10)[-2:] == ["version 10", "step"]
+
+
+@pytest.mark.parametrize("actor", ["keep"], indirect=True)
+def test_weights_from_the_object_store_come_in_between_two_steps_or_not_at_all(actor: Actor) -> None:
+    def damaged(version: int) -> Iterator[Any]:
+        raise WeightPushError(f"policy version {version}: bucket 1 of 1 is not what the learner has sent")
+
+    actor.admit(LONG)
+    with pytest.raises(WeightPushError, match="policy version 4"):
+        actor.load_policy.remote(SimpleNamespace(weights=damaged), 4).result(10)
+    actor.wait_for_step()
+    assert set(actor.core.log) == {"add 0", "step"}, "it goes on as it was"
+    actor.load_policy.remote(SimpleNamespace(weights=lambda version: iter([{}, {}])), 5).result(10)
+    actor.wait_for_step()
+    log = actor.core.log[actor.core.log.index("start_weight_update") :]
+    assert log[:5] == ["start_weight_update", "update_weights", "update_weights", "finish_weight_update", "version 5"]
+    assert set(log[5:]) == {"step"}
