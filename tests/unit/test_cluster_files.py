@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,13 @@ ROOT = Path(__file__).resolve().parents[2]
 PYTHIA = sorted((ROOT / "jobs" / "recipes" / "pythia").glob("[!b]*.toml"))
 CLOUDS = ("cluster.yaml", "deploy/gcp.yaml")
 ALL = (*CLOUDS, "deploy/on_premise.yaml")
+COMMANDS = (
+    "initialization_commands",
+    "head_setup_commands",  # with setup_commands, which Ray puts before both
+    "worker_setup_commands",
+    "head_start_ray_commands",
+    "worker_start_ray_commands",
+)
 
 
 @cache
@@ -94,6 +103,31 @@ def test_nodes_authenticate_and_install_the_gpu_lock(name: str) -> None:
     assert pin is not None
     assert pin[1] in setup
     assert "requirements/cuda.txt" in setup
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_command_is_whole(name: str) -> None:
+    cluster = loaded(name)
+    commands = [(key, command) for key in COMMANDS for command in cluster[key]]
+    assert {"head_setup_commands", "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands"} <= {
+        key for key, _ in commands
+    }
+    for key, command in commands:
+        checked = subprocess.run(["bash", "-n", "-c", f"({command})"], capture_output=True, text=True, check=False)  # as Ray wraps it
+        assert (checked.returncode, checked.stderr) == (0, ""), f"{key}: {command}"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_nodes_shell_finds_ray_and_its_token_mode(name: str, tmp_path: Path) -> None:
+    (command,) = [command for command in loaded(name)["setup_commands"] if ".bashrc" in command]
+    home = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    for _ in range(2):  # `ray up` runs the commands again on nodes that are up
+        subprocess.run(["bash", "-c", command], env=home, check=True)
+    assert len((tmp_path / ".bashrc").read_text().splitlines()) == 1
+    shown = subprocess.run(
+        ["bash", "-c", "source ~/.bashrc; echo $PATH $RAY_AUTH_MODE"], env=home, capture_output=True, text=True, check=True
+    )
+    assert shown.stdout == f"{tmp_path}/venv/bin:{os.environ['PATH']} token\n"
 
 
 def test_machines_of_ones_own_are_all_kept() -> None:
