@@ -23,6 +23,8 @@ from app.planning.plan import make_plan
 ROOT = Path(__file__).resolve().parents[2]
 PYTHIA = sorted((ROOT / "jobs" / "recipes" / "pythia").glob("[!b]*.toml"))
 CLOUDS = ("cluster.yaml", "deploy/gcp.yaml")
+LOCK = (ROOT / "requirements" / "cuda.txt").read_text()
+DRIVER = 580  # the oldest NVIDIA driver for CUDA 13: https://docs.nvidia.com/cuda/cuda-toolkit-release-notes/
 ALL = (*CLOUDS, "deploy/on_premise.yaml")
 COMMANDS = (
     "initialization_commands",
@@ -128,6 +130,55 @@ def test_a_nodes_shell_finds_ray_and_its_token_mode(name: str, tmp_path: Path) -
         ["bash", "-c", "source ~/.bashrc; echo $PATH $RAY_AUTH_MODE"], env=home, capture_output=True, text=True, check=True
     )
     assert shown.stdout == f"{tmp_path}/venv/bin:{os.environ['PATH']} token\n"
+
+
+def image(node: dict[str, Any]) -> str:
+    config = node["node_config"]
+    found: str = config["ImageId"] if "InstanceType" in config else config["disks"][0]["initializeParams"]["sourceImage"]
+    return found
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_no_machine_is_left_with_an_image_of_rays_choice(name: str) -> None:
+    """Ray's is Ubuntu 18.04, whose C library is older than what torch's wheels need."""
+    for kind, node in loaded(name)["available_node_types"].items():
+        assert re.fullmatch(r"(resolve:ssm:/aws/service|projects)/\S+ubuntu\S+22\.?04\S*", image(node)), kind
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_images_of_gpu_machines_have_a_driver_for_the_locks_cuda(name: str) -> None:
+    assert re.search(r"^cuda-toolkit==13\.", LOCK, re.MULTILINE)
+    cluster = loaded(name)
+    for kind, node in cluster["available_node_types"].items():
+        driver = re.search(r"nvidia-(driver|\d+)", image(node))  # AWS names no number: the newest image, whose driver is 580 or later
+        if kind == cluster["head_node_type"]:
+            assert driver is None
+        else:
+            assert driver is not None
+            assert driver[1] == "driver" or int(driver[1]) >= DRIVER
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_python_comes_from_the_locks_uv(name: str) -> None:
+    """Ubuntu 22.04's own python3.11 is a release candidate, and installed without the headers that Triton compiles against."""
+    pin = re.search(r"^uv==([\d.]+)$", LOCK, re.MULTILINE)
+    setup = "\n".join(loaded(name)["setup_commands"])
+    assert pin is not None
+    assert f"https://astral.sh/uv/{pin[1]}/install.sh" in setup
+    assert "uv venv --managed-python --seed" in setup  # seed: with pip
+    assert "apt-get install -y python3" not in setup
+    assert "install -y gcc" in loaded(name)["worker_setup_commands"][-1]
+
+
+@pytest.mark.parametrize(("name", "package"), [("cluster.yaml", "boto3"), ("deploy/gcp.yaml", "google-api-python-client")])
+def test_the_head_can_start_workers(name: str, package: str) -> None:
+    """Its autoscaler needs the provider's client, which the lock has not; without a command of ours Ray installs one of its own choice."""
+    assert not re.search(rf"^{package}==", LOCK, re.MULTILINE)
+    cluster = loaded(name)
+    assert cluster["head_setup_commands"][len(cluster["setup_commands"]) :] == [
+        f"~/venv/bin/pip install --quiet --constraint ~/corral/requirements/cuda.txt {package}"
+    ]
+    assert f"pip install {package}" in (ROOT / name).read_text().partition("\ncluster_name:")[0]  # and the machine of `ray up` too
 
 
 def test_machines_of_ones_own_are_all_kept() -> None:
