@@ -99,6 +99,7 @@ def test_nodes_authenticate_and_install_the_gpu_lock(name: str) -> None:
     cluster = loaded(name)
     for command in (cluster["head_start_ray_commands"][-1], cluster["worker_start_ray_commands"][-1]):
         assert "RAY_AUTH_MODE=token" in command
+        assert command.startswith("ulimit -n 65536; ")  # as in Ray's own files: Ubuntu's 1024 are soon used up
     assert "~/.ray/auth_token" in cluster["file_mounts"].values()
     pin = re.search(r'"(torch==[\d.]+)"', (ROOT / "pyproject.toml").read_text())
     setup = "\n".join(cluster["setup_commands"])

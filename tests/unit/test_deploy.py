@@ -170,12 +170,18 @@ def test_the_build_context_holds_what_is_copied_and_nothing_else() -> None:
     assert lines[0] == "*" and kept == copied
 
 
+def test_an_apptainer_image_takes_no_packages_from_the_users_home() -> None:
+    environment = (DEPLOY / "corral.def").read_text().partition("%environment")[2].partition("\n%")[0]
+    assert "PYTHONNOUSERSITE=1" in environment  # Apptainer mounts it, and ~/.local comes before the image's own
+
+
 def test_prometheus_reads_the_file_that_ray_writes() -> None:
     constants = importlib.import_module("ray._private.ray_constants")
     config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
     (job,) = config["scrape_configs"]
     assert job["file_sd_configs"] == [{"files": [f"/tmp/ray/{constants.PROMETHEUS_SERVICE_DISCOVERY_FILE}"]}]
     monitor = yaml.safe_load((DEPLOY / "prometheus" / "podmonitor.yaml").read_text())
+    assert "release" in monitor["metadata"]["labels"]  # without it kube-prometheus-stack passes it over
     port = monitor["spec"]["podMetricsEndpoints"][0]["port"]
     assert all(port in {entry["name"] for entry in pods(document)[0]["containers"][0]["ports"]} for document in KUBERAY.values())
 
