@@ -62,6 +62,9 @@ POD = table(
         containers=rows(CONTAINER),
         initContainers=rows(CONTAINER),
         volumes=rows(VOLUME),
+        securityContext=table(
+            fsGroup=COUNT, fsGroupChangePolicy=one_of("OnRootMismatch", "Always"), runAsUser=COUNT, runAsGroup=COUNT, runAsNonRoot=FLAG
+        ),
         nodeSelector=WORDS,
         tolerations=rows(TOLERATION),
         serviceAccountName=STRING,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,16 @@ from app.planning.plan import make_plan
 ROOT = Path(__file__).resolve().parents[2]
 PYTHIA = sorted((ROOT / "jobs" / "recipes" / "pythia").glob("[!b]*.toml"))
 CLOUDS = ("cluster.yaml", "deploy/gcp.yaml")
+LOCK = (ROOT / "requirements" / "cuda.txt").read_text()
+DRIVER = 580  # the oldest NVIDIA driver for CUDA 13: https://docs.nvidia.com/cuda/cuda-toolkit-release-notes/
 ALL = (*CLOUDS, "deploy/on_premise.yaml")
+COMMANDS = (
+    "initialization_commands",
+    "head_setup_commands",  # with setup_commands, which Ray puts before both
+    "worker_setup_commands",
+    "head_start_ray_commands",
+    "worker_start_ray_commands",
+)
 
 
 @cache
@@ -88,12 +99,87 @@ def test_nodes_authenticate_and_install_the_gpu_lock(name: str) -> None:
     cluster = loaded(name)
     for command in (cluster["head_start_ray_commands"][-1], cluster["worker_start_ray_commands"][-1]):
         assert "RAY_AUTH_MODE=token" in command
+        assert command.startswith("ulimit -n 65536; ")  # as in Ray's own files: Ubuntu's 1024 are soon used up
     assert "~/.ray/auth_token" in cluster["file_mounts"].values()
     pin = re.search(r'"(torch==[\d.]+)"', (ROOT / "pyproject.toml").read_text())
     setup = "\n".join(cluster["setup_commands"])
     assert pin is not None
     assert pin[1] in setup
     assert "requirements/cuda.txt" in setup
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_command_is_whole(name: str) -> None:
+    cluster = loaded(name)
+    commands = [(key, command) for key in COMMANDS for command in cluster[key]]
+    assert {"head_setup_commands", "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands"} <= {
+        key for key, _ in commands
+    }
+    for key, command in commands:
+        checked = subprocess.run(["bash", "-n", "-c", f"({command})"], capture_output=True, text=True, check=False)  # as Ray wraps it
+        assert (checked.returncode, checked.stderr) == (0, ""), f"{key}: {command}"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_nodes_shell_finds_ray_and_its_token_mode(name: str, tmp_path: Path) -> None:
+    (command,) = [command for command in loaded(name)["setup_commands"] if ".bashrc" in command]
+    home = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    for _ in range(2):  # `ray up` runs the commands again on nodes that are up
+        subprocess.run(["bash", "-c", command], env=home, check=True)
+    assert len((tmp_path / ".bashrc").read_text().splitlines()) == 1
+    shown = subprocess.run(
+        ["bash", "-c", "source ~/.bashrc; echo $PATH $RAY_AUTH_MODE"], env=home, capture_output=True, text=True, check=True
+    )
+    assert shown.stdout == f"{tmp_path}/venv/bin:{os.environ['PATH']} token\n"
+
+
+def image(node: dict[str, Any]) -> str:
+    config = node["node_config"]
+    found: str = config["ImageId"] if "InstanceType" in config else config["disks"][0]["initializeParams"]["sourceImage"]
+    return found
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_no_machine_is_left_with_an_image_of_rays_choice(name: str) -> None:
+    """Ray's is Ubuntu 18.04, whose C library is older than what torch's wheels need."""
+    for kind, node in loaded(name)["available_node_types"].items():
+        assert re.fullmatch(r"(resolve:ssm:/aws/service|projects)/\S+ubuntu\S+22\.?04\S*", image(node)), kind
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_images_of_gpu_machines_have_a_driver_for_the_locks_cuda(name: str) -> None:
+    assert re.search(r"^cuda-toolkit==13\.", LOCK, re.MULTILINE)
+    cluster = loaded(name)
+    for kind, node in cluster["available_node_types"].items():
+        driver = re.search(r"nvidia-(driver|\d+)", image(node))  # AWS names no number: the newest image, whose driver is 580 or later
+        if kind == cluster["head_node_type"]:
+            assert driver is None
+        else:
+            assert driver is not None
+            assert driver[1] == "driver" or int(driver[1]) >= DRIVER
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_python_comes_from_the_locks_uv(name: str) -> None:
+    """Ubuntu 22.04's own python3.11 is a release candidate, and installed without the headers that Triton compiles against."""
+    pin = re.search(r"^uv==([\d.]+)$", LOCK, re.MULTILINE)
+    setup = "\n".join(loaded(name)["setup_commands"])
+    assert pin is not None
+    assert f"https://astral.sh/uv/{pin[1]}/install.sh" in setup
+    assert "uv venv --managed-python --seed" in setup  # seed: with pip
+    assert "apt-get install -y python3" not in setup
+    assert "install -y gcc" in loaded(name)["worker_setup_commands"][-1]
+
+
+@pytest.mark.parametrize(("name", "package"), [("cluster.yaml", "boto3"), ("deploy/gcp.yaml", "google-api-python-client")])
+def test_the_head_can_start_workers(name: str, package: str) -> None:
+    """Its autoscaler needs the provider's client, which the lock has not; without a command of ours Ray installs one of its own choice."""
+    assert not re.search(rf"^{package}==", LOCK, re.MULTILINE)
+    cluster = loaded(name)
+    assert cluster["head_setup_commands"][len(cluster["setup_commands"]) :] == [
+        f"~/venv/bin/pip install --quiet --constraint ~/corral/requirements/cuda.txt {package}"
+    ]
+    assert f"pip install {package}" in (ROOT / name).read_text().partition("\ncluster_name:")[0]  # and the machine of `ray up` too
 
 
 def test_machines_of_ones_own_are_all_kept() -> None:

@@ -15,8 +15,10 @@ from jsonschema import ValidationError
 
 from app.config.loading import load_recipe, with_values
 from app.config.recipe import Recipe
+from app.planning.cluster_file import cluster_from_file
 from app.planning.packing import NodeResources
 from app.planning.placement import check_feasible
+from app.planning.plan import make_plan
 from tests.unit.kuberay_schema import MANIFESTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,10 +99,31 @@ def test_pods_mount_the_shared_volume_and_reserve_what_they_may_use(name: str) -
         assert container["resources"]["requests"] == container["resources"]["limits"]
 
 
-def test_the_jobs_command_can_run_on_its_pods() -> None:
+@pytest.mark.parametrize("name", KUBERAY)
+def test_the_images_user_may_write_to_the_shared_volume(name: str) -> None:
+    user = re.search(r"useradd \S+ --uid (\d+) corral", (DEPLOY / "Containerfile").read_text())
+    assert user is not None
+    for pod in pods(KUBERAY[name]):  # a fresh volume belongs to root; looking through all its files at every start would take hours
+        assert pod["securityContext"] == {"fsGroup": int(user[1]), "fsGroupChangePolicy": "OnRootMismatch"}
+
+
+def job_recipe() -> Recipe:
     words = shlex.split(KUBERAY["rayjob"]["spec"]["entrypoint"])
     assert words[:4] == ["python", "-m", "jobs", "ppo"]
-    recipe = load_recipe(words[4].replace("/opt/corral", str(ROOT)), words[5:])
+    return load_recipe(words[4].replace("/opt/corral", str(ROOT)), words[5:])
+
+
+def test_a_stopped_job_has_the_time_that_corral_submit_would_give_it() -> None:
+    recipe = job_recipe()
+    variables = yaml.safe_load(KUBERAY["rayjob"]["spec"]["runtimeEnvYAML"])["env_vars"]
+    assert variables == {"RAY_JOB_STOP_WAIT_TIME_S": str(int(recipe.run.deadline_seconds))}
+    (stage,) = make_plan(recipe, "ppo", cluster_from_file(ROOT / "cluster.yaml")).stages
+    assert stage.timing is not None and stage.timing.seconds_per_step is not None
+    assert float(variables["RAY_JOB_STOP_WAIT_TIME_S"]) > 2 * stage.timing.seconds_per_step  # it ends its step first
+
+
+def test_the_jobs_command_can_run_on_its_pods() -> None:
+    recipe = job_recipe()
     assert recipe.run.dir.startswith("/shared/") and recipe.model.path.startswith("/shared/")
     workers = pods(KUBERAY["rayjob"])[1:]
     offers = [pod["containers"][0]["resources"]["limits"] for pod in workers]
@@ -147,12 +170,18 @@ def test_the_build_context_holds_what_is_copied_and_nothing_else() -> None:
     assert lines[0] == "*" and kept == copied
 
 
+def test_an_apptainer_image_takes_no_packages_from_the_users_home() -> None:
+    environment = (DEPLOY / "corral.def").read_text().partition("%environment")[2].partition("\n%")[0]
+    assert "PYTHONNOUSERSITE=1" in environment  # Apptainer mounts it, and ~/.local comes before the image's own
+
+
 def test_prometheus_reads_the_file_that_ray_writes() -> None:
     constants = importlib.import_module("ray._private.ray_constants")
     config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
     (job,) = config["scrape_configs"]
     assert job["file_sd_configs"] == [{"files": [f"/tmp/ray/{constants.PROMETHEUS_SERVICE_DISCOVERY_FILE}"]}]
     monitor = yaml.safe_load((DEPLOY / "prometheus" / "podmonitor.yaml").read_text())
+    assert "release" in monitor["metadata"]["labels"]  # without it kube-prometheus-stack passes it over
     port = monitor["spec"]["podMetricsEndpoints"][0]["port"]
     assert all(port in {entry["name"] for entry in pods(document)[0]["containers"][0]["ports"]} for document in KUBERAY.values())
 
