@@ -15,6 +15,7 @@ from app.config.recipe import Recipe
 from app.errors import ConfigError
 from jobs.inputs import check_inputs
 from jobs.main import main
+from jobs.resuming import require_unfinished
 
 RECIPES = Path(__file__).resolve().parents[3] / "jobs" / "recipes"
 TINY = str(RECIPES / "tiny" / "pipeline.toml")
@@ -268,6 +269,33 @@ def test_resume_goes_on_only_where_there_is_a_run(refused: Refused, tmp_path: Pa
     error = refused("tune", str(RECIPES / "tiny" / "tune.toml"), "--resume", f"--run.dir={tmp_path / 'run'}")
     assert "holds no run to go on with" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_there_is_nothing_to_resume_of_a_finished_run(refused: Refused, tmp_path: Path) -> None:
+    """Said before anything starts; what the same command without --resume takes as done (tests/e2e), and what is still to do, is not."""
+    from app.run_folder import RunFolder
+
+    folder = tmp_path / "run"
+    recipe = load_recipe(TINY, [f"--run.dir={folder}"])
+    run = RunFolder.open(recipe, "pipeline")
+    run.record_data("0" * 64)
+    for stage in ("sft", "rm", "ppo"):
+        (run.stage(stage) / "model").mkdir()
+        (run.stage(stage) / "model" / "weights").write_text(stage)
+        run.finish(stage, {}, {})
+    require_unfinished(recipe, "pipeline")  # killed before its summary
+    run.end_session("finished")
+    before = (folder / "manifest.json").read_bytes()
+    error = refused("pipeline", TINY, "--resume", f"--run.dir={folder}")
+    assert f"run folder {folder} is finished" in error and "nothing is left to resume" in error
+    assert "finished" in refused("sft", TINY, "--resume", f"--run.dir={folder}")
+    assert "ppo.steps was" in refused("pipeline", TINY, "--resume", f"--run.dir={folder}", "--ppo.steps=7")
+    assert (folder / "manifest.json").read_bytes() == before
+    for command in ("tune", "evaluate"):
+        require_unfinished(recipe, command)  # a stage that is missing; a comparison that is made anew each time
+    require_unfinished(with_values(recipe, {"run.storage": "memory://kept"}), "pipeline")  # which may lack the last changes
+    (folder / "rm" / "model" / "weights").write_text("damaged")
+    require_unfinished(recipe, "pipeline")
 
 
 def test_a_search_is_not_resumed_with_another_space(refused: Refused, tmp_path: Path) -> None:
