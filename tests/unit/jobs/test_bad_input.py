@@ -330,6 +330,13 @@ def test_a_search_that_cannot_begin(refused: Refused, tmp_path: Path, monkeypatc
 def test_resume_goes_on_only_where_there_is_a_run(refused: Refused, tmp_path: Path) -> None:
     error = refused("tune", str(RECIPES / "tiny" / "tune.toml"), "--resume", f"--run.dir={tmp_path / 'run'}")
     assert "holds no run to go on with" in error
+    kept = tmp_path / "kept"
+    stored = load_recipe(TINY, [f"--run.dir={tmp_path / 'run'}", f"--run.storage={kept}"])
+    with pytest.raises(ConfigError, match=f"and neither does {kept}"):
+        require_unfinished(stored, "pipeline")
+    kept.mkdir()
+    (kept / "manifest.json").write_text("{}")
+    require_unfinished(stored, "pipeline")  # an empty run.dir is filled from there
     assert not (tmp_path / "run").exists()
 
 
