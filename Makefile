@@ -40,7 +40,7 @@ test: unit
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/local_ray tests/e2e
 
 unit: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical app/numerics tests/unit tests/oracle
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical tests/unit tests/oracle
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,8 +59,35 @@ def check_inputs(recipe: Recipe, command: str) -> None:
             f"reward.path is not set and `corral {command}` needs a reward model: "
             "give the folder that `corral rm` or `corral pipeline` left as DIR/rm/model"
         )
+    _check_vocabularies(recipe, command)
     if command == "tune":
         _check_search(recipe)
+
+
+def doubts(recipe: Recipe, command: str) -> list[str]:
+    """What is allowed and yet hardly meant, to be told before hours are spent on it."""
+    return recipe.ppo.doubts() if command in MIX_COMMANDS else []
+
+
+def _scorers(recipe: Recipe, command: str) -> Iterator[tuple[str, str]]:
+    """(key, path) of every given reward model that scores the token ids of the policy."""
+    if command in REWARD_COMMANDS and recipe.reward.path is not None:
+        yield "reward.path", recipe.reward.path
+    if command in MIX_COMMANDS:
+        for name, part in recipe.reward.parts.items():
+            if isinstance(part, RewardModelPart):
+                yield from ((f"reward.parts.{name}.paths", path) for path in part.paths)
+
+
+def _check_vocabularies(recipe: Recipe, command: str) -> None:
+    """Whether reward models and policy have one tokenizer, where both are local folders; others are looked at when they are there."""
+    if not Path(recipe.model.path).expanduser().is_dir() or recipe.model.path in BUILT_IN_MODELS:
+        return
+    for key, path in _scorers(recipe, command):
+        if Path(path).expanduser().is_dir():
+            from app.models.vocabulary import require_same_vocabulary
+
+            require_same_vocabulary(path, recipe.model.path, name=key, trust_remote_code=recipe.model.trust_remote_code)
 
 
 def _check_search(recipe: Recipe) -> None:
@@ -119,13 +147,16 @@ def _check_source(path: str | None) -> None:
 
 
 def _check_lengths(recipe: Recipe, command: str) -> None:
-    """Whether sequences fit the model, where that is known without asking a hub."""
+    """Whether sequences fit the models, where that is known without asking a hub."""
     context = context_of(recipe.model.path)
     if command in SEQUENCE_COMMANDS or _mixes_pretraining(recipe, command):
         require_context(context, recipe.data.max_length, "data.max_length")
     if command != "sft":
         longest = recipe.data.max_prompt_length + recipe.rollout.max_new_tokens
-        require_context(context, longest, "data.max_prompt_length + rollout.max_new_tokens")
+        keys = "data.max_prompt_length + rollout.max_new_tokens"
+        require_context(context, longest, keys)
+        for key, path in _scorers(recipe, command):
+            require_context(context_of(path), longest, keys, f"{key} = {path}")
 
 
 def _check_colocation(recipe: Recipe) -> None:

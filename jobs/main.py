@@ -7,7 +7,6 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from app.errors import ConfigError, CorralError
@@ -39,6 +38,7 @@ from jobs import (
     tuning,
 )
 from jobs.command import Command, Tool
+from jobs.resuming import require_unfinished
 
 RECIPE_COMMANDS: dict[str, Command] = {
     "pipeline": pipeline.COMMAND,
@@ -119,8 +119,8 @@ def _dispatch(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from app.config.loading import load_recipe, to_toml
 
     recipe = load_recipe(arguments.recipe, overrides)
-    if arguments.resume and not (Path(recipe.run.dir) / "manifest.json").is_file():
-        raise ConfigError(f"--resume: {recipe.run.dir} holds no run to go on with: correct --run.dir, or leave --resume out to begin one")
+    if arguments.resume:
+        require_unfinished(recipe, arguments.command)
     if arguments.dry_run:
         from jobs.dry_run import sizes
 
@@ -180,7 +180,7 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         )
         sub.add_argument("recipe", metavar="RECIPE", help="TOML file; any of its keys may follow as --dotted.key=value")
         sub.add_argument(
-            "--resume", action="store_true", help="only go on with the run in run.dir, which any command does where there is one"
+            "--resume", action="store_true", help="only go on with the unfinished run in run.dir, which any command does where there is one"
         )
         sub.add_argument("--dry-run", action="store_true", help="print the resolved recipe, the derived sizes and the placement, and stop")
     for name, tool in TOOLS.items():

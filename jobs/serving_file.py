@@ -14,6 +14,7 @@ from jobs.serving import APPLICATION, Service, check
 
 if TYPE_CHECKING:
     from app.config.serving import ChatModelConfig, ServedModelConfig
+    from app.schema import Config, PathMark
 
 HEADER = """\
 # For `serve deploy FILE`, on a cluster where Corral can be imported; `corral serve build` wrote it.
@@ -75,19 +76,28 @@ def _chat(service: Service) -> list[dict[str, Any]]:
 
 def _entries(models: Mapping[str, ServedModelConfig | ChatModelConfig]) -> dict[str, dict[str, Any]]:
     """Every value, also the defaults, so that the file says what there is to edit; paths as seen from anywhere."""
+    return {name: model.model_dump(mode="json", exclude_none=True) | _paths(model) for name, model in models.items()}
+
+
+def _paths(config: Config) -> dict[str, str]:
+    """The paths of a config itself, as seen from anywhere."""
+    from app.config.paths import named_paths
     from app.models.load import seen_from_anywhere
 
-    entries = {name: model.model_dump(mode="json", exclude_none=True) for name, model in models.items()}
-    return {name: {**entry, "path": seen_from_anywhere(entry["path"])} for name, entry in entries.items()}
+    def seen(path: str, mark: PathMark) -> str:
+        return str(Path(path).expanduser().absolute()) if mark.written else seen_from_anywhere(path)
+
+    return {
+        named.key: seen(named.value, named.mark) for named in named_paths(config) if isinstance(named.value, str) and "." not in named.key
+    }
 
 
 def _shared_arguments(service: Service) -> dict[str, Any]:
     model, doors = service.recipe.model, service.doors.model_dump(mode="json", exclude={"models", "chat"}, exclude_none=True)
-    files = {key: str(Path(doors[key]).expanduser().absolute()) for key in ("token_file", "access_log") if key in doors}
     return {
         "model.precision": model.precision,
         "model.trust_remote_code": model.trust_remote_code,
-        **{f"serving.{key}": value for key, value in (doors | files).items()},
+        **{f"serving.{key}": value for key, value in (doors | _paths(service.doors)).items()},
     }
 
 

@@ -38,7 +38,7 @@ def session(recipe: Recipe, command: str) -> Iterator[Session]:
     from app.tracking import RunTracker
     from app.workers.watchdog import watching
     from jobs import local_ray
-    from jobs.inputs import check_inputs, read_data
+    from jobs.inputs import check_inputs, doubts, read_data
     from jobs.run_storage import mirrored
     from jobs.shared_folder import require_shared
 
@@ -59,6 +59,8 @@ def session(recipe: Recipe, command: str) -> Iterator[Session]:
                 watching(run.path / "logs", note=tracker.note, early_share=recipe.run.stacks_after),
             ):
                 require_shared(run.path)
+                for text in doubts(recipe, command):
+                    tracker.note(text)
                 yield Session(run, corpus, tracker)
     for name in ("summary.json", "report.html"):
         if (run.path / name).is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import shlex
 import sys
 from pathlib import Path
@@ -79,17 +80,23 @@ def followed(server: JobServer, job: str) -> int:
 
 
 def located(recipe: Recipe, package: Package) -> list[str]:
-    """Overrides that make paths absolute: the run folder, and local data and models that do not go along with the job."""
-    paths = {"run.dir": recipe.run.dir, "model.path": recipe.model.path, "reward.path": recipe.reward.path}
-    if recipe.data.sets:
-        paths |= {f"data.sets.{name}.path": given.path for name, given in recipe.data.sets.items()}
-    else:
-        paths["data.path"] = recipe.data.path
-    return [
-        f"--{key}={Path(path).expanduser().absolute()}"
-        for key, path in paths.items()
-        if path is not None and (key == "run.dir" or (Path(path).expanduser().exists() and not package.holds(Path(path).expanduser())))
-    ]
+    """Overrides that make paths absolute: what is written, and what is there to be read and does not go along with the job."""
+    from app.config.loading import toml_value
+    from app.config.paths import named_paths
+
+    overrides = []
+    for named in named_paths(recipe):
+        placed = [str(Path(path).expanduser().absolute()) if named.mark.written or _stays(path, package) else path for path in named.all]
+        if placed != list(named.all):
+            overrides.append(f"--{named.key}={placed[0] if isinstance(named.value, str) else toml_value(placed)}")
+    return overrides
+
+
+def _stays(path: str, package: Package) -> bool:
+    """Whether a file, a folder, or anything that a glob finds, is there and does not go along."""
+    here = Path(path).expanduser()
+    found = [here] if here.exists() else [Path(name) for name in glob.glob(str(here), recursive=True)]
+    return not all(package.holds(file) for file in found)
 
 
 def runtime_environment(recipe: Recipe, package: Package, lock: str | None) -> dict[str, Any]:

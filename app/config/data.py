@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from app.schema import Config
+from app.schema import Config, InputPath
 
 SHARED = ("lang", "top_k", "phrases", "fill_min_length", "max_characters", "val_split", "max_val_set")
 """Options of the `data` section that a data set may have of its own."""
@@ -65,7 +65,7 @@ FormatName = Literal["auto", "oasst", "hh", "ranking", "preference", "messages",
 class SetConfig(Config):
     """One data set of a mixture. What is not set here is as in the `data` section."""
 
-    path: str | None = None
+    path: InputPath | None = None
     """File, folder, glob, URL or hub name; without one, the set's name is looked up in the table of public sets."""
     format: FormatName = "auto"
     columns: ColumnsConfig = ColumnsConfig()
@@ -105,7 +105,7 @@ class SetConfig(Config):
 class DataConfig(Config):
     """Conversations: where they are and how they are read."""
 
-    path: str = "embedded"
+    path: InputPath = "embedded"
     """File, folder, glob, URL or hub name; `embedded` generates the built-in task."""
     format: FormatName = "auto"
     """Row format; `auto` looks at the first row, or at data.columns."""

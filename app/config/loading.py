@@ -198,12 +198,20 @@ def _inside_table(key: RecipeKey, inner: str, value: Any, settings: Settings) ->
     """The table of `key` with one more entry; several overrides may fill one table."""
     there = settings[key.name].value if key.name in settings else None
     table: dict[str, Any] = copy.deepcopy(there) if isinstance(there, dict) else {}
-    parts = inner.split(".") if key.is_nested_table else [inner]
+    parts = _path_inside(key, inner, table)
     target = table
     for part in parts[:-1]:
         target = target.setdefault(part, {})
     target[parts[-1]] = value
     return table
+
+
+def _path_inside(key: RecipeKey, inner: str, table: Mapping[str, Any]) -> list[str]:
+    """The parts of a dotted name behind `key`. An entry that is there may have dots in its own name, as a served model may."""
+    if not key.is_nested_table:
+        return [inner]
+    entry = max((name for name in table if inner.startswith(f"{name}.")), key=len, default=None)
+    return inner.split(".") if entry is None else [entry, *inner.removeprefix(f"{entry}.").split(".")]
 
 
 def _build(settings: Settings, source: str) -> Recipe:

@@ -269,6 +269,12 @@ class PpoConfig(Config):
         """Of the whole run: all of the critic's, or what the warm-up leaves to the policy."""
         return (self.steps - (self.critic_warmup_steps if of_policy else 0)) * self.epochs * self.minibatches
 
+    def doubts(self) -> list[str]:
+        """What is allowed and yet hardly meant."""
+        trained = [("ppo.policy", self.policy, True)] + ([("ppo.critic", self.critic, False)] if self.has_critic_model else [])
+        told = [optimizer.doubt(key, self.optimizer_steps(of_policy=of_policy)) for key, optimizer, of_policy in trained]
+        return [text for text in told if text is not None]
+
     @property
     def prompts_carried_over(self) -> int:
         """Prompts that a batch leaves to the next one."""

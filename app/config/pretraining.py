@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from app.config.data import ColumnsConfig, FormatName, SetConfig
-from app.schema import Config
+from app.schema import Config, InputPath
 
 
 class PretrainingConfig(Config):
@@ -13,7 +13,7 @@ class PretrainingConfig(Config):
 
     coef: float = Field(0.0, ge=0)
     """Weight of the mean loss per target token; 0 turns it off, and nothing is read."""
-    path: str | None = None
+    path: InputPath | None = None
     """File, folder, glob, URL or hub name of what SFT can learn from, read and cut as `data` says; raw text is learnt whole."""
     format: FormatName = "auto"
     """Row format; `auto` looks at the first row, or at columns."""

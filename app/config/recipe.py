@@ -71,11 +71,49 @@ class Recipe(Config):
                 f"ppo.carry_over = {self.ppo.carry_over:g} lets responses go on under new weights, and rollout.in_flight = "
                 f'"{self.rollout.in_flight}" does not: set rollout.in_flight = "keep", or ppo.carry_over = 0'
             )
-        if self.ppo.carry_over and self.rollout.colocate:
+        return self
+
+    @model_validator(mode="after")
+    def _lag_has_engines_at_work(self) -> Recipe:
+        lag, in_flight = self.ppo.max_lag, self.rollout.in_flight
+        if lag and self.rollout.colocate:
             raise ValueError(
-                f"ppo.carry_over = {self.ppo.carry_over:g} keeps the engines awake on the GPUs that rollout.colocate = true shares with "
-                "the learner: set ppo.carry_over = 0, or rollout.colocate = false"
+                f"ppo.max_lag = {lag} has the engines sample while the learner works, on the GPUs that rollout.colocate = true shares "
+                "with it: set ppo.max_lag = 0, or rollout.colocate = false"
             )
+        if not lag and in_flight != "keep":
+            raise ValueError(
+                f'rollout.in_flight = "{in_flight}" is about responses that are sampled while the learner works, and ppo.max_lag = 0 has '
+                'none: set ppo.max_lag = 1 or more, or rollout.in_flight = "keep"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engines_hold_prompt_and_answer(self) -> Recipe:
+        context, prompt, answer = self.rollout.max_model_len, self.data.max_prompt_length, self.rollout.max_new_tokens
+        if context is not None and context < prompt + answer:
+            raise ValueError(
+                f"rollout.max_model_len = {context} is too short for a prompt of data.max_prompt_length = {prompt} tokens and an answer "
+                f"of rollout.max_new_tokens = {answer}: raise it to {prompt + answer}, leave it out, or lower one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _some_answers_end(self) -> Recipe:
+        shaping = self.ppo.reward
+        if self.rollout.ignore_eos and (shaping.missing_eos_score is not None or shaping.missing_eos_penalty):
+            name = "missing_eos_penalty" if shaping.missing_eos_penalty else "missing_eos_score"
+            off = 0 if shaping.missing_eos_penalty else '"null"'
+            raise ValueError(
+                f"rollout.ignore_eos = true samples every response to its token limit, and ppo.reward.{name} = "
+                f"{getattr(shaping, name):g} is for those that run into it: set ppo.reward.{name} = {off}, or rollout.ignore_eos = false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _precision_can_be_trained_in(self) -> Recipe:
+        for name, section in (("sft", self.sft), ("rm", self.rm), ("ppo", self.ppo)):
+            section.deepspeed.require_precision(self.model.precision, f"{name}.deepspeed")
         return self
 
     @model_validator(mode="after")

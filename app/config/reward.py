@@ -12,7 +12,7 @@ from pydantic import Field, ModelWrapValidatorHandler, WrapValidator, field_vali
 from app.rewards import REWARDS
 from app.rewards.part import RewardPart
 from app.rewards.reward_model import RewardModelPart
-from app.schema import Config
+from app.schema import Config, InputPath
 
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 SINGLE = "reward_model"
@@ -36,7 +36,7 @@ def of_kind(given: Any, handler: ModelWrapValidatorHandler[RewardPart]) -> Rewar
 class RewardConfig(Config):
     """One reward model (`path`), or a mix of named parts."""
 
-    path: str | None = None
+    path: InputPath | None = None
     """Reward-model folder: the reward where `parts` is empty. PPO's critic starts from it and it judges the evaluation.
     `corral pipeline` fills it with the one it trains."""
     parts: dict[str, Annotated[RewardPart, WrapValidator(of_kind)]] = Field(default_factory=dict)

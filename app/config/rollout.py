@@ -20,23 +20,23 @@ class RolloutConfig(Config):
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus sampling. Only 1.0 is exact for PPO, so anything else is refused."""
     ignore_eos: bool = False
-    """Sample to the token limit whatever comes (benchmarks)."""
+    """Sample to the token limit whatever comes (benchmarks); it needs ppo.reward.missing_eos_score = "null"."""
     engines: WorkersConfig = WorkersConfig()
     """`count` engines; `gpus` per engine is its tensor-parallel size where it is above 1."""
     min_engines: int | None = Field(None, ge=1)
     """Sample as soon as this many engines are up, and go on while no fewer are; the others join whenever the cluster has room for them.
     Default: all of them, all the time."""
     max_model_len: int | None = Field(None, ge=16)
-    """Context length of the engine; default: longest prompt + max_new_tokens."""
+    """Context length of the engine, at least data.max_prompt_length + max_new_tokens; default: longest prompt + max_new_tokens."""
     kv_cache_gib: float = Field(0.5, gt=0)
     """KV cache of a CPU engine, GiB."""
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
     """Share of a GPU's memory that the engine may use."""
     colocate: bool = False
-    """Engines share the learners' GPUs and sleep while the learner works."""
+    """Engines share the learners' GPUs and sleep while the learner works, which needs ppo.max_lag = 0."""
     in_flight: Literal["keep", "redo", "wait"] = "keep"
-    """What happens to unfinished responses when new weights arrive (ppo.max_lag > 0): they go on under the new weights, each token
-    labelled with its policy version; start anew under them; or end first, while the push waits."""
+    """What happens to unfinished responses when new weights arrive, which takes ppo.max_lag > 0: they go on under the new weights, each
+    token labelled with its policy version; start anew under them; or end first, while the push waits."""
     max_restarts: int = Field(3, ge=0)
     """Engine processes that may be lost and replaced in the course of a run before it stops."""
     transfer: Literal["auto", "object_store", "nccl"] = "auto"

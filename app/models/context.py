@@ -22,7 +22,8 @@ def context_of(path: str) -> int | None:
     return length if isinstance(length, int) else None
 
 
-def require_context(context: int | None, tokens: int, keys: str) -> None:
-    """Raises ConfigError when sequences of `tokens`, which the recipe keys `keys` allow, are longer than the model takes."""
+def require_context(context: int | None, tokens: int, keys: str, model: str = "the model") -> None:
+    """Raises ConfigError when sequences of `tokens`, which the recipe keys `keys` allow, are longer than the model takes. model: how the
+    message calls it."""
     if context is not None and tokens > context:
-        raise ConfigError(f"{keys} = {tokens} tokens, and the model's context is {context}: lower it, or take another model")
+        raise ConfigError(f"{keys} = {tokens} tokens, and {model}'s context is {context}: lower it, or take another model")

@@ -11,13 +11,14 @@ from app.errors import ScoringError, first_line
 from app.experience import IntArray, Rollout
 from app.interfaces import Pending, Scorer
 from app.rewards.part import Failed, RewardPart
+from app.schema import InputPath
 
 
 class RewardModelPart(RewardPart):
     """The score of a reward model, or of an ensemble of them."""
 
     type: Literal["reward_model"]
-    paths: tuple[str, ...] = ()
+    paths: tuple[InputPath, ...] = ()
     """Reward-model folders, all of the policy's vocabulary; more than one are an ensemble. Default: `reward.path`."""
     combine: Literal["mean", "min"] = "mean"
     """The ensemble's score: the mean of its models' scores, or the lowest."""

@@ -20,6 +20,9 @@ def train(
 ) -> TrainingResult:
     """Train on the rows that `mixture` describes; SIGINT and SIGTERM end it with a checkpoint and Interrupted. Raises what `fit` raises."""
     steps = training_steps(config, mixture.rows_per_epoch)
+    doubt = config.optimizer.doubt(f"{task.stage}.optimizer", steps)
+    if doubt:
+        tracker.note(doubt)
     tracker.begin(task.stage, steps)
     with stop_requests() as stop_requested:
         result = fit(

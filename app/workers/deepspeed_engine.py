@@ -38,13 +38,9 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """The DeepSpeed JSON of one engine. `precision` is fp32, bf16 or fp16; `ds.extra` is merged last, section by section.
 
-    `accumulation` counts micro-batches per optimizer step on each worker. Raises ConfigError for ZeRO 0 in 16 bits, where
-    DeepSpeed's optimizer starts Adam's moments one step off and scales no fp16 loss.
+    `accumulation` counts micro-batches per optimizer step on each worker. Raises ConfigError as `DeepSpeedConfig.require_precision`.
     """
-    if ds.zero_stage == 0 and precision != "fp32":
-        raise ConfigError(
-            f'deepspeed.zero_stage = 0 trains wrongly in {precision}: set deepspeed.zero_stage = 1, or model.precision = "fp32"'
-        )
+    ds.require_precision(precision)
     zero: dict[str, Any] = {"stage": ds.zero_stage}
     if ds.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}

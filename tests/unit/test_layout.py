@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("app", "serve", "jobs")
 MODULES = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 MAX_LINES = 400
+REACH_ENGINES = {"app.workers", "app.stages", "app.evaluation"}
+"""Of app/, what may import ray, deepspeed or vllm."""
 VAGUE = {"utils", "util", "common", "misc", "helpers"}
 
 
@@ -20,6 +23,17 @@ def test_imports_point_downwards() -> None:
     script = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_no_module_stands_outside_the_contracts() -> None:
+    """One that no layer names may import anything, and be imported from anywhere."""
+    inside = {f"app.{path.stem}" for path in (ROOT / "app").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    modules = inside - {"app.__init__"}
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers, light = (next(contract for contract in contracts if contract["type"] == kind) for kind in ("layers", "forbidden"))
+    named = [name for layer in layers["layers"] for name in layer.split(" | ")]
+    assert sorted(named) == sorted({*modules, "serve", "jobs"})
+    assert sorted(light["source_modules"]) == sorted(modules - REACH_ENGINES)
 
 
 @pytest.mark.parametrize(

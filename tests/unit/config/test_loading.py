@@ -159,6 +159,18 @@ NO_CRITIC = ["--ppo.algorithm.name=rloo", "--ppo.samples_per_prompt=4"]
             [*VALUE_HEAD, "--ppo.critic_warmup_steps=2", "--ppo.policy.weight_decay=0.1"],
             ["would shrink the policy", "set ppo.policy.weight_decay = 0"],
         ),
+        (["--ppo.max_lag=1", "--rollout.colocate=true"], ["ppo.max_lag = 1 has the engines sample", "rollout.colocate = false"]),
+        (["--rollout.in_flight=redo"], ['rollout.in_flight = "redo"', "ppo.max_lag = 0 has none", 'rollout.in_flight = "keep"']),
+        (["--rollout.in_flight=wait"], ['rollout.in_flight = "wait"', "set ppo.max_lag = 1 or more"]),
+        (["--rollout.max_model_len=319"], ["rollout.max_model_len = 319 is too short", "raise it to 320, leave it out"]),
+        (["--rollout.ignore_eos=true"], ["ppo.reward.missing_eos_score = -1", 'set ppo.reward.missing_eos_score = "null"']),
+        (
+            ["--rollout.ignore_eos=true", "--ppo.reward.missing_eos_score=null", "--ppo.reward.missing_eos_penalty=2"],
+            ["ppo.reward.missing_eos_penalty = 2", "set ppo.reward.missing_eos_penalty = 0"],
+        ),
+        (["--model.precision=bf16", "--ppo.deepspeed.zero_stage=0"], ["trains wrongly in bf16: set ppo.deepspeed.zero_stage = 1"]),
+        (["--model.precision=fp16", "--sft.deepspeed.zero_stage=0"], ["trains wrongly in fp16: set sft.deepspeed.zero_stage = 1"]),
+        (["--model.precision=bf16", "--rm.deepspeed.zero_stage=0"], ["rm.deepspeed.zero_stage = 0", 'model.precision = "fp32"']),
         (["--ppo.pretraining.coef=1"], ["weighs the loss on text that is not given", "set path"]),
         (
             [*TEXTS, "--ppo.pretraining.batch_size=30", "--ppo.workers.count=2"],
@@ -169,6 +181,44 @@ NO_CRITIC = ["--ppo.algorithm.name=rloo", "--ppo.samples_per_prompt=4"]
 def test_options_that_contradict_each_other_are_refused(recipe: Path, overrides: list[str], parts: list[str]) -> None:
     message = refusal(recipe, *overrides)
     assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["--rollout.colocate=true"],
+        ["--ppo.max_lag=1", "--rollout.in_flight=redo"],
+        ["--rollout.max_model_len=320"],
+        ["--rollout.ignore_eos=true", "--ppo.reward.missing_eos_score=null"],
+        ["--model.precision=bf16", "--ppo.deepspeed.zero_stage=1"],
+        ["--ppo.deepspeed.zero_stage=0"],
+    ],
+)
+def test_what_looks_like_a_contradiction_and_is_none(recipe: Path, overrides: list[str]) -> None:
+    load_recipe(recipe, overrides)
+
+
+def test_a_warm_up_that_the_training_ends_in_is_told(recipe: Path) -> None:
+    """Not refused: a few steps of a long recipe are how one tries it out."""
+    told = load_recipe(
+        recipe, ["--ppo.steps=4", "--ppo.epochs=2", "--ppo.policy.warmup_steps=16", "--ppo.critic.warmup_steps=8"]
+    ).ppo.doubts()
+    assert told == [
+        "ppo.policy.warmup_steps = 16 is more than the 8 optimizer steps of this training: the rate rises to 50% of ppo.policy.lr; "
+        "lower the one, or raise the other"
+    ]
+    one_less = [
+        "--ppo.steps=4",
+        "--ppo.epochs=2",
+        "--ppo.critic_warmup_steps=1",
+        "--ppo.policy.warmup_steps=7",
+        "--ppo.critic.warmup_steps=9",
+    ]
+    assert [text.split()[0] for text in load_recipe(recipe, one_less).ppo.doubts()] == [
+        "ppo.policy.warmup_steps",
+        "ppo.critic.warmup_steps",
+    ]
+    assert load_recipe(recipe, [*NO_CRITIC, "--ppo.steps=4"]).ppo.doubts() == []
 
 
 def test_changing_the_algorithm_alone_leaves_what_was_inherited(recipe: Path, tmp_path: Path) -> None:

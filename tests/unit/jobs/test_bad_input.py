@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from app.config.loading import load_recipe, with_values
 from app.config.recipe import Recipe
-from app.errors import ConfigError
+from app.errors import ConfigError, ModelError
+from app.models.vocabulary import require_same_vocabulary
 from jobs.inputs import check_inputs
 from jobs.main import main
+from jobs.resuming import require_unfinished
 
 RECIPES = Path(__file__).resolve().parents[3] / "jobs" / "recipes"
 TINY = str(RECIPES / "tiny" / "pipeline.toml")
@@ -66,13 +70,15 @@ def data(tmp_path: Path) -> Callable[..., str]:
     return write
 
 
-def model_folder(path: Path, *, tokenizer: bool = True, template: bool = True) -> str:
+def model_folder(path: Path, *, tokenizer: bool = True, template: bool = True, words: Sequence[str] = ("[UNK]", "yes", "no")) -> str:
     path.mkdir()
     (path / "config.json").write_text("{}")
     (path / "model.safetensors").write_bytes(b"")
     if tokenizer:
-        (path / "tokenizer.json").write_text("{}")
-        (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"} if template else {}))
+        vocabulary = {word: index for index, word in enumerate(words)}
+        Tokenizer(WordLevel(vocabulary, unk_token="[UNK]")).save(str(path / "tokenizer.json"))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **({"pad_token": "[PAD]"} if "[PAD]" in words else {})}
+        (path / "tokenizer_config.json").write_text(json.dumps(settings | ({"chat_template": "{{ messages }}"} if template else {})))
     return str(path)
 
 
@@ -230,6 +236,63 @@ def test_sequences_longer_than_the_model_takes(refused: Refused, tmp_path: Path)
     assert "data.max_prompt_length + rollout.max_new_tokens = 96 tokens, and the model's context is 64" in error
 
 
+def test_answers_longer_than_a_reward_model_takes(refused: Refused, tmp_path: Path) -> None:
+    """Whatever the policy takes: each of them would fail to be scored."""
+    run = f"--run.dir={tmp_path / 'run'}"
+    policy, short = model_folder(tmp_path / "policy"), model_folder(tmp_path / "short")
+    (tmp_path / "short" / "config.json").write_text('{"max_position_embeddings": 95}')
+    tokens = "data.max_prompt_length + rollout.max_new_tokens = 96 tokens, and "
+    error = refused("ppo", TINY, f"--model.path={policy}", f"--reward.path={short}", run)
+    assert f"{tokens}reward.path = {short}'s context is 95" in error
+    part = f'--reward.parts.mine={{type="reward_model", paths=["{policy}", "{short}"]}}'
+    for command in ("pipeline", "ppo"):
+        error = refused(command, TINY, f"--model.path={policy}", f"--reward.path={policy}", part, "--scoring.reference.cpus=0.05", run)
+        assert f"{tokens}reward.parts.mine.paths = {short}'s context is 95" in error
+
+
+def test_a_reward_model_of_another_tokenizer(refused: Refused, tmp_path: Path) -> None:
+    """Of the same size, so that every id has some meaning to it, and of a larger one."""
+    run = f"--run.dir={tmp_path / 'run'}"
+    policy = model_folder(tmp_path / "policy")
+    swapped, larger = (
+        model_folder(tmp_path / "a", words=("[UNK]", "no", "yes")),
+        model_folder(tmp_path / "b", words=("[UNK]", "yes", "or", "no")),
+    )
+    for command in ("ppo", "tune", "evaluate"):
+        (tmp_path / "run" / "ppo" / "model").mkdir(parents=True, exist_ok=True)
+        error = refused(command, TINY, f"--model.path={policy}", f"--reward.path={swapped}", run)
+        assert f"reward.path = {swapped}: its tokenizer is not that of the policy {policy}" in error
+        assert "'yes' is 1 for the policy and is 2 for the reward model" in error
+        assert f"corral rm --model.path={policy}" in error
+    part = f'--reward.parts.mine={{type="reward_model", paths=["{policy}", "{larger}"]}}'
+    for command in ("pipeline", "ppo"):
+        error = refused(command, TINY, f"--model.path={policy}", f"--reward.path={policy}", part, "--scoring.reference.cpus=0.05", run)
+        assert f"reward.parts.mine.paths = {larger}: " in error and "'no' is 2 for the policy and is 3" in error
+    assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+def test_a_reward_model_that_lacks_a_token_of_the_policy_and_one_that_has_more(tmp_path: Path) -> None:
+    small, padded = model_folder(tmp_path / "small"), model_folder(tmp_path / "padded", words=("[UNK]", "yes", "no", "[PAD]"))
+    large = model_folder(tmp_path / "large", words=("[UNK]", "yes", "no", "maybe"))
+    with pytest.raises(ModelError, match="'maybe' is 3 for the policy and does not exist for the reward model"):
+        require_same_vocabulary(small, large, name="reward.path")
+    require_same_vocabulary(large, small, name="reward.path")
+    require_same_vocabulary(small, padded, name="reward.path")  # no sequence holds padding
+
+
+def test_the_scoring_service_looks_at_tokenizers_that_were_not_there_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a hub, and of models that this run has trained."""
+    from jobs import scoring_service
+
+    monkeypatch.setattr(scoring_service, "start_scoring", lambda config, *, reward_paths, **_: reward_paths)
+    start = scoring_service.scoring_service(Recipe())
+    policy, same = model_folder(tmp_path / "policy"), model_folder(tmp_path / "same")
+    other = model_folder(tmp_path / "other", words=("[UNK]", "no", "yes"))
+    assert start([same, policy], policy) == [same, policy]
+    with pytest.raises(ModelError, match=f"reward model = {other}: its tokenizer is not that of the policy {policy}"):
+        start([same, other], policy)
+
+
 def test_a_run_folder_of_another_config_is_left_alone(refused: Refused, tmp_path: Path) -> None:
     from app.config.loading import load_recipe
     from app.run_folder import RunFolder
@@ -267,7 +330,41 @@ def test_a_search_that_cannot_begin(refused: Refused, tmp_path: Path, monkeypatc
 def test_resume_goes_on_only_where_there_is_a_run(refused: Refused, tmp_path: Path) -> None:
     error = refused("tune", str(RECIPES / "tiny" / "tune.toml"), "--resume", f"--run.dir={tmp_path / 'run'}")
     assert "holds no run to go on with" in error
+    kept = tmp_path / "kept"
+    stored = load_recipe(TINY, [f"--run.dir={tmp_path / 'run'}", f"--run.storage={kept}"])
+    with pytest.raises(ConfigError, match=f"and neither does {kept}"):
+        require_unfinished(stored, "pipeline")
+    kept.mkdir()
+    (kept / "manifest.json").write_text("{}")
+    require_unfinished(stored, "pipeline")  # an empty run.dir is filled from there
     assert not (tmp_path / "run").exists()
+
+
+def test_there_is_nothing_to_resume_of_a_finished_run(refused: Refused, tmp_path: Path) -> None:
+    """Said before anything starts; what the same command without --resume takes as done (tests/e2e), and what is still to do, is not."""
+    from app.run_folder import RunFolder
+
+    folder = tmp_path / "run"
+    recipe = load_recipe(TINY, [f"--run.dir={folder}"])
+    run = RunFolder.open(recipe, "pipeline")
+    run.record_data("0" * 64)
+    for stage in ("sft", "rm", "ppo"):
+        (run.stage(stage) / "model").mkdir()
+        (run.stage(stage) / "model" / "weights").write_text(stage)
+        run.finish(stage, {}, {})
+    require_unfinished(recipe, "pipeline")  # killed before its summary
+    run.end_session("finished")
+    before = (folder / "manifest.json").read_bytes()
+    error = refused("pipeline", TINY, "--resume", f"--run.dir={folder}")
+    assert f"run folder {folder} is finished" in error and "nothing is left to resume" in error
+    assert "finished" in refused("sft", TINY, "--resume", f"--run.dir={folder}")
+    assert "ppo.steps was" in refused("pipeline", TINY, "--resume", f"--run.dir={folder}", "--ppo.steps=7")
+    assert (folder / "manifest.json").read_bytes() == before
+    for command in ("tune", "evaluate"):
+        require_unfinished(recipe, command)  # a stage that is missing; a comparison that is made anew each time
+    require_unfinished(with_values(recipe, {"run.storage": "memory://kept"}), "pipeline")  # which may lack the last changes
+    (folder / "rm" / "model" / "weights").write_text("damaged")
+    require_unfinished(recipe, "pipeline")
 
 
 def test_a_search_is_not_resumed_with_another_space(refused: Refused, tmp_path: Path) -> None:

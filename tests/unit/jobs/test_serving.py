@@ -127,13 +127,18 @@ def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_config_file_for_serve_deploy(folder: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder("sft", **LANGUAGE)
+    (tmp_path / "token").write_text("secret")
     words = ["--model=a=sft", "--serving.models.a.version=7", "--http-port=0", "--serving.max_request_bytes=5000"]
+    words += ["--token-file=token", "--serving.access_log=access.jsonl"]
     assert main(["serve", "build", *words, "-o", "out/service.yaml"]) == 0
     document = yaml.safe_load((tmp_path / "out" / "service.yaml").read_text())
     assert document["http_options"]["host"] == "127.0.0.1"
     (application,) = document["applications"]
     assert application["deployments"] == [{"name": "a", "user_config": {"path": str(tmp_path / "sft"), "version": "7"}}]
     assert application["args"]["serving.max_request_bytes"] == 5000
+    assert application["args"]["serving.models"]["a"]["path"] == str(tmp_path / "sft")
+    assert application["args"]["serving.token_file"] == str(tmp_path / "token")
+    assert application["args"]["serving.access_log"] == str(tmp_path / "access.jsonl")
     assert application["args"]["serving.http_port"] == document["http_options"]["port"] > 0
 
 

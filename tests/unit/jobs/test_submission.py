@@ -13,11 +13,13 @@ import pytest
 import ray
 from ray.job_submission import JobStatus
 
+from app.config.loading import load_recipe, with_values
 from app.errors import ConfigError, CorralError
 from app.run_folder import LOCK
 from jobs import job_server, packing
 from jobs.main import main
 from jobs.packing import EXCLUDES, missing_modules, pack, packages_of, run_folders
+from jobs.submission import located
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPE = "jobs/recipes/tiny/pipeline.toml"
@@ -245,6 +247,48 @@ def test_data_that_stays_behind_is_named_absolutely(
     assert main(["submit", "sft", "a.toml", "--dry-run", f"--data.path={given}"]) == 0
     words = capsys.readouterr().out.splitlines()[0].split()
     assert [word for word in words if word.startswith("--data.path=/")] == ([expected.format(root=project)] if expected else [])
+
+
+LOCATED = {
+    "run.dir": ("runs/a", "{root}/runs/a"),
+    "model.path": ("data/model", "{root}/data/model"),
+    "reward.path": ("data/model", "{root}/data/model"),
+    "data.path": ("data/*.jsonl", "{root}/data/*.jsonl"),
+    "data.sets.mine.path": ("data/big.jsonl", "{root}/data/big.jsonl"),
+    "ppo.pretraining.path": ("data/big.jsonl", "{root}/data/big.jsonl"),
+    "reward.parts.judge": (
+        '{type = "reward_model", paths = ["data/model", "owner/model"]}',
+        '{type = "reward_model", paths = ["{root}/data/model", "owner/model"]}',
+    ),
+    "serving.models.judge.path": ("data/model", "{root}/data/model"),
+    "serving.chat.guide.path": ("data/model", "{root}/data/model"),
+    "serving.token_file": ("data/token", "{root}/data/token"),
+    "serving.access_log": ("access.jsonl", "{root}/access.jsonl"),
+}
+"""Key -> what is given, and what the job must read."""
+
+
+@pytest.mark.parametrize(("key", "given", "expected"), [(key, *pair) for key, pair in LOCATED.items()])
+def test_every_path_that_stays_behind_is_named_absolutely(project: Path, key: str, given: str, expected: str) -> None:
+    """As the job reads it from the submitted command line; what goes along, and what only a hub has, is left as it is."""
+    for name in ("model/config.json", "token"):
+        (project / "data" / name).parent.mkdir(exist_ok=True)
+        (project / "data" / name).write_text("{}")
+    package, words = pack(project), [f"--{key}={given}"]
+    here = load_recipe("a.toml", words)
+    there = load_recipe("a.toml", [*words, *located(here, package)])
+    wanted = load_recipe("a.toml", [f"--{key}={expected.replace('{root}', str(project))}"])
+    assert there == with_values(wanted, {"run.dir": there.run.dir}) and Path(there.run.dir).is_absolute()
+    if key not in ("run.dir", "serving.access_log"):
+        goes_along = load_recipe("a.toml", [f"--{key}={given.replace('data/', 'small')}"])
+        assert [word for word in located(goes_along, package) if not word.startswith("--run.dir=")] == []
+
+
+def test_a_model_whose_name_has_dots_is_located_too(project: Path) -> None:
+    (project / "b.toml").write_text('[serving.models."judge-1.4b"]\npath = "data/big.jsonl"\n')
+    here = load_recipe("b.toml")
+    there = load_recipe("b.toml", located(here, pack(project)))
+    assert {name: model.path for name, model in there.serving.models.items()} == {"judge-1.4b": str(project / "data" / "big.jsonl")}
 
 
 def test_a_package_above_the_limit_is_refused_with_its_largest_files(

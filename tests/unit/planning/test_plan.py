@@ -75,13 +75,18 @@ def test_a_small_host_is_named() -> None:
 
 
 def test_overlapping_roles_do_not_take_turns() -> None:
-    recipe = with_values(PPO_12B, {"rollout.gpu_memory_utilization": 0.6})
-    assert plan(recipe, "1x8xA100-80GB").fits
-    (stage,) = plan(recipe, "1x8xA100-80GB").stages
-    ahead = with_values(recipe, {"ppo.max_lag": 1})
-    (overlapping,) = plan(ahead, "1x8xA100-80GB").stages
-    assert overlapping.devices[0].used > stage.devices[0].used
-    assert "activations" in overlapping.devices[0].parts["learner"] and "activations" not in stage.devices[0].parts["learner"]
+    """Engine and scorers that are a batch ahead work while the learner does: the GPU that they share holds what all of them work with."""
+    shares = {"ppo.workers.gpus": 0.4, "rollout.engines.gpus": 0.4, "scoring.reward.gpus": 0.1, "scoring.reference.gpus": 0.1}
+    values = {"model.precision": "bf16", "rollout.gpu_memory_utilization": 0.4, "rollout.transfer": "object_store", **shares}
+    recipe = with_values(load_recipe(ROOT / "jobs" / "recipes" / "smollm2" / "ppo.toml"), values)
+
+    def at_work(max_lag: int) -> set[str]:
+        (stage,) = plan(with_values(recipe, {"ppo.max_lag": max_lag}), "1x1xL4-24GB").stages
+        assert stage.fits
+        return {role for role, parts in stage.devices[0].parts.items() if "activations" in parts}
+
+    assert at_work(0) == {"learner", "engine"}  # whose memory is reserved at all times
+    assert at_work(1) == {"learner", "engine", "reward", "reference"}
 
 
 def test_everything_on_one_gpu_in_turns() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import doctest
 import itertools
 import json
 import shutil
@@ -21,7 +20,6 @@ from app.durable import tree_hash
 from app.errors import CheckpointError, StorageError
 from app.run_folder import RunFolder
 from app.storage import mirror as module
-from app.storage import mirrored_files
 from app.storage.mirror import INDEX, Mirror
 from app.storage.place import Place, open_place
 
@@ -305,9 +303,3 @@ def test_a_fetch_that_was_cut_short_is_done_again(url: str, tmp_path: Path, monk
     monkeypatch.setattr(Place, "get", get)
     shutil.rmtree(elsewhere(first) / "sft" / "model")
     assert Session(url, elsewhere(first)).run.finished("sft") == {"loss": 1.0}
-
-
-@pytest.mark.parametrize("rules", [module, mirrored_files])
-def test_the_rules_about_names(rules: Any) -> None:
-    failed, attempted = doctest.testmod(rules)
-    assert attempted and not failed
