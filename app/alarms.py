@@ -29,8 +29,8 @@ REMEDIES = {
     "repetition_share": "answers repeat themselves: add a repetition part to the reward, or raise ppo.kl.coef",
     "reward_disagreement": "the answers leave what the reward models know: use combine = 'min', or raise ppo.kl.coef",
     REWARD_HACKING: "the trained reward rises while the held-out one falls: end here, train the reward model further, or raise ppo.kl.coef",
-    "failed_scores": "look at the reward's failures in the logs",
-    "masked_rows": "few rollouts are learnt from: look at the reward's failures and at what masks rollouts",
+    "failed_scores": "mend what the reward's failures in the run's events.jsonl name",
+    "masked_rows": "few rollouts are learnt from: look at the reward's failures in the run's events.jsonl and at what masks rollouts",
 }
 
 

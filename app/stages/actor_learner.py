@@ -5,6 +5,7 @@ Shape legend: B rollouts, T response tokens (see app.experience).
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,10 +22,11 @@ from app.algorithms.shaping import scale_of
 from app.config.ppo import PpoConfig
 from app.data.prompt_stream import PromptStream
 from app.errors import CheckpointError, Interrupted, NonFiniteError, RolloutError, ScoringError, StaleRolloutError
-from app.experience import Experience, Rollout, Scores, TokenBatch, pad_rows, prompt_groups
+from app.experience import Experience, Rollout, TokenBatch, pad_rows, prompt_groups
 from app.interfaces import Learner, Publisher, Reward, RolloutPool, Scorer, Tracker
 from app.kept_rollouts import Batch, RolloutRecorder
 from app.numerics import Moments
+from app.rewards.mix import failure_note
 from app.stages.reference_scores import shape_rollout_scores
 from app.stages.rollout_stream import RolloutStream, ScoredRollouts
 from app.stages.step_metrics import batch_metrics, speed_metrics
@@ -127,7 +129,10 @@ def actor_learner_loop(
                 )
                 experience = collect_experience(scored, tokens, shaped_B, proximal_BT, values_BT)
             require_agreement(experience, config)
-            require_scores(scored.scores, shaped_B, config)
+            note = failure_note(scored.scores, scored.baselines.scores if scored.baselines else None)
+            require_scores(note, shaped_B, config)
+            if note:
+                parts.tracker.event("ppo", state.step + 1, note)
             # 3. credit: KL-shaped rewards, advantages, returns
             kl_coef = config.kl.coef if state.kl_coef is None else state.kl_coef
             kept = Batch(state.step + 1, state.version, rollouts, scored.scores, experience, {"kl_coef": kl_coef})
@@ -156,6 +161,7 @@ def actor_learner_loop(
                 stream.fill(state.step)
             metrics = measured | dict(update) | dict(push) | speed_metrics(rollouts, time.perf_counter() - began)
             metrics["score_scale"] = scale_of(config.reward, moments)
+            metrics["push/step_share"] = clock.seconds["push"] / metrics["seconds"]
             if config.critic_warmup_steps:
                 metrics["critic_warmup"] = float(not moved)
             metrics |= {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()} | parts.watch.drift(metrics)
@@ -214,14 +220,13 @@ def require_agreement(experience: Experience, config: PpoConfig) -> None:
         )
 
 
-def require_scores(scores: Scores, shaped_B: torch.Tensor, config: PpoConfig) -> None:
+def require_scores(note: str | None, shaped_B: torch.Tensor, config: PpoConfig) -> None:
     """A failed score (NaN, its own or that of the reference answer) is masked out of the update; more than a few of them are no
-    accident. Raises ScoringError."""
+    accident. note: why they failed. Raises ScoringError."""
     failed, count = int(shaped_B.isnan().sum()), len(shaped_B)
     if failed > config.max_failed_scores * count:
-        reasons = "; ".join(f"{part}: {reason}" for part, reason in scores.failures.items() if part not in scores.held_out)
         raise ScoringError(
-            f"{failed} of {count} scores failed, more than ppo.max_failed_scores = {config.max_failed_scores:g} allows ({reasons}): "
+            f"{failed} of {count} scores failed, more than ppo.max_failed_scores = {config.max_failed_scores:g} allows ({note}): "
             "mend that, or look at the logs in the run folder"
         )
 
@@ -248,8 +253,8 @@ def require_finite_batch(parts: Parts, step: int, metrics: Mapping[str, float]) 
 
 def sound_alarms(parts: Parts, step: int, metrics: Mapping[str, float]) -> None:
     """Tell the alarms that begin with this step. Raises NonFiniteError, and AlarmError for the first alarm that is set to stop the run."""
-    # An infinite gradient norm is how mixed precision tells that it skipped the step.
-    require_finite({name: value for name, value in metrics.items() if not name.endswith("grad_norm")})
+    # An infinite gradient norm is how fp16's loss scaling tells that it skipped a step; elsewhere the learner has raised.
+    require_finite({name: value for name, value in metrics.items() if not (name.endswith("grad_norm") and value == math.inf)})
     begun = parts.watch.look(metrics)
     for alarm in begun:
         parts.tracker.event("ppo", step, alarm.text)

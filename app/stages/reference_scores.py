@@ -18,16 +18,27 @@ from app.numerics import Moments
 
 
 @dataclass(frozen=True)
+class Baselines:
+    """Scores of the reference answers to prompts. names: ids of the prompts, in the order of the scores."""
+
+    names: Sequence[str]
+    scores: Scores
+
+    def by_prompt(self) -> Mapping[str, float]:
+        return dict(zip(self.names, self.scores.total_B.tolist(), strict=True))
+
+
+@dataclass(frozen=True)
 class _PendingBaselines:
     names: Sequence[str]
     scores: Pending[Scores]
 
-    def result(self) -> Mapping[str, float]:
-        return dict(zip(self.names, self.scores.result().total_B.tolist(), strict=True))
+    def result(self) -> Baselines:
+        return Baselines(self.names, self.scores.result())
 
 
-def reference_scores(reward: Reward, rollouts: Sequence[Rollout]) -> Pending[Mapping[str, float]] | None:
-    """Start scoring the reference answers of the batch's prompts, each once; by prompt id. None where no prompt has one."""
+def reference_scores(reward: Reward, rollouts: Sequence[Rollout]) -> Pending[Baselines] | None:
+    """Start scoring the reference answers of the batch's prompts, each once. None where no prompt has one."""
     prompts = {rollout.prompt.id: rollout.prompt for rollout in rollouts if rollout.prompt.reference is not None}
     return _PendingBaselines(list(prompts), reward.score([reference_rollout(p) for p in prompts.values()])) if prompts else None
 
@@ -42,19 +53,20 @@ def reference_rollout(prompt: Prompt) -> Rollout:
 
 def shape_rollout_scores(
     scores_B: torch.Tensor,
-    baselines: Mapping[str, float],
+    baselines: Baselines | None,
     rollouts: Sequence[Rollout],
     moments: Moments,
     config: RewardShapingConfig,
     max_new_tokens: int,
 ) -> tuple[torch.Tensor, Moments]:
-    """See `shape_scores`. baselines: scores of reference answers by prompt id."""
+    """See `shape_scores`."""
+    known = baselines.by_prompt() if baselines else {}
     return shape_scores(
         scores_B,
         config,
         moments,
-        baselines_B=torch.tensor([baselines.get(rollout.prompt.id, 0.0) for rollout in rollouts]),
-        has_baseline_B=torch.tensor([rollout.prompt.id in baselines for rollout in rollouts]),
+        baselines_B=torch.tensor([known.get(rollout.prompt.id, 0.0) for rollout in rollouts]),
+        has_baseline_B=torch.tensor([rollout.prompt.id in known for rollout in rollouts]),
         finished_B=torch.tensor([rollout.finish is FinishReason.STOP for rollout in rollouts]),
         lengths_B=torch.tensor([len(rollout.ids) for rollout in rollouts]),
         max_length=max_new_tokens,

@@ -6,7 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
@@ -16,7 +16,7 @@ from app.data.prompt_stream import PromptStream
 from app.errors import CheckpointError
 from app.experience import DoubleArray, FloatArray, Rollout, Scores
 from app.interfaces import Pending, Reward, RolloutPool, Sampling, Scorer
-from app.stages.reference_scores import reference_scores
+from app.stages.reference_scores import Baselines, reference_scores
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +26,13 @@ LAST_WAIT_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class ScoredRollouts:
-    """One batch. reference: float32 [S-1] per rollout, log-probs of its whole sequence under the reference policy; baselines: scores
-    of reference answers by prompt id."""
+    """One batch. reference: float32 [S-1] per rollout, log-probs of its whole sequence under the reference policy; baselines: of
+    reference answers, None where they are not asked for or there are none."""
 
     rollouts: list[Rollout]
     scores: Scores
     reference: list[FloatArray]
-    baselines: Mapping[str, float] = field(default_factory=dict)
+    baselines: Baselines | None = None
 
 
 class Cohort:
@@ -86,7 +86,7 @@ class SampledBatch:
         self._older = older
         self._rows: dict[int, Rollout] = {}  # by place in the whole of what the engines were given
         self._pieces: list[tuple[list[int], Pending[Scores], Pending[list[FloatArray]]]] = []
-        self._baselines: Pending[Mapping[str, float]] | None = None
+        self._baselines: Pending[Baselines] | None = None
         self.cursor = 0
         """Prompts up to this batch, with those that it has left behind."""
         self.carried: list[int] = []
@@ -125,7 +125,7 @@ class SampledBatch:
         """Wait for everything; in the order of the prompts. Raises ScoringError."""
         scores = [(rows, piece.result()) for rows, piece, _ in self._pieces]
         reference = {row: logprobs for rows, _, piece in self._pieces for row, logprobs in zip(rows, piece.result(), strict=True)}
-        baselines = self._baselines.result() if self._baselines else {}
+        baselines = self._baselines.result() if self._baselines else None
         return ScoredRollouts(self.rollouts, joined(scores), [reference[row] for row in sorted(reference)], baselines)
 
 

@@ -166,6 +166,7 @@ def test_rewards_reach_the_log(tmp_path: Path) -> None:
     always = {"staleness", "repetition_share", "finished_share", "masked_rows", "logprob_mismatch_k3", "reward/reward_model"}
     assert always <= set(world.logged[0])
     assert {"seconds/rollout", "seconds/score", "seconds/update", "seconds/push", "policy_loss"} <= set(world.logged[0])
+    assert world.logged[0]["push/step_share"] == world.logged[0]["seconds/push"] / world.logged[0]["seconds"] < 1
 
 
 def test_a_resumed_loop_trains_on_the_prompts_that_an_undisturbed_one_would(tmp_path: Path) -> None:
@@ -203,10 +204,25 @@ def test_failed_scores_are_masked_out_up_to_a_share_and_then_stop_the_run(tmp_pa
     actor_learner_loop(parts(world, tmp_path), config(steps=1, score_pieces=1, max_failed_scores=0.25), LoopState(), seed=0)
     assert world.logged[0]["score_mean"] == 6.0
     assert world.logged[0]["failed_scores"] == 0.25
-    with pytest.raises(ScoringError, match="1 of 4 scores"):
+    assert world.events[0] == "1: 1 of 4 scores of the reward reward_model failed (the model gave nan)"
+    assert [event.startswith("1: alarm: failed_scores") for event in world.events[1:]] == [True]
+    with pytest.raises(ScoringError, match=r"1 of 4 scores failed, .*allows \(.* failed \(the model gave nan\)\): mend that"):
         actor_learner_loop(
             parts(World(failed_scores=1), tmp_path), config(steps=1, score_pieces=1, max_failed_scores=0.2), LoopState(), seed=0
         )
+
+
+def test_a_reference_answer_without_a_score_says_why(tmp_path: Path) -> None:
+    class Picky(World):
+        def scores(self, sequences: Sequence[Any]) -> Done:
+            return Done([float("nan") if sequence[-1] == 5 else 1.0 for sequence in sequences])  # a token of the reference answers
+
+    world, delta = Picky(), config(steps=2, reward={"delta": True}, max_failed_scores=0.9)
+    actor_learner_loop(parts(world, tmp_path), delta, LoopState(), seed=0)
+    assert world.events[0] == "1: 3 of 3 scores of reference answers of the reward reward_model failed (the model gave nan)"
+    assert all("alarm" in event for event in world.events[1:]), "the second batch has no prompt with a reference answer"
+    with pytest.raises(ScoringError, match=r"scores of reference answers of the reward reward_model failed \(the model gave nan\)"):
+        actor_learner_loop(parts(Picky(), tmp_path), config(steps=2, reward={"delta": True}, max_failed_scores=0), LoopState(), seed=0)
 
 
 class Hackable(World):
@@ -271,6 +287,20 @@ def test_a_metric_of_the_update_that_is_not_finite_stops_after_it_is_recorded(tm
     with pytest.raises(NonFiniteError, match="value_loss is nan"):
         actor_learner_loop(parts(world, tmp_path), config(), LoopState(), seed=0)
     assert (len(world.logged), world.saved) == (1, [])
+
+
+def test_of_gradient_norms_only_the_infinity_of_a_step_that_loss_scaling_skipped_passes(tmp_path: Path) -> None:
+    class Norm(World):
+        norm = float("inf")
+
+        def update(self, experience: Experience, *, step: int) -> Mapping[str, float]:
+            return {"policy_grad_norm": self.norm}
+
+    world = Norm()
+    assert actor_learner_loop(parts(world, tmp_path), config(), LoopState(), seed=0).step == 3
+    world.norm = float("nan")
+    with pytest.raises(NonFiniteError, match="policy_grad_norm is nan"):
+        actor_learner_loop(parts(world, tmp_path), config(), LoopState(), seed=0)
 
 
 def test_lag_is_bounded() -> None:
