@@ -161,7 +161,7 @@ def actor_learner_loop(
                 stream.fill(state.step)
             metrics = measured | dict(update) | dict(push) | speed_metrics(rollouts, time.perf_counter() - began)
             metrics["score_scale"] = scale_of(config.reward, moments)
-            metrics["push/step_share"] = clock.seconds["push"] / metrics["seconds"]
+            metrics["push/seconds_share"] = clock.seconds["push"] / metrics["seconds"]
             if config.critic_warmup_steps:
                 metrics["critic_warmup"] = float(not moved)
             metrics |= {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()} | parts.watch.drift(metrics)

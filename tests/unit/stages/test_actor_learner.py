@@ -166,7 +166,7 @@ def test_rewards_reach_the_log(tmp_path: Path) -> None:
     always = {"staleness", "repetition_share", "finished_share", "masked_rows", "logprob_mismatch_k3", "reward/reward_model"}
     assert always <= set(world.logged[0])
     assert {"seconds/rollout", "seconds/score", "seconds/update", "seconds/push", "policy_loss"} <= set(world.logged[0])
-    assert world.logged[0]["push/step_share"] == world.logged[0]["seconds/push"] / world.logged[0]["seconds"] < 1
+    assert world.logged[0]["push/seconds_share"] == world.logged[0]["seconds/push"] / world.logged[0]["seconds"] < 1
 
 
 def test_a_resumed_loop_trains_on_the_prompts_that_an_undisturbed_one_would(tmp_path: Path) -> None:
