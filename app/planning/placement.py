@@ -58,13 +58,13 @@ def placement(recipe: Recipe, command: str, gpu_memory: int | None = None) -> tu
     rm = _reward_model(recipe, roles)
     before_ppo = (*before_rm, *rm) if before_rm and recipe.reward.path is None else before_rm
     trials = 1 if recipe.tune.concurrent == "auto" else min(recipe.tune.concurrent, recipe.tune.trials)
-    ppo = _ppo(recipe, "ppo", roles.ppo(colocated=recipe.rollout.colocate))
+    ppo = _ppo(recipe, "ppo", roles.ppo())
     stages = {
         "sft": (sft,),
         "rm": (*before_rm, *rm),
         "ppo": (*before_ppo, ppo),
         "pipeline": (sft, *rm, ppo),
-        "tune": (*before_ppo, _ppo(recipe, "tune", roles.ppo(trials))),  # a trial's engines have GPUs of their own
+        "tune": (*before_ppo, _ppo(recipe, "tune", roles.trials(trials))),
         "serve": (StagePlacement("serve", roles.served()),),
         "evaluate": (StagePlacement("evaluation", (roles.engines(), *roles.scorers())),),
         "samples": (StagePlacement("samples", (roles.engines(),)),),
@@ -112,11 +112,9 @@ def check_feasible(recipe: Recipe, command: str, resources: Mapping[str, float],
 
     A resource that the mapping does not name counts as absent, except memory, which is then not checked. nodes: where the
     processes have to find room, one by one; not checked without any. Of rollout engines that may come later only those count that
-    have to be there.
+    have to be there; in a trial all of them, because its placement group is given whole or not at all.
     """
-    if recipe.rollout.min_engines is not None:
-        recipe = with_values(recipe, {"rollout.engines.count": recipe.rollout.min_engines})
-    for stage in placement(recipe, command):
+    for stage in _at_the_start(recipe, command):
         for resource in ("GPU", "CPU", "memory"):
             if resource == "memory" and resource not in resources:
                 continue
@@ -127,6 +125,15 @@ def check_feasible(recipe: Recipe, command: str, resources: Mapping[str, float],
             stage.slots(nodes)
 
 
+def _at_the_start(recipe: Recipe, command: str) -> tuple[StagePlacement, ...]:
+    """The stages with the processes that each waits for."""
+    stages = placement(recipe, command)
+    if recipe.rollout.min_engines is None:
+        return stages
+    fewest = placement(with_values(recipe, {"rollout.engines.count": recipe.rollout.min_engines}), command)
+    return tuple(stage if stage.name == "tune" else least for stage, least in zip(stages, fewest, strict=True))
+
+
 def _shortage(stage: StagePlacement, resource: str, need: float, have: float) -> str:
     scale = GIB if resource == "memory" else 1
     roles = [role for role in stage.roles if role.need(resource) > 0]
@@ -134,6 +141,8 @@ def _shortage(stage: StagePlacement, resource: str, need: float, have: float) ->
     largest = max(roles, key=lambda role: role.need(resource))
     knob = {"GPU": f"{largest.key}.count or {largest.key}.gpus", "CPU": f"{largest.key}.count or {largest.key}.cpus"}
     lower = knob.get(resource, f"{largest.key}.count, or take a smaller model")
+    if any(role.name == "trial" and role.count > 1 for role in roles):
+        lower = f"tune.concurrent, {lower}"
     return (
         f"stage {stage.name} needs {need / scale:.3g} {_UNITS[resource]} ({parts}) and the cluster has {have / scale:.3g}: "
         f"lower {lower}, or set RAY_ADDRESS to a larger cluster"

@@ -35,6 +35,7 @@ from app.planning.shapes import shape_of
 FLOAT32 = 4
 _PROCESS_BYTES = GIB // 2  # a Python process with torch and Ray loaded
 _CUDA_HOST_BYTES = GIB  # what a process with a GPU holds on the host beside that
+TRIAL_CPUS = 0.01  # a trial's own process only waits for its actors
 
 Turn = Literal["training", "rollout", "scoring"]
 
@@ -201,13 +202,19 @@ class Roles:
             )
         return tuple(roles)
 
-    def ppo(self, copies: int = 1, *, colocated: bool = False) -> tuple[Role, ...]:
-        """Learners and engines of `copies` PPO runs at a time, and the one scoring service of them all."""
-        learner, engine = self.learner(), self.engines(colocated=colocated)
+    def ppo(self) -> tuple[Role, ...]:
+        """Learners and engines, and the scoring service."""
+        learner, engine = self.learner(), self.engines(colocated=self.recipe.rollout.colocate)
         if engine.shares:  # a pair reserves what both ask for, and a whole GPU at most
             learner = replace(learner, gpus=min(1.0, learner.gpus + engine.gpus))
-        actors = (learner, engine)
-        return (*(replace(role, count=role.count * copies) for role in actors), *self.scorers())
+        return (learner, engine, *self.scorers())
+
+    def trials(self, concurrent: int) -> tuple[Role, ...]:
+        """So many PPO runs at a time, each with a process of its own and engines on GPUs of their own, and the one scoring service of
+        them all."""
+        own = WorkersConfig(cpus=TRIAL_CPUS)
+        trial = _role("trial", "tune", own, Parts(), Parts(), _process(own), turn="training")
+        return (*(replace(role, count=role.count * concurrent) for role in (self.learner(), self.engines(), trial)), *self.scorers())
 
 
 def _process(workers: WorkersConfig) -> Parts:
