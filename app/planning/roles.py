@@ -6,10 +6,11 @@ Sizes come from the `config.json` of a local model, or from a model's name.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from app.config.ppo import PpoConfig
 from app.config.recipe import Recipe
 from app.config.shared import WorkersConfig
 from app.config.training import TrainingConfig
@@ -107,8 +108,7 @@ class Roles:
             batch = Batch(rows, length, 0 if reward_model else rows * (length - 1))
             models = [trained_model(shape, config, parameters, batch)]
             loaded = (FLOAT32 if reward_model else self.width) * parameters
-        memory = training_memory(models, config.deepspeed, width=self.width, ranks=config.workers.count, on_gpu=config.workers.gpus > 0)
-        return self._training_role(name, f"{name}.workers", config.workers, memory, loaded)
+        return self._training_role(name, f"{name}.workers", config.workers, self._memory(models, config), loaded)
 
     def learner(self) -> Role:
         """Policy and critic of PPO, in one process per rank; a value head is a part of the policy."""
@@ -134,9 +134,13 @@ class Roles:
             models.append(replace(largest, parameters=largest.parameters + head, trained=largest.trained + head))
         if critic is not None and ppo.has_critic_model:
             models.append(Trained(critic, critic.trunk, critic.trunk, Batch(rows, length), passes))
-        memory = training_memory(models, ppo.deepspeed, width=self.width, ranks=ppo.workers.count, on_gpu=ppo.workers.gpus > 0)
         loaded = FLOAT32 * max((model.parameters for model in models), default=0)
-        return self._training_role("learner", "ppo.workers", ppo.workers, memory, loaded)
+        return self._training_role("learner", "ppo.workers", ppo.workers, self._memory(models, ppo), loaded)
+
+    def _memory(self, models: Sequence[Trained], config: TrainingConfig | PpoConfig) -> TrainingMemory:
+        workers = config.workers
+        ds = config.deepspeed.in_effect(self.recipe.model.precision, workers.count)
+        return training_memory(models, ds, width=self.width, ranks=workers.count, on_gpu=workers.gpus > 0)
 
     def _training_role(self, name: str, key: str, workers: WorkersConfig, memory: TrainingMemory, loaded: int) -> Role:
         # while it loads, each process holds its model in host memory, before anything is offloaded to there
