@@ -121,7 +121,9 @@ def lines(plan: Plan) -> Iterator[str]:
         for shortage in stage.shortages:
             yield f"  short: {shortage}"
     if plan.seconds is not None:
-        yield f"in all: {_duration(plan.seconds)}{_money(plan, plan.seconds)}"
+        search = any(stage.timing and stage.timing.trials > 1 for stage in plan.stages)
+        bound = ", with every trial to its last step; schedulers stop some before" if search else ""
+        yield f"in all: {'at most ' if search else ''}{_duration(plan.seconds)}{_money(plan, plan.seconds)}{bound}"
     elif any(stage.timing for stage in plan.stages):
         yield "in all: open; give --rows, the number of rows in the data"
     if plan.price is not None:
@@ -135,7 +137,8 @@ def _time(plan: Plan, stage: StagePlan) -> str:
         return "no place for its processes" if not stage.slots else "takes no steps"
     phases = ", ".join(f"{name} {seconds:.3g}" for name, seconds in timing.phases.items() if seconds >= 0.01 * timing.seconds_per_step)
     steps = "" if timing.steps is None else f", {timing.steps} steps"
-    return f"{timing.seconds_per_step:.3g} s a step{_money(plan, timing.seconds_per_step)} ({phases}){steps}"
+    trials = f" a trial, {timing.trials} trials, {timing.concurrent} at a time" if timing.trials > 1 else ""
+    return f"{timing.seconds_per_step:.3g} s a step{_money(plan, timing.seconds_per_step)} ({phases}){steps}{trials}"
 
 
 def _grouped(devices: tuple[Device, ...]) -> list[tuple[Device, int]]:
