@@ -174,7 +174,8 @@ TOOL = Tool(
     details=(
         "Memory of every GPU and node by role and by what holds it, whether it fits and what to change if not; seconds and cost of a\n"
         "step and of the run. Needs no network and no GPU: sizes are read from the config.json of a local model, or known from its name\n"
-        "(Pythia, SmolLM2, Llama, Mistral, or any size in a name). The exit code is 1 where it does not fit.\n\n"
+        "(Pythia, SmolLM2, Llama, Mistral, or any size in a name). A search counts as all its trials to their last step, so many at a\n"
+        "time as tune.concurrent says. The exit code is 1 where it does not fit.\n\n"
         "example:\n  corral plan jobs/recipes/pythia/ppo-12b.toml --cluster 1x8xA100-80GB"
     ),
     add_arguments=add_arguments,
