@@ -185,7 +185,7 @@ def engine_memory(shape: ModelShape, *, width: int, tensor_parallel: int, contex
     """A rollout engine on each of its GPUs. It fills what it has `reserved` with KV cache; without that, room for one sequence."""
     weights = width * shape.parameters // tensor_parallel
     work = (ENGINE_TOKENS * _work(shape) * width + ENGINE_SEQUENCES * shape.vocabulary * 4) // tensor_parallel
-    least = context * shape.kv_bytes(width) // tensor_parallel
+    least = context * shape.kv_bytes(width, tensor_parallel)
     cache = least if reserved is None else max(least, reserved - weights - work)
     return {"weights": weights, "activations": work, "kv_cache": cache}
 

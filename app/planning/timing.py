@@ -229,7 +229,7 @@ class Estimate:
         prompt = recipe.data.max_prompt_length
         mine = math.ceil(recipe.ppo.batch_size / workers.count)
         parallel = max(1, int(workers.gpus))
-        room = engine.working["kv_cache"] * parallel // ((prompt + answer) * policy.kv_bytes(self.width))
+        room = engine.working["kv_cache"] // ((prompt + answer) * policy.kv_bytes(self.width, parallel))
         running = max(1, min(mine, room))
         waves = math.ceil(mine / running)
         read = self.width * policy.parameters + running * (prompt + answer / 2) * policy.kv_bytes(self.width)
