@@ -121,7 +121,9 @@ def lines(plan: Plan) -> Iterator[str]:
         for shortage in stage.shortages:
             yield f"  short: {shortage}"
     if plan.seconds is not None:
-        yield f"in all: {_duration(plan.seconds)}{_money(plan, plan.seconds)}"
+        search = any(stage.timing and stage.timing.trials > 1 for stage in plan.stages)
+        bound = ", with every trial to its last step; schedulers stop some before" if search else ""
+        yield f"in all: {'at most ' if search else ''}{_duration(plan.seconds)}{_money(plan, plan.seconds)}{bound}"
     elif any(stage.timing for stage in plan.stages):
         yield "in all: open; give --rows, the number of rows in the data"
     if plan.price is not None:
@@ -135,7 +137,8 @@ def _time(plan: Plan, stage: StagePlan) -> str:
         return "no place for its processes" if not stage.slots else "takes no steps"
     phases = ", ".join(f"{name} {seconds:.3g}" for name, seconds in timing.phases.items() if seconds >= 0.01 * timing.seconds_per_step)
     steps = "" if timing.steps is None else f", {timing.steps} steps"
-    return f"{timing.seconds_per_step:.3g} s a step{_money(plan, timing.seconds_per_step)} ({phases}){steps}"
+    trials = f" a trial, {timing.trials} trials, {timing.concurrent} at a time" if timing.trials > 1 else ""
+    return f"{timing.seconds_per_step:.3g} s a step{_money(plan, timing.seconds_per_step)} ({phases}){steps}{trials}"
 
 
 def _grouped(devices: tuple[Device, ...]) -> list[tuple[Device, int]]:
@@ -171,7 +174,8 @@ TOOL = Tool(
     details=(
         "Memory of every GPU and node by role and by what holds it, whether it fits and what to change if not; seconds and cost of a\n"
         "step and of the run. Needs no network and no GPU: sizes are read from the config.json of a local model, or known from its name\n"
-        "(Pythia, SmolLM2, Llama, Mistral, or any size in a name). The exit code is 1 where it does not fit.\n\n"
+        "(Pythia, SmolLM2, Llama, Mistral, or any size in a name). A search counts as all its trials to their last step, so many at a\n"
+        "time as tune.concurrent says. The exit code is 1 where it does not fit.\n\n"
         "example:\n  corral plan jobs/recipes/pythia/ppo-12b.toml --cluster 1x8xA100-80GB"
     ),
     add_arguments=add_arguments,

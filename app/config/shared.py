@@ -161,3 +161,10 @@ class DeepSpeedConfig(Config):
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer needs zero_stage >= 1: raise zero_stage or turn it off")
         return self
+
+    def in_effect(self, precision: str, workers: int) -> DeepSpeedConfig:
+        """What engines over so many workers run with: a lone one goes without ZeRO 1 and 2, which shard nothing then but copy every
+        gradient twice. In 16 bits they also keep the float32 weights, and with offload the host's, which nothing else does."""
+        if workers > 1 or precision != "fp32" or self.offload_optimizer or self.zero_stage == 3:
+            return self
+        return self.model_copy(update={"zero_stage": 0})

@@ -54,6 +54,9 @@ class Batch:
         return self.rows * self.length
 
 
+NOTHING = Batch(0, 0)
+
+
 @dataclass(frozen=True)
 class Trained:
     """One DeepSpeed engine: a model of `parameters`, `trained` of which have gradients, and what passes through it."""
@@ -64,6 +67,8 @@ class Trained:
     batch: Batch
     passes: int = 1
     """Forward passes whose activations are held at the same time."""
+    frozen_layers: int = 0
+    """Lowest layers that no gradient passes through: they keep no activations."""
 
 
 @dataclass(frozen=True)
@@ -135,16 +140,17 @@ def _step_buffers(model: Trained, ds: DeepSpeedConfig, ranks: int, on_gpu: bool)
 
 
 def activations(model: Trained, ds: DeepSpeedConfig, width: int) -> Parts:
-    """At the start of a backward pass: what every layer keeps, and the larger of logits with their gradient, and one layer's work."""
+    """At the start of a backward pass: what every layer keeps, the logits of every pass, and the larger of logits with their gradient,
+    and one layer's work."""
     shape, batch = model.shape, model.batch
     kept = layer_activations(shape, width)
-    layers = shape.layers * (shape.hidden * width if ds.gradient_checkpointing else kept)
+    layers = (shape.layers - model.frozen_layers) * (shape.hidden * width if ds.gradient_checkpointing else kept)
     mask = batch.tokens * batch.length * width
     work = batch.tokens * (_work(shape) * width + (kept if ds.gradient_checkpointing else 0))
-    logits = 2 * batch.targets * shape.vocabulary * width
+    logits = batch.targets * shape.vocabulary * width
     ends = (3 * batch.tokens + batch.targets) * shape.hidden * width  # the final norm, and the states that the head reads
     passes = model.passes
-    return {"activations": passes * (batch.tokens * layers + mask + ends) + max(0, work - logits), "logits": passes * logits}
+    return {"activations": passes * (batch.tokens * layers + mask + ends) + max(0, work - 2 * logits), "logits": (passes + 1) * logits}
 
 
 def layer_activations(shape: ModelShape, width: int) -> int:
@@ -179,7 +185,7 @@ def engine_memory(shape: ModelShape, *, width: int, tensor_parallel: int, contex
     """A rollout engine on each of its GPUs. It fills what it has `reserved` with KV cache; without that, room for one sequence."""
     weights = width * shape.parameters // tensor_parallel
     work = (ENGINE_TOKENS * _work(shape) * width + ENGINE_SEQUENCES * shape.vocabulary * 4) // tensor_parallel
-    least = context * shape.kv_bytes(width) // tensor_parallel
+    least = context * shape.kv_bytes(width, tensor_parallel)
     cache = least if reserved is None else max(least, reserved - weights - work)
     return {"weights": weights, "activations": work, "kv_cache": cache}
 
@@ -210,7 +216,12 @@ def trained_parameters(shape: ModelShape, config: Trainable, parameters: int) ->
     return adapter_parameters(shape, config.lora) + (parameters - shape.layers * shape.layer if config.lora.embeddings else 0)
 
 
-def trained_model(shape: ModelShape, config: Trainable, parameters: int, batch: Batch, passes: int = 1) -> Trained:
+def frozen_layers(shape: ModelShape, config: Trainable) -> int:
+    """Lowest layers that no gradient passes through. GPT-2's position embeddings lie below them all and are trained."""
+    return 0 if shape.kind == "gpt2" else min(config.freeze_layers, shape.layers)
+
+
+def trained_model(shape: ModelShape, config: Trainable, parameters: int, batch: Batch = NOTHING, passes: int = 1) -> Trained:
     """A model of `parameters` of which `config` says what is trained."""
     adapters = adapter_parameters(shape, config.lora) if config.lora else 0
-    return Trained(shape, parameters + adapters, trained_parameters(shape, config, parameters), batch, passes)
+    return Trained(shape, parameters + adapters, trained_parameters(shape, config, parameters), batch, passes, frozen_layers(shape, config))

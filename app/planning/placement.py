@@ -6,14 +6,14 @@ together, so their processes add up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from app.config.loading import with_values
 from app.config.recipe import Recipe
 from app.errors import PlacementError
-from app.planning.memory import GIB
+from app.planning.memory import GIB, trained_model
 from app.planning.packing import NodeResources, Slot, assign
 from app.planning.roles import FLOAT32, Role, Roles
 from app.planning.shapes import shape_of
@@ -22,13 +22,32 @@ _OBJECT_STORE_SHARE = 0.3  # Ray's default part of a node's memory; what does no
 
 
 @dataclass(frozen=True)
+class Push:
+    """A policy on its way through Ray's object store, float32. trained: bytes of one version; frozen: of what is put there once."""
+
+    trained: int
+    frozen: int = 0
+
+    @property
+    def at_the_learner(self) -> int:
+        """The version before stays until the engines have been given the next one."""
+        return self.frozen + 2 * self.trained
+
+    @property
+    def at_an_engine(self) -> int:
+        return self.frozen + self.trained
+
+
+@dataclass(frozen=True)
 class StagePlacement:
-    """The roles that are alive together. overlapping: they work at the same time, not in turns; pushed: bytes of a weight push."""
+    """The roles that are alive together. overlapping: they work at the same time, not in turns; push: of each trial, where weights go
+    through the object store; trials: at a time."""
 
     name: str
     roles: tuple[Role, ...]
     overlapping: bool = False
-    pushed: int = 0
+    push: Push | None = None
+    trials: int = 1
 
     def need(self, resource: str) -> float:
         return sum(role.need(resource) for role in self.roles)
@@ -37,9 +56,17 @@ class StagePlacement:
         """Where every process goes. Raises PlacementError."""
         return assign([role.request for role in self.roles], nodes, self.name)
 
-    def object_store(self, node_memory: float) -> int:
-        """Bytes of Ray's object store on a node with rollout engines."""
-        return min(self.pushed, int(_OBJECT_STORE_SHARE * node_memory))
+    def object_store(self, there: Iterable[Slot], node_memory: float) -> int:
+        """Bytes of Ray's object store on a node with these processes: the first rank of a learner puts weights there, and the store of
+        every node with engines gets a copy."""
+        if self.push is None:
+            return 0
+        each = {role.name: role.count // self.trials for role in self.roles}
+        by_role = {name: [slot.index for slot in there if slot.role == name] for name in ("learner", "engine")}
+        puts = {index // each["learner"] for index in by_role["learner"] if index % each["learner"] == 0}
+        gets = {index // each["engine"] for index in by_role["engine"]} - puts
+        held = len(puts) * self.push.at_the_learner + len(gets) * self.push.at_an_engine
+        return min(held, int(_OBJECT_STORE_SHARE * node_memory))
 
 
 def engines_load_early(recipe: Recipe) -> bool:
@@ -58,13 +85,13 @@ def placement(recipe: Recipe, command: str, gpu_memory: int | None = None) -> tu
     rm = _reward_model(recipe, roles)
     before_ppo = (*before_rm, *rm) if before_rm and recipe.reward.path is None else before_rm
     trials = 1 if recipe.tune.concurrent == "auto" else min(recipe.tune.concurrent, recipe.tune.trials)
-    ppo = _ppo(recipe, "ppo", roles.ppo(colocated=recipe.rollout.colocate))
+    ppo = _ppo(recipe, "ppo", roles.ppo(), 1)
     stages = {
         "sft": (sft,),
         "rm": (*before_rm, *rm),
         "ppo": (*before_ppo, ppo),
         "pipeline": (sft, *rm, ppo),
-        "tune": (*before_ppo, _ppo(recipe, "tune", roles.ppo(trials))),  # a trial's engines have GPUs of their own
+        "tune": (*before_ppo, _ppo(recipe, "tune", roles.trials(trials), trials)),
         "serve": (StagePlacement("serve", roles.served()),),
         "evaluate": (StagePlacement("evaluation", (roles.engines(), *roles.scorers())),),
         "samples": (StagePlacement("samples", (roles.engines(),)),),
@@ -80,12 +107,14 @@ def _reward_model(recipe: Recipe, roles: Roles) -> tuple[StagePlacement, ...]:
     return StagePlacement("rm", (trainers,)), StagePlacement("rm offset", (engine,))
 
 
-def _ppo(recipe: Recipe, name: str, roles: tuple[Role, ...]) -> StagePlacement:
-    """A push carries the policy as float32, unless it goes from GPU to GPU."""
-    shape, rollout = shape_of(recipe.model.path), recipe.rollout
+def _ppo(recipe: Recipe, name: str, roles: tuple[Role, ...], trials: int) -> StagePlacement:
+    """A push carries what is trained of the policy as float32, unless it goes from GPU to GPU."""
+    shape, rollout, push = shape_of(recipe.model.path), recipe.rollout, None
     nccl = rollout.transfer == "nccl" or (rollout.transfer == "auto" and rollout.engines.gpus > 0 and not rollout.colocate)
-    pushed = 0 if nccl or shape is None else FLOAT32 * shape.parameters
-    return StagePlacement(name, roles, overlapping=recipe.ppo.max_lag > 0, pushed=pushed)
+    if shape is not None and not nccl:
+        policy = trained_model(shape, recipe.ppo, shape.parameters)
+        push = Push(FLOAT32 * policy.trained, FLOAT32 * (policy.parameters - policy.trained))
+    return StagePlacement(name, roles, overlapping=recipe.ppo.max_lag > 0, push=push, trials=trials)
 
 
 def concurrent_trials(recipe: Recipe, resources: Mapping[str, float], nodes: tuple[NodeResources, ...] = ()) -> int:
@@ -112,11 +141,9 @@ def check_feasible(recipe: Recipe, command: str, resources: Mapping[str, float],
 
     A resource that the mapping does not name counts as absent, except memory, which is then not checked. nodes: where the
     processes have to find room, one by one; not checked without any. Of rollout engines that may come later only those count that
-    have to be there.
+    have to be there; in a trial all of them, because its placement group is given whole or not at all.
     """
-    if recipe.rollout.min_engines is not None:
-        recipe = with_values(recipe, {"rollout.engines.count": recipe.rollout.min_engines})
-    for stage in placement(recipe, command):
+    for stage in _at_the_start(recipe, command):
         for resource in ("GPU", "CPU", "memory"):
             if resource == "memory" and resource not in resources:
                 continue
@@ -127,6 +154,15 @@ def check_feasible(recipe: Recipe, command: str, resources: Mapping[str, float],
             stage.slots(nodes)
 
 
+def _at_the_start(recipe: Recipe, command: str) -> tuple[StagePlacement, ...]:
+    """The stages with the processes that each waits for."""
+    stages = placement(recipe, command)
+    if recipe.rollout.min_engines is None:
+        return stages
+    fewest = placement(with_values(recipe, {"rollout.engines.count": recipe.rollout.min_engines}), command)
+    return tuple(stage if stage.name == "tune" else least for stage, least in zip(stages, fewest, strict=True))
+
+
 def _shortage(stage: StagePlacement, resource: str, need: float, have: float) -> str:
     scale = GIB if resource == "memory" else 1
     roles = [role for role in stage.roles if role.need(resource) > 0]
@@ -134,6 +170,8 @@ def _shortage(stage: StagePlacement, resource: str, need: float, have: float) ->
     largest = max(roles, key=lambda role: role.need(resource))
     knob = {"GPU": f"{largest.key}.count or {largest.key}.gpus", "CPU": f"{largest.key}.count or {largest.key}.cpus"}
     lower = knob.get(resource, f"{largest.key}.count, or take a smaller model")
+    if any(role.name == "trial" and role.count > 1 for role in roles):
+        lower = f"tune.concurrent, {lower}"
     return (
         f"stage {stage.name} needs {need / scale:.3g} {_UNITS[resource]} ({parts}) and the cluster has {have / scale:.3g}: "
         f"lower {lower}, or set RAY_ADDRESS to a larger cluster"

@@ -11,7 +11,7 @@ from app.errors import PlacementError
 from app.planning.hardware import Cluster
 from app.planning.memory import GIB, Parts, add, total
 from app.planning.packing import NodeResources, Slot
-from app.planning.placement import StagePlacement, placement
+from app.planning.placement import StagePlacement, concurrent_trials, placement
 from app.planning.roles import Role
 from app.planning.timing import Timing, Workload, stage_timing
 
@@ -81,7 +81,7 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """Of all stages that have steps; None where one's number of steps is open."""
+        """Of all stages that have steps, with every trial of a search to its last one; None where one's number of steps is open."""
         timings = [stage.timing for stage in self.stages if stage.timing is not None]
         seconds = [timing.seconds for timing in timings if timing.seconds is not None]
         return sum(seconds) if timings and len(seconds) == len(timings) else None
@@ -115,19 +115,33 @@ def make_plan(recipe: Recipe, command: str, cluster: Cluster, workload: Workload
     """Plan `command` on `cluster`: on the fewest nodes of one that grows with its work. A stage that does not fit is part of the
     plan, with the reasons."""
     gpu = cluster.gpu
-    stages = placement(recipe, command, None if gpu is None else gpu.memory)
     sizes = range(1, len(cluster.nodes) + 1) if cluster.elastic else [len(cluster.nodes)]
     for size in sizes:
         nodes = replace(cluster, nodes=cluster.nodes[:size])
-        plan = Plan(command, nodes, tuple(_plan_stage(recipe, stage, nodes, workload or Workload()) for stage in stages))
+        sized = _with_trials(recipe, nodes) if command == "tune" else recipe
+        stages = placement(sized, command, None if gpu is None else gpu.memory)
+        plan = Plan(command, nodes, tuple(_plan_stage(sized, stage, nodes, workload or Workload()) for stage in stages))
         if plan.fits:
             break
     return plan
 
 
+def _with_trials(recipe: Recipe, cluster: Cluster) -> Recipe:
+    """The recipe with as many trials at a time as a search would run on this cluster."""
+    nodes = _resources(cluster)
+    have = {"CPU": sum(node.cpus for node in nodes), "GPU": sum(node.gpus for node in nodes)}
+    memory = sum(node.memory for node in cluster.nodes)
+    concurrent = concurrent_trials(recipe, {**have, "memory": memory}, nodes)
+    return recipe.model_copy(update={"tune": recipe.tune.model_copy(update={"concurrent": concurrent})})
+
+
+def _resources(cluster: Cluster) -> tuple[NodeResources, ...]:
+    return tuple(NodeResources(node.cpus, node.gpus, labels=node.labels) for node in cluster.nodes)
+
+
 def _plan_stage(recipe: Recipe, stage: StagePlacement, cluster: Cluster, workload: Workload) -> StagePlan:
     try:
-        slots = stage.slots(tuple(NodeResources(node.cpus, node.gpus, labels=node.labels) for node in cluster.nodes))
+        slots = stage.slots(_resources(cluster))
     except PlacementError as error:
         return StagePlan(stage, (), (), (f"{error}: lower its count or take a larger cluster",), None)
     devices = (*_gpus(stage, slots, cluster), *_hosts(stage, slots, cluster))
@@ -172,15 +186,15 @@ def _hosts(stage: StagePlacement, slots: Sequence[Slot], cluster: Cluster) -> li
     devices: list[Device] = []
     for node in sorted({slot.node for slot in slots}):
         parts: dict[str, Parts] = {}
-        for slot in slots:
-            if slot.node == node:
-                role = roles[slot.role]
-                parts[role.name] = add(parts.get(role.name, {}), role.host, {} if role.gpus else role.working)
+        there = [slot for slot in slots if slot.node == node]
+        for slot in there:
+            role = roles[slot.role]
+            parts[role.name] = add(parts.get(role.name, {}), role.host, {} if role.gpus else role.working)
         memory = cluster.nodes[node].memory
         if not devices:
             parts["ray"] = {"process": RAY_BYTES}
-        if stage.pushed and "engine" in parts:
-            parts["object store"] = {"weights": stage.object_store(memory)}
+        if stored := stage.object_store(there, memory):
+            parts["object store"] = {"weights": stored}
         devices.append(Device(f"node {node} host memory", memory, parts))
     return devices
 
@@ -243,6 +257,8 @@ def _stage_dict(plan: StagePlan) -> dict[str, Any]:
             {"name": device.name, "bytes": device.used, "capacity": device.capacity, "parts": device.parts} for device in plan.devices
         ],
         "steps": None if timing is None else timing.steps,
+        "trials": None if timing is None else timing.trials,
+        "concurrent": None if timing is None else timing.concurrent,
         "seconds_per_step": None if timing is None else timing.seconds_per_step,
         "phases": None if timing is None else dict(timing.phases),
     }

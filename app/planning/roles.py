@@ -6,10 +6,11 @@ Sizes come from the `config.json` of a local model, or from a model's name.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from app.config.ppo import PpoConfig
 from app.config.recipe import Recipe
 from app.config.shared import WorkersConfig
 from app.config.training import TrainingConfig
@@ -35,6 +36,7 @@ from app.planning.shapes import shape_of
 FLOAT32 = 4
 _PROCESS_BYTES = GIB // 2  # a Python process with torch and Ray loaded
 _CUDA_HOST_BYTES = GIB  # what a process with a GPU holds on the host beside that
+TRIAL_CPUS = 0.01  # a trial's own process only waits for its actors
 
 Turn = Literal["training", "rollout", "scoring"]
 
@@ -106,8 +108,7 @@ class Roles:
             batch = Batch(rows, length, 0 if reward_model else rows * (length - 1))
             models = [trained_model(shape, config, parameters, batch)]
             loaded = (FLOAT32 if reward_model else self.width) * parameters
-        memory = training_memory(models, config.deepspeed, width=self.width, ranks=config.workers.count, on_gpu=config.workers.gpus > 0)
-        return self._training_role(name, f"{name}.workers", config.workers, memory, loaded)
+        return self._training_role(name, f"{name}.workers", config.workers, self._memory(models, config), loaded)
 
     def learner(self) -> Role:
         """Policy and critic of PPO, in one process per rank; a value head is a part of the policy."""
@@ -133,9 +134,13 @@ class Roles:
             models.append(replace(largest, parameters=largest.parameters + head, trained=largest.trained + head))
         if critic is not None and ppo.has_critic_model:
             models.append(Trained(critic, critic.trunk, critic.trunk, Batch(rows, length), passes))
-        memory = training_memory(models, ppo.deepspeed, width=self.width, ranks=ppo.workers.count, on_gpu=ppo.workers.gpus > 0)
         loaded = FLOAT32 * max((model.parameters for model in models), default=0)
-        return self._training_role("learner", "ppo.workers", ppo.workers, memory, loaded)
+        return self._training_role("learner", "ppo.workers", ppo.workers, self._memory(models, ppo), loaded)
+
+    def _memory(self, models: Sequence[Trained], config: TrainingConfig | PpoConfig) -> TrainingMemory:
+        workers = config.workers
+        ds = config.deepspeed.in_effect(self.recipe.model.precision, workers.count)
+        return training_memory(models, ds, width=self.width, ranks=workers.count, on_gpu=workers.gpus > 0)
 
     def _training_role(self, name: str, key: str, workers: WorkersConfig, memory: TrainingMemory, loaded: int) -> Role:
         # while it loads, each process holds its model in host memory, before anything is offloaded to there
@@ -201,13 +206,19 @@ class Roles:
             )
         return tuple(roles)
 
-    def ppo(self, copies: int = 1, *, colocated: bool = False) -> tuple[Role, ...]:
-        """Learners and engines of `copies` PPO runs at a time, and the one scoring service of them all."""
-        learner, engine = self.learner(), self.engines(colocated=colocated)
+    def ppo(self) -> tuple[Role, ...]:
+        """Learners and engines, and the scoring service."""
+        learner, engine = self.learner(), self.engines(colocated=self.recipe.rollout.colocate)
         if engine.shares:  # a pair reserves what both ask for, and a whole GPU at most
             learner = replace(learner, gpus=min(1.0, learner.gpus + engine.gpus))
-        actors = (learner, engine)
-        return (*(replace(role, count=role.count * copies) for role in actors), *self.scorers())
+        return (learner, engine, *self.scorers())
+
+    def trials(self, concurrent: int) -> tuple[Role, ...]:
+        """So many PPO runs at a time, each with a process of its own and engines on GPUs of their own, and the one scoring service of
+        them all."""
+        own = WorkersConfig(cpus=TRIAL_CPUS)
+        trial = _role("trial", "tune", own, Parts(), Parts(), _process(own), turn="training")
+        return (*(replace(role, count=role.count * concurrent) for role in (self.learner(), self.engines(), trial)), *self.scorers())
 
 
 def _process(workers: WorkersConfig) -> Parts:

@@ -68,9 +68,10 @@ class ModelShape:
         """Parameters of the language model."""
         return self.trunk + (0 if self.tied else self.embedding)
 
-    def kv_bytes(self, width: int) -> int:
-        """Bytes of keys and values per token of context; `width` is bytes per number."""
-        return 2 * self.layers * self.keys * width
+    def kv_bytes(self, width: int, parallel: int = 1) -> int:
+        """Bytes of keys and values per token of context, on each of `parallel` GPUs that share the heads; `width` is bytes per number.
+        Where there are more GPUs than key-value heads, several hold the same one."""
+        return 2 * self.layers * max(1, self.kv_heads // parallel) * self.head_size * width
 
     def scaled(self, parameters: int) -> ModelShape:
         """A model of about so many parameters: this one with wider layers, in its own proportions."""

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from app.config.ppo import PpoConfig
 from app.config.recipe import Recipe
-from app.config.shared import DeepSpeedConfig, WorkersConfig
+from app.config.search_space import grid
+from app.config.shared import DeepSpeedConfig, Trainable, WorkersConfig
 from app.config.training import TrainingConfig
 from app.planning.hardware import CPU_CORE, Accelerator, Cluster
-from app.planning.memory import MASTER, MOMENTS, WIDTHS, value_head
+from app.planning.memory import MASTER, MOMENTS, WIDTHS, adapter_parameters, frozen_layers, trained_model, value_head
 from app.planning.placement import StagePlacement
 from app.planning.roles import Role
 from app.planning.shapes import ModelShape, shape_of
@@ -26,7 +28,7 @@ BANDWIDTH_SHARE = 0.6  # of memory bandwidth while decoding
 DECODE_OVERHEAD = 0.004  # seconds of Python per decoding step
 HOST_ADAM_BANDWIDTH = 10e9  # bytes/s of one process that runs Adam on the host
 OBJECT_STORE_RATE = 0.6e9  # bytes/s of a push from gathering to loading: docs/results/smollm2.md
-FORWARD, BACKWARD = 2, 4
+FORWARD = 2
 
 
 @dataclass(frozen=True)
@@ -47,33 +49,52 @@ class Device:
         return cls(rate * workers.threads, CPU_CORE.bandwidth * workers.threads, min(CPU_CORE.link, network))
 
 
-def flop(shape: ModelShape, tokens: float, length: float, *, targets: float = 0.0, per_weight: float = FORWARD) -> float:
-    """Of a pass over `tokens` in sequences of `length`, with the output head on `targets` of them."""
+def flop(shape: ModelShape, tokens: float, length: float, *, targets: float = 0.0) -> float:
+    """Of a forward pass over `tokens` in sequences of `length`, with the output head on `targets` of them."""
     weights = shape.layers * shape.layer * tokens + shape.embedding * targets
     attention = shape.layers * shape.queries * length * tokens
-    return per_weight * (weights + attention)
+    return FORWARD * (weights + attention)
 
 
-def communication(parameters: int, ds: DeepSpeedConfig, width: int, ranks: int, accumulation: int, link: float) -> float:
-    """Seconds of collectives in one optimizer step: gradients, and parameters where they are sharded."""
-    if ranks == 1:
-        return 0.0
-    gradients = accumulation if ds.zero_stage >= 2 else 1
-    parameter_gathers = {0: 0, 1: 1, 2: 1, 3: 2 * accumulation}[ds.zero_stage]
-    return (gradients + parameter_gathers) * width * parameters / link
+def backward_flop(shape: ModelShape, config: Trainable | None, tokens: float, length: float, *, targets: float, recomputed: bool) -> float:
+    """Of the backward pass to `flop`: gradients of the states above the frozen layers, and of the weights that `config` trains (None: all).
+    recomputed: those layers, not the head, run forward once more."""
+    lora = None if config is None else config.lora
+    frozen = 0 if config is None else frozen_layers(shape, config)
+    upper = replace(shape, layers=shape.layers - frozen)
+    attention = flop(upper, tokens, length) - FORWARD * upper.layers * shape.layer * tokens  # its gradients are of two products, not one
+    # adapters are weights that states pass through as well
+    weights = tokens * (2 * adapter_parameters(shape, lora) if lora else upper.layers * shape.layer)
+    head_learns = lora.embeddings if lora else not (frozen and shape.tied)
+    states = flop(upper, tokens, length, targets=targets)
+    learned = FORWARD * (weights + shape.embedding * targets * head_learns)
+    return states + attention + learned + (flop(upper, tokens, length) if recomputed else 0.0)
 
 
-def host_adam(parameters: int, ds: DeepSpeedConfig, ranks: int) -> float:
+def communication(parameters: int, trained: int, ds: DeepSpeedConfig, width: int, ranks: int, accumulation: int, link: float) -> float:
+    """Seconds of collectives in one optimizer step. Gradients of what is trained are reduced and scattered, then they (ZeRO 0: an
+    all-reduce is both) or the new weights are gathered; ZeRO 3 gathers all parameters for every forward and backward pass instead.
+
+    Each moves the share of the other ranks, (N - 1) / N (ZeRO, section 7: https://arxiv.org/abs/1910.02054)."""
+    reduced = trained * (accumulation if ds.zero_stage >= 2 else 1)
+    gathered = 2 * accumulation * parameters if ds.zero_stage == 3 else trained
+    return (reduced + gathered) * width * (ranks - 1) / ranks / link
+
+
+def host_adam(trained: int, ds: DeepSpeedConfig, ranks: int) -> float:
     """Seconds of Adam on the host in one optimizer step: it reads and writes master weights and moments, and reads gradients."""
-    return (2 * (MASTER + MOMENTS) + 4) * parameters / ranks / HOST_ADAM_BANDWIDTH if ds.offload_optimizer else 0.0
+    return (2 * (MASTER + MOMENTS) + 4) * trained / ranks / HOST_ADAM_BANDWIDTH if ds.offload_optimizer else 0.0
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one step by phase; steps: how many there are, None where the data decides."""
+    """Seconds of one step by phase; steps: how many there are, None where the data decides. A search runs that for each of its trials,
+    `concurrent` at a time; to its end at most, for schedulers stop some before."""
 
     phases: Mapping[str, float]
     steps: int | None
+    trials: int = 1
+    concurrent: int = 1
 
     @property
     def seconds_per_step(self) -> float:
@@ -81,7 +102,7 @@ class Timing:
 
     @property
     def seconds(self) -> float | None:
-        return None if self.steps is None else self.steps * self.seconds_per_step
+        return None if self.steps is None else math.ceil(self.trials / self.concurrent) * self.steps * self.seconds_per_step
 
 
 @dataclass(frozen=True)
@@ -118,6 +139,12 @@ class Estimate:
     def width(self) -> int:
         return WIDTHS[self.recipe.model.precision]
 
+    @property
+    def trials(self) -> int:
+        """Of a search."""
+        config = self.recipe.tune
+        return len(grid(config.space)) if config.searcher == "grid" else config.trials
+
     def device(self, workers: WorkersConfig, role: str) -> Device:
         machine = max(self.cluster.nodes, key=lambda node: node.gpus)
         shared = max(1, machine.gpus)
@@ -133,13 +160,14 @@ class Estimate:
         replies = self.recipe.rm.max_replies if stage.name == "rm" else 1
         tokens = config.batch_size * replies * length / config.workers.count
         device = self.device(config.workers, stage.name)
-        per_weight = FORWARD + BACKWARD + FORWARD * config.deepspeed.gradient_checkpointing
-        work = flop(shape, tokens, length, targets=0 if stage.name == "rm" else tokens, per_weight=per_weight)
-        ranks, ds = config.workers.count, config.deepspeed
+        ranks, ds, targets = config.workers.count, config.deepspeed, 0.0 if stage.name == "rm" else tokens
+        model = trained_model(shape, config, shape.trunk if stage.name == "rm" else shape.parameters)
+        work = flop(shape, tokens, length, targets=targets)
+        work += backward_flop(shape, config, tokens, length, targets=targets, recomputed=ds.gradient_checkpointing)
         phases = {
             "compute": work / device.rate,
-            "communication": communication(shape.parameters, ds, self.width, ranks, config.accumulation, device.link),
-            "host_adam": host_adam(shape.parameters, ds, ranks),
+            "communication": communication(model.parameters, model.trained, ds, self.width, ranks, config.accumulation, device.link),
+            "host_adam": host_adam(model.trained, ds, ranks),
         }
         rows = self.workload.rows
         steps = config.max_steps
@@ -149,7 +177,7 @@ class Estimate:
         return Timing(phases, steps)
 
     def ppo(self, stage: StagePlacement) -> Timing | None:
-        """One iteration of the loop: rollout, score, update, push."""
+        """One iteration of the loop: rollout, score, update, push. Trials of a search wait for each other at the scoring service."""
         recipe, ppo = self.recipe, self.recipe.ppo
         # a critic is made of a reward model
         policy, critic = shape_of(recipe.model.path), shape_of(recipe.reward.path or recipe.model.path)
@@ -161,35 +189,38 @@ class Estimate:
         learner = self.device(ppo.workers, "learner")
         ranks = ppo.workers.count
 
-        trained = [(policy, targets, policy.parameters + (value_head(policy) if ppo.has_value_head else 0))]
+        ds, head = ppo.deepspeed, value_head(policy) if ppo.has_value_head else 0
+        model = trained_model(policy, ppo, policy.parameters)
+        parameters, trained = model.parameters + head, model.trained + head
+        passes: list[tuple[ModelShape, PpoConfig | None, int]] = [(policy, ppo, targets)]
         if ppo.has_critic_model:
-            trained.append((critic, 0, critic.trunk))
-
-        def learning(per_weight: float) -> float:
-            work = sum(flop(shape, tokens, length, targets=heads, per_weight=per_weight) for shape, heads, _ in trained)
-            return work / ranks / learner.rate
+            parameters, trained = parameters + critic.trunk, trained + critic.trunk
+            passes.append((critic, None, 0))
+        recomputed = ds.gradient_checkpointing
+        forward = sum(flop(shape, tokens, length, targets=heads) for shape, _, heads in passes)
+        backward = sum(backward_flop(shape, what, tokens, length, targets=heads, recomputed=recomputed) for shape, what, heads in passes)
 
         scorers = {"reward": (recipe.scoring.reward, critic, 0), "reference": (recipe.scoring.reference, policy, tokens)}
         scoring = [
-            flop(shape, tokens, length, targets=heads) / workers.count / self.device(workers, name).rate
+            stage.trials * flop(shape, tokens, length, targets=heads) / workers.count / self.device(workers, name).rate
             for name, (workers, shape, heads) in scorers.items()
         ]
-        recomputed = FORWARD * ppo.deepspeed.gradient_checkpointing
-        forward = 0 if ppo.reuse_forward else FORWARD
-        parameters, steps = sum(size for *_, size in trained), ppo.epochs * ppo.minibatches
-        per_step = communication(parameters, ppo.deepspeed, self.width, ranks, ppo.accumulation, learner.link)
+        steps = ppo.epochs * ppo.minibatches
+        per_step = communication(parameters, trained, ds, self.width, ranks, ppo.accumulation, learner.link)
         longest, mixed = recipe.data.max_length, ppo.pretraining.batch_size * recipe.data.max_length if ppo.pretraining.coef else 0
-        texts = flop(policy, mixed, longest, targets=mixed, per_weight=FORWARD + BACKWARD + recomputed)
+        texts = flop(policy, mixed, longest, targets=mixed)
+        texts += backward_flop(policy, ppo, mixed, longest, targets=mixed, recomputed=recomputed)
+        update = ppo.epochs * (backward + (0 if ppo.reuse_forward else forward)) + steps * texts
         engine = next(role for role in stage.roles if role.name == "engine")
         phases = {
             "rollout": self.rollout(policy, engine, answer),
-            "score": max(*scoring, learning(FORWARD)),
-            "update": ppo.epochs * learning(forward + BACKWARD + recomputed) + steps * texts / ranks / learner.rate,
+            "score": max(*scoring, forward / ranks / learner.rate),
+            "update": update / ranks / learner.rate,
             "communication": steps * per_step,
-            "host_adam": steps * host_adam(parameters, ppo.deepspeed, ranks),
-            "push": stage.pushed / OBJECT_STORE_RATE if stage.pushed else self.width * policy.parameters / learner.link,
+            "host_adam": steps * host_adam(trained, ds, ranks),
+            "push": stage.push.trained / OBJECT_STORE_RATE if stage.push else self.width * policy.parameters / learner.link,
         }
-        return Timing(phases, ppo.steps)
+        return Timing(phases, ppo.steps, self.trials if stage.name == "tune" else 1, stage.trials)
 
     def rollout(self, policy: ModelShape, engine: Role, answer: int) -> float:
         """Prefill, then one token of every running sequence per step; sequences beyond what the KV cache holds wait for the next wave."""
@@ -198,7 +229,7 @@ class Estimate:
         prompt = recipe.data.max_prompt_length
         mine = math.ceil(recipe.ppo.batch_size / workers.count)
         parallel = max(1, int(workers.gpus))
-        room = engine.working["kv_cache"] * parallel // ((prompt + answer) * policy.kv_bytes(self.width))
+        room = engine.working["kv_cache"] // ((prompt + answer) * policy.kv_bytes(self.width, parallel))
         running = max(1, min(mine, room))
         waves = math.ceil(mine / running)
         read = self.width * policy.parameters + running * (prompt + answer / 2) * policy.kv_bytes(self.width)

@@ -59,16 +59,6 @@ def deepspeed_config(
     return merge(config, ds.extra)
 
 
-def unsharded(ds: DeepSpeedConfig, precision: str) -> DeepSpeedConfig:
-    """`ds` for a lone worker: without ZeRO 1 and 2, which shard nothing then but copy every gradient twice.
-
-    In 16 bits they also keep the float32 weights, and with offload the host's, which nothing else does.
-    """
-    if precision != "fp32" or ds.offload_optimizer or ds.zero_stage == 3:
-        return ds
-    return ds.model_copy(update={"zero_stage": 0})
-
-
 def lr_factor(optimizer: OptimizerConfig, total_steps: int) -> Callable[[int], float]:
     """Optimizer step (from 0) -> factor on the peak learning rate.
 
@@ -118,9 +108,8 @@ def start_engine(
     Raises ConfigError when the accelerator of this process has no such precision.
     """
     deepspeed = import_deepspeed()
-    alone = torch.distributed.get_world_size() == 1
-    if alone:
-        ds = unsharded(ds, precision)
+    workers = torch.distributed.get_world_size()
+    ds = ds.in_effect(precision, workers)
     accelerator = deepspeed.get_accelerator()
     if precision == "fp16" and not accelerator.is_fp16_supported():
         raise ConfigError(
@@ -142,7 +131,7 @@ def start_engine(
         lr_scheduler=torch.optim.lr_scheduler.LambdaLR(adamw, lr_factor(optimizer, total_steps)),
         config=deepspeed_config(ds, optimizer, precision=precision, micro_batch_size=micro_batch_size, accumulation=accumulation),
     )
-    if alone and engine.zero_optimization_stage() == 0:
+    if workers == 1 and engine.zero_optimization_stage() == 0:
         engine.enable_backward_allreduce = False  # it would copy every gradient into a buffer and back
     engine.train()  # models are loaded in evaluation mode, in which nothing drops out and no activation is recomputed
     return engine

@@ -22,6 +22,7 @@ from app.data.templates import Template
 from app.durable import read_json, write_json
 from app.errors import AlarmError, NonFiniteError
 from app.interfaces import Scorer
+from app.planning.roles import TRIAL_CPUS
 from app.run_folder import MODEL
 from app.stages.actor_learner import LoopState, Parts, actor_learner_loop
 from app.stages.evaluate import answer
@@ -35,7 +36,6 @@ from app.workers.weight_transfer import CANARIES
 
 logger = logging.getLogger(__name__)
 
-DRIVER_CPUS = 0.01  # a trial's own process only waits for its actors
 POINTER = "checkpoint.json"
 KEEP_ALONE, KEEP_IN_A_POPULATION = 2, 4
 """Checkpoints per trial; in a population another trial may still be about to read an older one."""
@@ -204,7 +204,7 @@ def train(
 
 def trial_resources(recipe: Recipe) -> tune.PlacementGroupFactory:
     """The bundles of one trial, in the order that `train` uses them."""
-    bundles = [{"CPU": DRIVER_CPUS}]
+    bundles = [{"CPU": TRIAL_CPUS}]
     for workers in (recipe.ppo.workers, recipe.rollout.engines):
         bundles += [{"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}] * workers.count
     return tune.PlacementGroupFactory(bundles, strategy="PACK")

@@ -40,6 +40,26 @@ def test_text_groups_devices_and_gives_time_and_cost(capsys: pytest.CaptureFixtu
         assert part in out
 
 
+def test_a_search_says_that_its_time_is_a_bound(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        PPO_12B,
+        "--for=tune",
+        "--cluster=1x8xA100-80GB",
+        "--ppo.workers.count=4",
+        "--rollout.engines.count=2",
+        "--rollout.colocate=false",
+    ]
+    _, out = planned([*words, "--tune.trials=3", "--tune.concurrent=1"], capsys)
+    for part in (
+        "156 steps a trial, 3 trials, 1 at a time",
+        "in all: at most ",
+        "with every trial to its last step; schedulers stop some before",
+    ):
+        assert part in out
+    hours = [json.loads(planned([*words, "--json", f"--tune.trials={n}", "--tune.concurrent=1"], capsys)[1])["seconds"] for n in (1, 400)]
+    assert hours[1] == pytest.approx(400 * hours[0])
+
+
 def test_overrides_price_rows_and_length(capsys: pytest.CaptureFixture[str]) -> None:
     words = [str(RECIPES / "pythia" / "sft-12b.toml"), "--cluster", "1x8xA100-80GB", "--json"]
     document = json.loads(planned([*words, "--price", "10", "--rows", "6400", "--sft.epochs=1", "--mean-length", "512"], capsys)[1])

@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForC
 from app.config.ppo import PpoConfig
 from app.config.shared import AdapterConfig, DeepSpeedConfig
 from app.config.training import SftConfig
+from app.models.trainable import choose_trainable
 from app.planning.memory import (
     GIB,
     Batch,
@@ -75,6 +76,31 @@ def test_a_layers_activations_are_what_autograd_saves(kind: str, dtype: torch.dt
         sizes.append(saved_bytes(model.to(dtype), rows=2, length=32))
     per_token = (sizes[1] - sizes[0]) / 64
     assert per_token == pytest.approx(layer_activations(shape, dtype.itemsize), rel=0.06)
+
+
+@pytest.mark.parametrize("kind", ["neox", "llama", "gpt2"])
+def test_frozen_layers_keep_no_activations(kind: str) -> None:
+    """But GPT-2's, whose position embeddings are trained below them."""
+    sizes, expected = [], []
+    for frozen in (0, 2):
+        model, shape = build(kind, 4)
+        config = SftConfig(freeze_layers=frozen)
+        choose_trainable(model, config, seed=0)  # type: ignore[arg-type]
+        sizes.append(saved_bytes(model, rows=2, length=32))
+        trained = trained_model(shape, config, shape.parameters, Batch(2, 32))
+        expected.append(activations(trained, DeepSpeedConfig(zero_stage=0), 4)["activations"])
+    if kind == "gpt2":
+        assert expected[0] == expected[1] and sizes[1] > 0.8 * sizes[0]
+    else:
+        assert expected[0] - expected[1] == pytest.approx(sizes[0] - sizes[1], rel=0.1)
+
+
+def test_open_passes_keep_their_logits_and_share_the_room_for_a_gradient() -> None:
+    shape, ds = SHAPES["pythia-70m"], DeepSpeedConfig()
+    one, three = (
+        activations(Trained(shape, shape.parameters, shape.parameters, Batch(2, 64, 64), passes), ds, 4)["logits"] for passes in (1, 3)
+    )
+    assert (one, three) == (2 * 64 * shape.vocabulary * 4, 4 * 64 * shape.vocabulary * 4)
 
 
 def plan(shape: ModelShape, ds: DeepSpeedConfig, batch: Batch, *, width: int = 2, ranks: int = 1, on_gpu: bool = True) -> Parts:

@@ -12,6 +12,7 @@ from app.errors import PlacementError
 from app.planning.memory import GIB
 from app.planning.packing import NodeResources
 from app.planning.placement import check_feasible, concurrent_trials, describe, placement
+from app.stages.tuning.trial import trial_resources
 
 EIGHT_GPUS = with_values(
     Recipe(),
@@ -57,9 +58,32 @@ def test_concurrent_trials_share_one_scoring_service() -> None:
     assert describe(fewer_trials, "tune")["needs"]["GPU"] == 6 + 6 + 2
 
 
+def test_a_trial_asks_for_all_that_its_placement_group_holds() -> None:
+    """Beside learner and engine its own process; and every engine, for a placement group has all of its bundles or none."""
+    values = {"ppo.workers.cpus": 1.0, "rollout.engines.cpus": 0.5, "scoring.reward.cpus": 0.25, "scoring.reference.cpus": 0.25}
+    recipe = with_values(Recipe(), {"tune.concurrent": 1, **values})
+
+    def check(recipe: Recipe, cpus: float) -> None:
+        check_feasible(recipe, "tune", {"CPU": cpus, "GPU": 0}, (NodeResources(cpus),))
+
+    (trial,) = (stage for stage in placement(recipe, "tune") if stage.name == "tune")
+    bundles = sum(bundle["CPU"] for bundle in trial_resources(recipe).bundles)
+    assert trial.need("CPU") == pytest.approx(bundles + 0.5)
+    with pytest.raises(PlacementError, match=r"stage tune needs 2\.01 CPUs \(.*trial 1 x 0\.01"):
+        check(recipe, 2.0)
+    check(recipe, 2.01)
+    later = with_values(recipe, {"rollout.engines.count": 2, "rollout.min_engines": 1})
+    check_feasible(later, "ppo", {"CPU": 2.01})
+    with pytest.raises(PlacementError, match="stage tune"):
+        check(later, 2.01)
+    check(later, 2.51)
+    with pytest.raises(PlacementError, match=r"trial 2 x 0\.01.*lower tune\.concurrent"):
+        check(with_values(recipe, {"tune.concurrent": 2}), 2.01)
+
+
 def test_auto_is_as_many_trials_as_find_room_beside_the_scoring_service() -> None:
     recipe = with_values(Recipe(), {"tune.trials": 4, "ppo.workers.cpus": 1.0, "rollout.engines.cpus": 1.0})  # and 0.5 for the scorers
-    for cpus, fit in ((2.5, 1), (4.4, 1), (4.5, 2), (6.5, 3), (100, 4)):
+    for cpus, fit in ((2.51, 1), (4.5, 1), (4.52, 2), (6.53, 3), (100, 4)):  # and 0.01 for each trial's own process
         assert concurrent_trials(recipe, {"CPU": cpus, "GPU": 0}) == fit
     uneven = (NodeResources(2.5), NodeResources(0.6), NodeResources(0.6), NodeResources(0.6))
     assert concurrent_trials(recipe, {"CPU": 4.5, "GPU": 0}, uneven) == 1  # enough in all, but not where a process would fit

@@ -18,7 +18,7 @@ from app.errors import ConfigError
 from app.models.heads import ValueHead
 from app.planning.cluster_file import cluster_from_file
 from app.planning.hardware import GPUS, MACHINES, Cluster, Machine, cluster_from_spec
-from app.planning.memory import total, value_head
+from app.planning.memory import Parts, total, value_head
 from app.planning.plan import Plan, make_plan
 from app.planning.roles import Roles
 from app.planning.shapes import SHAPES
@@ -129,6 +129,24 @@ def test_texts_beside_the_rollouts_take_time_and_room() -> None:
     assert found.timing.phases["update"] > 1.3 * without.timing.phases["update"]
     short = [Roles(with_values(recipe, {"rollout.max_new_tokens": 8})).learner() for recipe in (PPO_12B, mixed)]
     assert short[1].working["logits"] > 10 * short[0].working["logits"]
+
+
+def test_a_lone_worker_in_float32_holds_what_zero_0_does() -> None:
+    """The engine makes ZeRO 1 and 2 that: no second float32 copy of the weights, no buckets."""
+    recipe = load_recipe(ROOT / "jobs" / "recipes" / "smollm2" / "sft.toml")
+    assert recipe.sft.deepspeed.zero_stage == 1 and recipe.sft.workers.count == 1
+
+    def planned(stage: str, **values: object) -> Parts:
+        (found,) = make_plan(with_values(recipe, {key.replace("__", "."): value for key, value in values.items()}), stage, LAPTOP).stages
+        return found.stage.roles[0].working
+
+    parts, weights = planned("sft"), 4 * SHAPES["smollm2-135m"].parameters
+    assert parts == planned("sft", sft__deepspeed__zero_stage=0)
+    assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (weights, weights, 2 * weights)
+    assert parts["buffers"] <= 2 * 4 * SHAPES["smollm2-135m"].embedding
+    assert planned("sft", sft__deepspeed__zero_stage=3)["optimizer"] == 3 * weights
+    assert planned("sft", sft__workers__count=2)["optimizer"] == 1.5 * weights
+    assert planned("ppo")["optimizer"] == planned("ppo", ppo__deepspeed__zero_stage=0)["optimizer"]
 
 
 RUNS = {"ppo-12b": "ppo", "sft-12b": "sft", "sft-6.9b": "sft", "sft-70m": "sft", "rm-1.4b": "rm", "rm-6.9b": "rm"}

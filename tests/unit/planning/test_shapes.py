@@ -88,3 +88,5 @@ def test_multimodal_configs_hold_the_decoder_inside() -> None:
 def test_kv_bytes_of_grouped_queries() -> None:
     shape: ModelShape = SHAPES["llama-3-8b"]
     assert shape.kv_bytes(2) == 2 * 32 * 8 * 128 * 2
+    assert shape.kv_bytes(2, parallel=4) == shape.kv_bytes(2) // 4
+    assert shape.kv_bytes(2, parallel=16) == shape.kv_bytes(2) // 8  # each GPU has a head at least, some the same one

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from app.config.deepspeed_presets import PRESETS, Preset
 from app.config.shared import DeepSpeedConfig, OptimizerConfig
 from app.errors import CheckpointError, ConfigError
-from app.workers.deepspeed_engine import apply_settings, deepspeed_config, load_engine, lr_factor, unsharded
+from app.workers.deepspeed_engine import apply_settings, deepspeed_config, load_engine, lr_factor
 
 OPTIMIZER = OptimizerConfig(max_grad_norm=2.0)
 
@@ -56,8 +56,8 @@ def test_stage_0_refuses_16_bits(precision: str) -> None:
     ],
 )
 def test_a_lone_worker_shards_nothing_where_sharding_alone_is_what_zero_does(ds: DeepSpeedConfig, precision: str, stage: int) -> None:
-    lone = unsharded(ds, precision)
-    assert lone == ds.model_copy(update={"zero_stage": stage})
+    assert ds.in_effect(precision, workers=1) == ds.model_copy(update={"zero_stage": stage})
+    assert ds.in_effect(precision, workers=2) == ds
 
 
 def test_offload() -> None:
