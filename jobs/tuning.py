@@ -67,7 +67,7 @@ def show(search: Search, steps: int, console: Console) -> None:
 
 
 def _end(trial: Trial, best: bool) -> Text:
-    from app.search.results import BROKEN, FAILED
+    from app.search.records import BROKEN, FAILED
 
     colour = "green" if best else "red" if trial.status in (*BROKEN, FAILED) else ""
     return Text(f"best, {trial.status}" if best else trial.status, style=colour)

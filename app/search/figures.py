@@ -9,7 +9,8 @@ from typing import Any
 
 from app.report import title
 from app.search.axes import Axis
-from app.search.results import BROKEN, CURVES, FAILED, Search, Trial
+from app.search.records import BROKEN, CURVES, FAILED
+from app.search.results import Search, Trial
 
 WORST, BEST = (0xC4, 0xD8, 0xE2), (0x12, 0x4A, 0x66)
 """Colours of the lowest and the highest objective."""

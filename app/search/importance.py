@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from app.experience import DoubleArray
-from app.search.results import BROKEN, FAILED, Search, Trial, is_numeric
+from app.search.records import BROKEN, FAILED
+from app.search.results import Search, Trial, is_numeric
 
 PERMUTATIONS = 2000
 CHANCE = 0.95

@@ -9,7 +9,8 @@ from app.headline import number
 from app.report import page_template
 from app.search.figures import PLOT, WIDTH, colours, curves, parallel, pareto
 from app.search.importance import importances
-from app.search.results import BROKEN, FAILED, Search, Trial, as_options
+from app.search.records import BROKEN, FAILED
+from app.search.results import Search, Trial, as_options
 
 PAGE = "tune.html"
 TEMPLATE = "search/page.html.jinja"

@@ -23,7 +23,8 @@ from app.config.search_space import Space, Suggestions, draw, grid, suggest
 from app.config.tune import POPULATION
 from app.durable import read_json, write_json
 from app.errors import CheckpointError, Interrupted
-from app.stages.tuning.records import FOLDER, VALUES, SearchRecords, read_ended, read_history, trial_name
+from app.search.records import FOLDER
+from app.stages.tuning.records import VALUES, SearchRecords, read_ended, read_history, trial_name
 from app.stages.tuning.schedules import METRIC, MODE, scheduler
 from app.stages.tuning.trial import TrialInputs, run_trial, trial_resources
 from app.tracking import RunTracker

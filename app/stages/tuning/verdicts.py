@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from app.config.tune import TuneConfig
 from app.errors import AlarmError
-
-Status = Literal["finished", "stopped early", "over KL budget", "diverged", "collapsed", "non-finite", "failed"]
+from app.search.records import HELD, OVER_BUDGET, Status
 
 KEPT = ("score_mean", "score_std", "holdout_score", "kl", "entropy", "response_length")
 """Metrics of a step that verdicts and curves read."""
@@ -65,7 +64,7 @@ class Judge:
         if not all(map(math.isfinite, (kl, score, length, self.objective))):
             return Mark("non-finite", f"score {score:g}, KL {kl:g}, objective {self.objective:g}")
         if config.kl_budget is not None and kl > config.kl_budget:
-            return Mark("over KL budget", f"KL {kl:.3g} nats, tune.kl_budget = {config.kl_budget:g}")
+            return Mark(OVER_BUDGET, f"KL {kl:.3g} nats, tune.kl_budget = {config.kl_budget:g}")
         lowest = first["score_mean"] - (config.divergence or math.inf) * first["score_std"]
         if config.divergence is not None and score < lowest:
             return Mark(
@@ -138,7 +137,7 @@ def mean(values: Sequence[float]) -> float:
 def best_row(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The row of the highest objective among the trials that came to their last step, or where none did, among those that were stopped
     early; None where no trial held."""
-    for status in ("finished", "stopped early"):
+    for status in HELD:
         held = [row for row in rows if row["status"] == status and row["objective"] is not None and math.isfinite(row["objective"])]
         if held:
             return max(held, key=lambda row: float(row["objective"]))
