@@ -19,7 +19,7 @@ from ray.tune.search.optuna import OptunaSearch
 from ray.tune.tune import ResumeConfig
 
 from app.config.recipe import Recipe
-from app.config.search_space import Space, Suggestions, draw, grid, suggest
+from app.config.search_space import Space, Suggestions, points, suggest
 from app.config.tune import POPULATION
 from app.durable import read_json, write_json
 from app.errors import CheckpointError, Interrupted
@@ -32,15 +32,6 @@ from app.tracking import RunTracker
 PARENTS = "parents.json"
 SNAPSHOT_SECONDS = "2"
 """How much of a search that is killed Tune may have to look up in our own records."""
-
-
-def points(recipe: Recipe) -> list[dict[str, Any]]:
-    """The configurations that are known before the search, in order."""
-    config = recipe.tune
-    if config.searcher == "grid":
-        return grid(config.space)
-    rng = random.Random(recipe.run.seed)
-    return [draw(config.space, rng) for _ in range(config.trials)]
 
 
 def suggested(trial: Suggestions, space: Space) -> dict[str, Any]:
@@ -90,7 +81,7 @@ def run_search(recipe: Recipe, inputs: TrialInputs, run: Path, concurrent: int, 
     folder, config = run / FOLDER, recipe.tune
     resumed = state_to_resume(folder)
     by_optuna = config.searcher == "optuna"
-    known = [] if by_optuna else points(recipe)
+    known = [] if by_optuna else points(config, recipe.run.seed)
     count = config.trials if by_optuna else len(known)
     records = SearchRecords(folder, tracker, recipe, count)
     if resumed:
