@@ -16,15 +16,16 @@ from app.alarms import AlarmWatch
 from app.checkpoint import CheckpointStore
 from app.config.loading import with_values
 from app.config.recipe import Recipe
-from app.errors import CheckpointError
+from app.config.search_space import points
+from app.errors import AlarmError, CheckpointError, ConfigError, NonFiniteError, RolloutError
 from app.stages.actor_learner import LoopState
 from app.stages.tune import keep_model
 from app.stages.tuning import trial as trials
 from app.stages.tuning.records import VALUES, SearchRecords, read_ended, read_history, trial_row, write_history
 from app.stages.tuning.schedules import Asha, Median, Pbt, scheduler
-from app.stages.tuning.search import points, state_to_resume
-from app.stages.tuning.trial import Marked, TrialReporter, newest_checkpoint, restored_loop
-from app.stages.tuning.verdicts import Judge
+from app.stages.tuning.search import state_to_resume
+from app.stages.tuning.trial import Marked, TrialInputs, TrialReporter, newest_checkpoint, restored_loop
+from app.stages.tuning.verdicts import LOWEST_TARGET, Judge
 
 SPACE = {"ppo.policy.lr": {"type": "loguniform", "low": 1e-6, "high": 1e-4}}
 
@@ -194,6 +195,74 @@ def test_held_out_answers_are_asked_for_when_they_are_due(tmp_path: Path, report
     assert [result["objective"] for result in reports.results] == [1.0, 1.0, 2.0, 2.0, 2.0, 3.0, 3.0, 4.0]
 
 
+def run_one(folder: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], error: Exception | None = None) -> None:
+    """A trial with these values, whose training raises `error`."""
+
+    def train(*_: Any) -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(trials, "train", train)
+    monkeypatch.setattr(trials.tune, "get_context", lambda: SimpleNamespace(get_trial_id=lambda: "a"))
+    monkeypatch.setattr(trials, "write_stacks_on_signal", lambda _: None)
+    nothing: Any = None
+    trials.run_trial({VALUES: values}, inputs=TrialInputs(recipe(), str(folder), "", "", {}, nothing, nothing))
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "status"),
+    [
+        ({"ppo.minibatches": 3}, None, "refused"),
+        ({"ppo.deepspeed.zero_stage": 0}, ConfigError("deepspeed.zero_stage = 0 trains wrongly in bf16"), "refused"),
+        ({}, NonFiniteError("policy loss is nan"), "non-finite"),
+        ({}, AlarmError("entropy", 0.0, 0.1, "raise it"), "collapsed"),
+    ],
+)
+def test_a_trial_that_its_configuration_spoils_is_marked_and_not_tried_again(
+    tmp_path: Path, reports: Reports, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], error: Exception | None, status: str
+) -> None:
+    monkeypatch.setattr(trials.tune, "get_checkpoint", lambda: None)
+    run_one(tmp_path, monkeypatch, values, error)
+    (result,) = reports.results
+    row = trial_row(ray_trial("a", result), 8)
+    assert (row["status"], row["steps"], row["objective"]) == (status, 0, None) and result["done"]
+    assert (str(error) if error else "ppo.batch_size = 64 is no multiple of minibatches") in row["why"]
+    assert result["target"] == LOWEST_TARGET
+
+
+def test_other_errors_are_tried_again(tmp_path: Path, reports: Reports, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials.tune, "get_checkpoint", lambda: None)
+    with pytest.raises(RolloutError):
+        run_one(tmp_path, monkeypatch, {}, RolloutError("an engine died"))
+    assert not reports.results
+
+
+def test_a_copy_under_refused_values_keeps_the_steps_that_it_was_copied_with(
+    tmp_path: Path, reports: Reports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, _, watch = reporter(tmp_path, recipe(tune__save_every=3))
+    steps(told, watch, 1, 3)
+    (tmp_path / "checkpoint.json").write_text(json.dumps(reports.pointers[-1]))
+    monkeypatch.setattr(trials.tune, "get_checkpoint", lambda: trials.tune.Checkpoint.from_directory(tmp_path))
+    run_one(tmp_path, monkeypatch, {"ppo.minibatches": 3})
+    last = reports.results[-1]
+    assert (last["step"], last["status"], last["done"]) == (3, "refused", True) and last["target"] < last["objective"]
+
+
+def test_without_its_pointer_a_trial_goes_on_from_the_newest_checkpoint_of_the_trial_that_saved_it(
+    tmp_path: Path, reports: Reports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine was lost before `run.storage` had the pointer."""
+    told, _, watch = reporter(tmp_path, recipe(tune__save_every=3))
+    steps(told, watch, 1, 3)
+    named = trials.tune.Checkpoint(str(tmp_path / "trial_a" / "checkpoint_000001"))
+    monkeypatch.setattr(trials.tune, "get_checkpoint", lambda: named)
+    saved = newest_checkpoint(tmp_path)
+    assert saved is not None and saved.step == 3
+    monkeypatch.setattr(trials.tune, "get_checkpoint", lambda: trials.tune.Checkpoint(str(tmp_path / "trial_b" / "checkpoint_000000")))
+    assert newest_checkpoint(tmp_path) is None  # it has none at all: it begins at the start
+
+
 # -- schedulers and searchers
 
 
@@ -235,9 +304,9 @@ def test_a_population_goes_on_from_its_last_look_and_tells_what_it_changes() -> 
 
 
 def test_the_configurations_of_a_search_follow_from_the_seed() -> None:
-    assert points(recipe(tune__trials=5)) == points(recipe(tune__trials=5))
-    assert points(recipe(tune__trials=5)) != points(recipe(tune__trials=5, run__seed=2))
-    assert len(points(recipe(tune__trials=5))) == 5
+    searched = recipe(tune__trials=5).tune
+    assert points(searched, 1) == points(searched, 1) != points(searched, 2)
+    assert len(points(searched, 1)) == 5
 
 
 def test_a_search_whose_last_state_is_cut_is_not_begun_again_in_silence(tmp_path: Path) -> None:
