@@ -25,6 +25,8 @@ from app.errors import CheckpointError
 from app.process_record import me
 
 MODEL = "model"
+SEARCH = "tune"
+"""The stage whose trials have folders of their own."""
 LOCK = ".lock"
 NOT_IDENTITY = re.compile(
     r"run\.(dir|storage|resume|deadline_seconds|stacks_after)|(sft|rm)\.keep_checkpoints|tracking\..*|alarms\..*|evaluation\..*"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-FOLDER = "tune"
+from app.run_folder import SEARCH
+
+FOLDER = SEARCH
 HISTORY = "history.parquet"
 CURVES = ("objective", "score_mean", "kl", "entropy", "response_length")
 """Columns of the history beside `trial` and `step`."""
