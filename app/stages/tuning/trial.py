@@ -18,6 +18,7 @@ from app.alarms import AlarmWatch
 from app.checkpoint import CheckpointStore, SavedCheckpoint, read_checkpoint
 from app.config.loading import with_values
 from app.config.recipe import Recipe
+from app.config.tune import BY_ANSWERS
 from app.data.templates import Template
 from app.durable import read_json, write_json
 from app.errors import AlarmError, ConfigError, NonFiniteError
@@ -189,7 +190,7 @@ def train(
             state = restored_loop(saved.state, recipe)
         scorer = inputs.scorers[MAIN]
         canaries = [prompt.ids for prompt in sets.train.prompts[:CANARIES]]
-        if recipe.tune.objective in ("held_out", "gold"):
+        if recipe.tune.objective in BY_ANSWERS:
             held_out = sets.held_out[: recipe.tune.eval_prompts]
             gold = gold_of(recipe) if recipe.tune.objective == "gold" else None
 
