@@ -25,7 +25,10 @@ from app.tracking import RunTracker, drop_partial_line
 VALUES = "values"
 """Key of a trial's Tune config that holds its recipe keys and their values."""
 STEPS, ENDED, PERTURBATIONS = "history.jsonl", "ended.jsonl", "perturbations.jsonl"
-RESULT = ("step", "target", "objective", "score", "mean_kl", "score_mean", "kl", "entropy", "response_length", "status", "why")
+RESULT = (
+    *("step", "target", "target_score", "target_kl", "objective", "score", "mean_kl"),
+    *("score_mean", "kl", "entropy", "response_length", "status", "why"),
+)
 """Keys of a trial's reports that are kept."""
 
 
