@@ -23,6 +23,7 @@ from app.storage.mirrored_files import (
     BEST_LAST,
     CHECKPOINT_FOLDERS,
     Stamp,
+    checkpoint_of,
     is_checkpoint,
     is_search_record,
     is_tracked,
@@ -205,8 +206,16 @@ class Mirror:
         return True
 
     def _forget(self, files: Mapping[str, Stamp], committed: Sequence[str]) -> None:
-        """Delete at the URL what was sent and is gone here, and checkpoints that a newer one has replaced."""
-        gone = [name for name in self._sent if name not in files and not (self._path / name).exists()]
+        """Delete at the URL what was sent and is gone here, and checkpoints that a newer one has replaced: none before that has arrived."""
+        here = {folder.parent for name in files if (folder := checkpoint_of(name))}
+        arrived = {folder.parent for name in self._sent if name in files and rank(name) and (folder := checkpoint_of(name))}
+        gone = [
+            name
+            for name in self._sent
+            if name not in files
+            and not (self._path / name).exists()
+            and not ((folder := checkpoint_of(name)) and folder.parent in here - arrived)
+        ]
         for name in sorted(gone, key=lambda name: -rank(name)):  # manifests first: what is left of their folders does not count
             self.place.delete(name)
             del self._sent[name]

@@ -118,6 +118,15 @@ def is_checkpoint(folder: PurePosixPath) -> bool:
     return len(inside) == 2 and inside[0] == CHECKPOINTS and inside[1].startswith(PREFIX)
 
 
+def checkpoint_of(name: str) -> PurePosixPath | None:
+    """The folder of the checkpoint that a file belongs to, or None.
+
+    >>> checkpoint_of("tune/trial_a/checkpoints/step-00000002/policy/weights"), checkpoint_of("tune/trial_a/model/config.json")
+    (PurePosixPath('tune/trial_a/checkpoints/step-00000002'), None)
+    """
+    return next((folder for folder in PurePosixPath(name).parents if is_checkpoint(folder)), None)
+
+
 def _depth(parts: Sequence[str]) -> int:
     """How many of the folders of a path lead to the stage, or to the trial of a search."""
     return 2 if parts and parts[0] == SEARCH else 1

@@ -144,6 +144,32 @@ def test_a_death_while_sending_leaves_a_whole_checkpoint(tmp_path: Path, operati
     assert (saved.path / "weights").read_bytes() == bytes([saved.step]) * 1000
 
 
+def test_old_checkpoints_stay_until_a_newer_one_has_arrived(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two are saved while one push goes on, so that none of those that it has listed arrives whole."""
+    first = Session(url, tmp_path / "run")
+    first.run.record_data("0" * 64)
+    first.save(1)
+    first.mirror.push()
+    first.save(2)
+    first.save(3)
+    put = Place.put
+
+    def slow(self: Place, source: Path, name: str) -> None:
+        if name.endswith("step-00000002/weights"):
+            first.save(4)
+            first.save(5)
+        put(self, source, name)
+
+    monkeypatch.setattr(Place, "put", slow)
+    monkeypatch.setattr(module, "THREADS", 1)
+    first.mirror.push()
+    assert first.mirror.place.inside("sft/checkpoints").folders()[0] == "step-00000001"
+    saved = Session(url, elsewhere(first)).store.latest()
+    assert saved is not None and saved.step == 1
+    first.mirror.push()
+    assert first.mirror.place.inside("sft/checkpoints").folders() == ["step-00000004", "step-00000005"]
+
+
 def test_the_best_model_so_far_counts_only_when_it_is_whole(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = Session(url, tmp_path / "run")
     first.run.record_data("0" * 64)
