@@ -24,7 +24,6 @@ from app.storage.mirrored_files import (
     CHECKPOINT_FOLDERS,
     Stamp,
     checkpoint_of,
-    is_checkpoint,
     is_search_record,
     is_tracked,
     needed,
@@ -219,12 +218,11 @@ class Mirror:
         for name in sorted(gone, key=lambda name: -rank(name)):  # manifests first: what is left of their folders does not count
             self.place.delete(name)
             del self._sent[name]
-        folders = {PurePosixPath(name).parents[1] for name in committed if is_checkpoint(PurePosixPath(name).parent)}
-        for folder in map(str, sorted(folders)):
-            for checkpoint in self.place.inside(folder).folders():
-                if not (self._path / folder / checkpoint).is_dir():
-                    self.place.delete(f"{folder}/{checkpoint}/{MANIFEST}")
-                    self.place.delete_folder(f"{folder}/{checkpoint}")
+        for checkpoints in sorted({str(folder.parent) for name in committed if (folder := checkpoint_of(name))}):
+            for checkpoint in self.place.inside(checkpoints).folders():
+                if not (self._path / checkpoints / checkpoint).is_dir():
+                    self.place.delete(f"{checkpoints}/{checkpoint}/{MANIFEST}")
+                    self.place.delete_folder(f"{checkpoints}/{checkpoint}")
 
     def _fetch(self) -> None:
         """Make the folder what the URL holds."""
