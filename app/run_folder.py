@@ -20,17 +20,22 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from app.config.recipe import Recipe
+from app.config.tune import BY_ANSWERS
 from app.durable import MANIFEST, damage, file_hashes, hash_of, read_json, without_non_finite, write_json
 from app.errors import CheckpointError
 from app.process_record import me
 
 MODEL = "model"
+SEARCH = "tune"
+"""The stage whose trials have folders of their own."""
 LOCK = ".lock"
 NOT_IDENTITY = re.compile(
     r"run\.(dir|storage|resume|deadline_seconds|stacks_after)|(sft|rm)\.keep_checkpoints|tracking\..*|alarms\..*|evaluation\..*"
     r"|ppo\.keep_rollouts|(ppo|rollout)\.max_restarts|tune\.(concurrent|max_failures)"
 )
 """Keys that may change between two starts of one run: they do not touch what is computed."""
+DECIDES_ANSWERS = ("evaluation.seed", "evaluation.prompts")
+"""Keys that may not change after all where trials are compared by answers to held-out prompts."""
 SHOWN_DIFFERENCES = 5
 
 
@@ -172,11 +177,17 @@ def run_identity(recipe: Recipe) -> dict[str, Any]:
 def saved_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
     """What an earlier version of the code saved, completed by the defaults of keys that it did not have yet."""
     sections = {key[:end] for key in identity for end, sign in enumerate(key) if sign == "."}
-    return {key: value for key, value in run_identity(Recipe()).items() if key not in sections} | dict(identity)
+    defaults = dict(leaves(Recipe().model_dump(mode="json")))
+    return _deciding({key: value for key, value in defaults.items() if key not in sections} | dict(identity))
 
 
 def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in leaves(config) if not NOT_IDENTITY.fullmatch(key)}
+    return _deciding(dict(leaves(config)))
+
+
+def _deciding(values: Mapping[str, Any]) -> dict[str, Any]:
+    answers = DECIDES_ANSWERS if values.get("tune.objective") in BY_ANSWERS else ()
+    return {key: value for key, value in values.items() if key in answers or not NOT_IDENTITY.fullmatch(key)}
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

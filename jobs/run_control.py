@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import time
@@ -138,7 +139,7 @@ def _stop_process(place: Place, status: RunStatus, seconds: float) -> int:
             os.kill(status.pid, signal.SIGTERM)
     except PermissionError as error:
         raise ConfigError(f"{status.run}: process {status.pid} belongs to another user: stop it as that user") from error
-    sys.stdout.write(f"{status.run}: process {status.pid} stops at its next safe point, with a checkpoint\n")
+    sys.stdout.write(f"{status.run}: process {status.pid} stops {how(status.command)}\n")
     sys.stdout.flush()
     _wait(lambda: status_of(place).state != "running", f"process {status.pid} of {status.run}", seconds)
     sys.stdout.write(f"{status.run}: {status_of(place).state}; the command that started it goes on from there\n")
@@ -152,11 +153,25 @@ def _stop_job(job: str, address: str | None, seconds: float) -> int:
     before = ask(lambda: server.get_job_info(job))
     if not before.status.is_terminal():
         ask(lambda: server.stop_job(job))
-        sys.stdout.write(f"job {job} stops at its next safe point, with a checkpoint{HARD if not waits(before.runtime_env) else ''}\n")
+        hard = "" if waits(before.runtime_env) else HARD
+        sys.stdout.write(f"job {job} stops {how(command_of(before.entrypoint))}{hard}\n")
         sys.stdout.flush()
         _wait(lambda: ask(lambda: server.get_job_info(job)).status.is_terminal(), f"job {job}", seconds)
     sys.stdout.write(f"{outcome(job, ask(lambda: server.get_job_info(job)))}\n")
     return 0
+
+
+def how(command: str | None) -> str:
+    """How a run of a command stops on SIGTERM. Trials save their checkpoints by the step and cannot be asked for one in between."""
+    if command == "tune":
+        return "at once; its trials go on from their last checkpoints (tune.save_every), SFT and reward model save one first"
+    return "at its next safe point, with a checkpoint"
+
+
+def command_of(entrypoint: str | None) -> str | None:
+    """The command that a job runs, where `corral submit` wrote its entry point."""
+    words = shlex.split(entrypoint or "")
+    return words[3] if words[:3] == ["python", "-m", "jobs"] and len(words) > 3 else None
 
 
 HARD = "; it was submitted without RAY_JOB_STOP_WAIT_TIME_S, so Ray kills it after 3 s, and it goes on from its last checkpoint"
@@ -192,7 +207,8 @@ LOGS = Tool(
 STOP = Tool(
     purpose="stop a run or a job so that it can go on later",
     details=(
-        "The run ends its step, saves a checkpoint and stops; the command that started it goes on from there.\n\n"
+        "The run ends its step, saves a checkpoint and stops; the command that started it goes on from there. Trials of a search\n"
+        "stop at once and go on from their last checkpoints.\n\n"
         "example:\n  corral stop runs/demo\n  corral stop raysubmit_x1 --address=http://head:8265"
     ),
     add_arguments=add_stop_arguments,

@@ -58,8 +58,8 @@ def show(search: Search, steps: int, console: Console) -> None:
         table.add_row(trial.name, _end(trial, best), *numbers, f"{trial.steps}/{steps}", *values, style="bold" if best else None)
     console.print(table)
     for trial in search.trials:
-        if trial.error:
-            console.print(f"{trial.name}: {trial.error}", soft_wrap=True, highlight=False, markup=False)
+        if reason := trial.error or trial.why:
+            console.print(f"{trial.name}: {reason}", soft_wrap=True, highlight=False, markup=False)
     if search.winner is not None:
         options = " ".join(as_options(search.winner.config))
         console.print(f"best: {options}", soft_wrap=True, highlight=False, markup=False)
@@ -67,9 +67,9 @@ def show(search: Search, steps: int, console: Console) -> None:
 
 
 def _end(trial: Trial, best: bool) -> Text:
-    from app.search.results import BROKEN, FAILED
+    from app.search.records import BROKEN, UNTRIED
 
-    colour = "green" if best else "red" if trial.status in (*BROKEN, FAILED) else ""
+    colour = "green" if best else "red" if trial.status in (*BROKEN, *UNTRIED) else ""
     return Text(f"best, {trial.status}" if best else trial.status, style=colour)
 
 

@@ -19,7 +19,8 @@ from pydantic import ValidationError
 
 from app.config.keys import RecipeKey, find_key, is_section, nearest_key, recipe_keys
 from app.config.recipe import Recipe
-from app.config.search_space import check_searchable, corners, differs_by_trial
+from app.config.search_space import check_searchable, corners, differs_by_trial, points, sample
+from app.config.tune import POPULATION
 from app.config.unread import check_unread, reason_unread
 from app.errors import ConfigError
 
@@ -260,9 +261,31 @@ def _check_space(recipe: Recipe, settings: Settings) -> None:
             raise ConfigError(
                 f"{source}: tune.space: {name} is the same for all trials, which share models, scoring service and size: leave it out"
             )
-    check_searchable(recipe.tune)
+    check_searchable(recipe.tune, recipe.ppo.steps)
     for name, alone, whole in corners(recipe.tune.space):
         try:
             with_values(recipe, {key: value for key, value in whole.items() if key != name} | {name: whole[name]}, f"{source}: tune.space")
         except ConfigError:
             with_values(recipe, alone, f"{source}: tune.space")
+    if recipe.tune.space:
+        _check_combinations(recipe, source)
+
+
+def _check_combinations(recipe: Recipe, source: str) -> None:
+    """The values of a configuration must go together: in every one that is known before the search, and in a sample of those that Optuna
+    or a population may come to."""
+    config = recipe.tune
+    configurations: dict[str, Mapping[str, Any]] = {}
+    if config.searcher != "optuna":
+        known = points(config, recipe.run.seed)
+        configurations |= {f"trial {number} of {len(known)}": values for number, values in enumerate(known, 1)}
+    if config.searcher == "optuna" or config.scheduler in POPULATION:
+        configurations |= {f"what may be drawn ({number})": values for number, values in enumerate(sample(config.space), 1)}
+    for which, values in configurations.items():
+        try:
+            with_values(recipe, values, f"{source}: tune.space")
+        except ConfigError as error:
+            together = ", ".join(f"{name} = {toml_value(value)}" for name, value in values.items())
+            raise ConfigError(
+                f"{error}; this is {which}, with {together}: list values that all go together, or tie them to each other with `when`"
+            ) from error

@@ -10,6 +10,8 @@ from app.schema import Config
 
 POPULATION = ("pbt", "pb2")
 """Schedulers that change a trial's configuration on its way."""
+BY_ANSWERS = ("held_out", "gold")
+"""Objectives for which trials answer held-out prompts."""
 
 
 class Conditional(Config):

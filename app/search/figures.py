@@ -9,7 +9,8 @@ from typing import Any
 
 from app.report import title
 from app.search.axes import Axis
-from app.search.results import BROKEN, CURVES, FAILED, Search, Trial
+from app.search.records import BROKEN, CURVES, UNTRIED
+from app.search.results import Search, Trial
 
 WORST, BEST = (0xC4, 0xD8, 0xE2), (0x12, 0x4A, 0x66)
 """Colours of the lowest and the highest objective."""
@@ -83,7 +84,7 @@ def colours(search: Search) -> Mapping[str, str]:
         share = ranked.index(trial.name) / max(1, len(ranked) - 1) if trial.name in ranked else 0.0
         ramp = "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(WORST, BEST, strict=True))
         shades[trial.name] = (
-            WINNER if trial.name == search.best else BROKE if trial.status in BROKEN else NO_END if trial.status == FAILED else ramp
+            WINNER if trial.name == search.best else BROKE if trial.status in BROKEN else NO_END if trial.status in UNTRIED else ramp
         )
     return shades
 

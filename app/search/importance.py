@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from app.experience import DoubleArray
-from app.search.results import BROKEN, FAILED, Search, Trial, is_numeric
+from app.search.records import BROKEN, UNTRIED
+from app.search.results import Search, Trial, is_numeric
 
 PERMUTATIONS = 2000
 CHANCE = 0.95
@@ -40,7 +41,7 @@ class Importance:
 
 
 def importances(search: Search) -> list[Importance]:
-    """Of every searched key, the most important first. Trials that broke share the lowest rank; those that failed are left out."""
+    """Of every searched key, the most important first. Trials that broke share the lowest rank; the untried are left out."""
     found = [_importance(search.trials, key) for key in search.keys]
     return sorted(found, key=lambda one: -1.0 if one.share is None else one.share, reverse=True)
 
@@ -67,7 +68,7 @@ def _outcome(trial: Trial) -> float | None:
     """What a trial is ranked by; None for one that says nothing."""
     if trial.status in BROKEN:
         return -np.inf
-    return None if trial.status == FAILED else trial.objective
+    return None if trial.status in UNTRIED else trial.objective
 
 
 def ranks(values: Sequence[float]) -> DoubleArray:

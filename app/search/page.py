@@ -9,7 +9,8 @@ from app.headline import number
 from app.report import page_template
 from app.search.figures import PLOT, WIDTH, colours, curves, parallel, pareto
 from app.search.importance import importances
-from app.search.results import BROKEN, FAILED, Search, Trial, as_options
+from app.search.records import BROKEN, UNTRIED
+from app.search.results import Search, Trial, as_options
 
 PAGE = "tune.html"
 TEMPLATE = "search/page.html.jinja"
@@ -47,7 +48,7 @@ def write_page(search: Search) -> Path:
 def line_classes(search: Search, index: int) -> str:
     """CSS classes of everything that stands for a trial: `tN` ties its places on the page together."""
     trial = search.trials[index]
-    kind = "best" if trial.name == search.best else "broken" if trial.status in BROKEN else "failed" if trial.status == FAILED else ""
+    kind = "best" if trial.name == search.best else "broken" if trial.status in BROKEN else "failed" if trial.status in UNTRIED else ""
     return f"trial t{index} {kind}".strip()
 
 

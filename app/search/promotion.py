@@ -14,7 +14,8 @@ from app.config.recipe import Recipe
 from app.durable import MANIFEST, file_hashes, hash_of, read_json, write_json
 from app.errors import ConfigError
 from app.run_folder import MODEL
-from app.search.results import FOLDER, Search, Trial, as_options
+from app.search.records import FOLDER
+from app.search.results import Search, Trial, as_options
 
 BEST = "best"
 

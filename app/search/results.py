@@ -16,16 +16,9 @@ import pyarrow.parquet as pq
 from app.config.loading import toml_value
 from app.durable import MANIFEST, read_json
 from app.errors import ConfigError
+from app.search.records import CURVES, FOLDER, HISTORY, MEASURED, finite
 
-FOLDER = "tune"
-HISTORY = "history.parquet"
 TRIALS = "trials.parquet"
-CURVES = ("objective", "score_mean", "kl", "entropy", "response_length")
-"""Columns of the history beside `trial` and `step`."""
-BROKEN = ("over KL budget", "diverged", "collapsed", "non-finite")
-"""Ends that a configuration brought upon itself: whatever its last objective was, it is worse than any that held."""
-FAILED = "failed"
-"""The end of a trial that an error took: it says nothing about its configuration."""
 
 Points = Sequence[tuple[int, float]]
 
@@ -114,7 +107,7 @@ class Search:
 
     def front(self) -> list[Trial]:
         """Pareto front, lowest KL first: no other trial that held has a score as high at a KL as low."""
-        points = [t for t in self.trials if t.score is not None and t.kl is not None and t.status not in (FAILED, *BROKEN[1:])]
+        points = [t for t in self.trials if t.score is not None and t.kl is not None and t.status in MEASURED]
         front: list[Trial] = []
         for trial in sorted(points, key=lambda t: (_or_worst(t.kl), -_or_worst(t.score))):
             if not front or _or_worst(trial.score) > _or_worst(front[-1].score):
@@ -173,11 +166,6 @@ def as_float(value: Any) -> float:
     """NaN for None and infinities."""
     number = finite(value)
     return math.nan if number is None else number
-
-
-def finite(value: Any) -> float | None:
-    """None for None, NaN and infinities."""
-    return None if value is None or not math.isfinite(value) else float(value)
 
 
 def _or_worst(value: float | None) -> float:

@@ -12,9 +12,10 @@ from app.config.recipe import Recipe
 from app.data.corpus import Corpus
 from app.errors import CorralError
 from app.run_folder import MODEL, RunFolder
+from app.search.records import FAILED, FOLDER
 from app.stages.pipeline import Pipeline
 from app.stages.rewards import StartScoring, reward_scorers
-from app.stages.tuning.records import FOLDER, trial_row, write_history
+from app.stages.tuning.records import trial_row, write_history
 from app.stages.tuning.search import begin_or_resume, run_search
 from app.stages.tuning.trial import TrialInputs
 from app.stages.tuning.verdicts import best_row
@@ -47,7 +48,7 @@ def run_tune(
             trials = run_search(recipe, inputs, run.path, concurrent, tracker)
         rows = [trial_row(trial, recipe.ppo.steps) for trial in trials]
         write_history(folder)
-        if all(row["status"] == "failed" for row in rows):
+        if all(row["status"] == FAILED for row in rows):
             raise CorralError(f"all {len(rows)} trials failed, the first with: {rows[0]['error']}; their logs are under {folder}")
         best = best_row(rows)
         keep_model(folder, rows, best)

@@ -14,18 +14,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from app.checkpoint import PREFIX
 from app.durable import MANIFEST, damage, read_json, write_json
 from app.errors import CheckpointError, StorageError, first_line
-from app.run_folder import is_blank, refuse_other_config
+from app.run_folder import SEARCH, is_blank, refuse_other_config
 from app.storage.lease import Lease
 from app.storage.mirrored_files import (
     BEST,
     BEST_LAST,
-    CHECKPOINTS,
+    CHECKPOINT_FOLDERS,
     Stamp,
-    is_checkpoint,
+    checkpoint_of,
+    is_search_record,
+    is_tracked,
     needed,
+    order,
     rank,
     stamp_of,
     stamp_or_none,
@@ -92,7 +94,7 @@ class Mirror:
         self._thread.start()
 
     def push(self) -> None:
-        """Send every change, manifests last, then delete there what is gone here. Raises OSError."""
+        """Send every change, manifests and what a search goes on from last, then delete there what is gone here. Raises OSError."""
         with self._pushing:
             if self.lost_to is None:
                 self._push()
@@ -161,7 +163,9 @@ class Mirror:
 
     def _push(self) -> None:
         manifests = self._manifests()  # before the rest: what a manifest describes is then surely among the files
-        files = dict(tracked(self._path))
+        records = self._search_records()  # for the same reason
+        files = {name: stamp for name, stamp in tracked(self._path) if not is_search_record(name)}
+        files |= {name: stamp for name, (stamp, _) in records.items()}
         changed = [name for name, stamp in files.items() if self._sent.get(name) != stamp]
         best = [name for name in changed if PurePosixPath(name).parent.name == BEST]
         for folder in sorted({str(PurePosixPath(name).parent) for name in best}):
@@ -170,9 +174,12 @@ class Mirror:
         with ThreadPoolExecutor(THREADS) as pool:
             arrived = dict(zip(parts, pool.map(lambda name: self._send(name, files[name]), parts), strict=True))
         gone = [name for name, done in arrived.items() if not done]
-        last = sorted((name for name in changed if rank(name)), key=lambda name: (rank(name), -name.count("/"), name))
         committed = []
-        for name in last:
+        for name in sorted((name for name in changed if rank(name)), key=order):
+            if name in records:
+                self.place.write(name, records[name][1])
+                self._sent[name] = files[name]
+                continue
             folder = str(PurePosixPath(name).parent)
             torn = folder != "." and any(other.startswith(f"{folder}/") for other in gone)
             if not torn and (rank(name) == 1 or manifests.get(name) == files[name]) and self._send(name, files[name]):
@@ -198,23 +205,30 @@ class Mirror:
         return True
 
     def _forget(self, files: Mapping[str, Stamp], committed: Sequence[str]) -> None:
-        """Delete at the URL what was sent and is gone here, and checkpoints that a newer one has replaced."""
-        gone = [name for name in self._sent if name not in files and not (self._path / name).exists()]
+        """Delete at the URL what was sent and is gone here, and checkpoints that a newer one has replaced: none before that has arrived."""
+        here = {folder.parent for name in files if (folder := checkpoint_of(name))}
+        arrived = {folder.parent for name in self._sent if name in files and rank(name) and (folder := checkpoint_of(name))}
+        gone = [
+            name
+            for name in self._sent
+            if name not in files
+            and not (self._path / name).exists()
+            and not ((folder := checkpoint_of(name)) and folder.parent in here - arrived)
+        ]
         for name in sorted(gone, key=lambda name: -rank(name)):  # manifests first: what is left of their folders does not count
             self.place.delete(name)
             del self._sent[name]
-        folders = {PurePosixPath(name).parents[1] for name in committed if is_checkpoint(PurePosixPath(name).parent)}
-        for folder in map(str, sorted(folders)):
-            for checkpoint in self.place.inside(folder).folders():
-                if not (self._path / folder / checkpoint).is_dir():
-                    self.place.delete(f"{folder}/{checkpoint}/{MANIFEST}")
-                    self.place.delete_folder(f"{folder}/{checkpoint}")
+        for checkpoints in sorted({str(folder.parent) for name in committed if (folder := checkpoint_of(name))}):
+            for checkpoint in self.place.inside(checkpoints).folders():
+                if not (self._path / checkpoints / checkpoint).is_dir():
+                    self.place.delete(f"{checkpoints}/{checkpoint}/{MANIFEST}")
+                    self.place.delete_folder(f"{checkpoints}/{checkpoint}")
 
     def _fetch(self) -> None:
         """Make the folder what the URL holds."""
         there = self.place.files()
         self._tell(f"storage: fetching the run from {self.place.url}")
-        for folder in self._path.glob(f"*/{CHECKPOINTS}/{PREFIX}*"):
+        for folder in [folder for pattern in CHECKPOINT_FOLDERS for folder in self._path.glob(pattern)]:
             shutil.rmtree(folder)
         for name, _ in list(tracked(self._path)):
             (self._path / name).unlink()
@@ -240,11 +254,24 @@ class Mirror:
     def _manifests(self) -> dict[str, Stamp]:
         """Every manifest of the folder as it is now."""
         found = {}
-        for pattern in (MANIFEST, f"*/{MANIFEST}", f"*/{CHECKPOINTS}/{PREFIX}*/{MANIFEST}"):
+        for pattern in (MANIFEST, f"*/{MANIFEST}", *(f"{folder}/{MANIFEST}" for folder in CHECKPOINT_FOLDERS)):
             for path in self._path.glob(pattern):
                 stamp = stamp_or_none(path)
                 if stamp is not None:
                     found[path.relative_to(self._path).as_posix()] = stamp
+        return found
+
+    def _search_records(self) -> dict[str, tuple[Stamp, bytes]]:
+        """What a search goes on from, as it is now: read in the opposite order of sending, so that whatever a file names stands in those
+        that are sent before it. One that is being written waits for the next push."""
+        found = {}
+        names = [path.relative_to(self._path).as_posix() for path in self._path.glob(f"{SEARCH}/*") if path.is_file()]
+        for name in sorted(filter(is_tracked, filter(is_search_record, names)), key=order, reverse=True):
+            before = stamp_or_none(self._path / name)
+            if before is not None:
+                content = (self._path / name).read_bytes()
+                if stamp_or_none(self._path / name) == before:
+                    found[name] = (before, content)
         return found
 
     def _manifest_there(self) -> dict[str, Any] | None:

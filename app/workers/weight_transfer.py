@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from app.errors import WeightPushError
+from app.errors import NonFiniteError, WeightPushError
 from app.experience import FloatArray, IntArray, Rollout
 
 if TYPE_CHECKING:
@@ -135,6 +135,11 @@ class WeightPublisher:
 
     def _verify(self, version: int) -> float:
         expected = self._learner.logprobs(self._canaries)
+        if not all(np.isfinite(logprobs).all() for logprobs in expected):
+            raise NonFiniteError(
+                f"policy version {version} gives log-probs that are NaN or infinite on the canaries: its weights have diverged; "
+                "lower ppo.policy.lr"
+            )
         mismatch = float(np.max([canary_mismatch(answer, expected) for answer in self._pool.each("logprobs", self._canaries)]))
         if not mismatch <= self._limit:
             raise WeightPushError(

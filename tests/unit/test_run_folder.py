@@ -55,6 +55,34 @@ def test_keys_that_do_not_change_the_result_may_differ(tmp_path: Path) -> None:
     assert moved.finished("sft") == {"steps": 3}
 
 
+@pytest.mark.parametrize(("objective", "decides"), [("training", False), ("hold_out", False), ("held_out", True), ("gold", True)])
+@pytest.mark.parametrize(("key", "value"), [("seed", 7), ("prompts", 8)])
+def test_what_held_out_answers_depend_on_belongs_to_a_search_that_is_judged_by_them(
+    tmp_path: Path, objective: str, decides: bool, key: str, value: int
+) -> None:
+    run = RunFolder.open(recipe(tmp_path, tune={"objective": objective}), "tune")
+    run.record_data("0" * 64)
+    run.finish("sft", {"steps": 3}, {})
+    del run  # and with it the lock
+    changed = recipe(tmp_path, tune={"objective": objective}, evaluation={key: value, "examples": 1})
+    if decides:
+        with pytest.raises(CheckpointError, match=rf"evaluation\.{key} was \d+ and is now {value}\. Choose"):
+            RunFolder.open(changed, "tune")
+    else:
+        assert RunFolder.open(changed, "tune").finished("sft") == {"steps": 3}
+
+
+def test_a_search_by_held_out_answers_from_before_these_were_noted_goes_on(tmp_path: Path) -> None:
+    searched = recipe(tmp_path, tune={"objective": "held_out"})
+    run = RunFolder.open(searched, "tune")
+    run.finish("sft", {"steps": 3}, {})
+    manifest = json.loads((tmp_path / "sft" / "manifest.json").read_text())
+    manifest["config"] = {key: value for key, value in manifest["config"].items() if not key.startswith("evaluation.")}
+    (tmp_path / "sft" / "manifest.json").write_text(json.dumps(manifest))
+    del run
+    assert RunFolder.open(searched, "tune").finished("sft") == {"steps": 3}
+
+
 def test_another_config_is_refused_by_key_and_nothing_is_touched(tmp_path: Path) -> None:
     run = RunFolder.open(recipe(tmp_path), "pipeline")
     write_model(run.stage("sft"))

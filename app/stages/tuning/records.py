@@ -19,14 +19,16 @@ from ray import tune
 from app.config.recipe import Recipe
 from app.durable import without_non_finite
 from app.errors import first_line
+from app.search.records import CURVES, FAILED, FINISHED, FOLDER, HISTORY, STOPPED_EARLY, finite
 from app.tracking import RunTracker, drop_partial_line
 
-FOLDER = "tune"
 VALUES = "values"
 """Key of a trial's Tune config that holds its recipe keys and their values."""
-HISTORY, ENDED, PERTURBATIONS = "history.jsonl", "ended.jsonl", "perturbations.jsonl"
-CURVES = ("objective", "score_mean", "kl", "entropy", "response_length")
-RESULT = ("step", "target", "objective", "score", "mean_kl", "score_mean", "kl", "entropy", "response_length", "status", "why")
+STEPS, ENDED, PERTURBATIONS = "history.jsonl", "ended.jsonl", "perturbations.jsonl"
+RESULT = (
+    *("step", "target", "target_score", "target_kl", "objective", "score", "mean_kl"),
+    *("score_mean", "kl", "entropy", "response_length", "status", "why"),
+)
 """Keys of a trial's reports that are kept."""
 
 
@@ -41,7 +43,7 @@ class SearchRecords(tune.Callback):
     def __init__(self, folder: Path, tracker: RunTracker, recipe: Recipe, trials: int) -> None:
         self._folder, self._tracker, self._recipe, self._trials = folder, tracker, recipe, trials
         folder.mkdir(exist_ok=True)
-        for name in (HISTORY, ENDED, PERTURBATIONS):
+        for name in (STEPS, ENDED, PERTURBATIONS):
             drop_partial_line(folder / name)
         self._ended = set(read_ended(folder))
 
@@ -52,7 +54,7 @@ class SearchRecords(tune.Callback):
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         """A trial made a step."""
-        self._append(HISTORY, {"trial": trial_name(trial.trial_id), **kept(result)})
+        self._append(STEPS, {"trial": trial_name(trial.trial_id), **kept(result)})
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial lost a process."""
@@ -102,7 +104,7 @@ def read_ended(folder: Path) -> dict[str, dict[str, Any]]:
 def read_history(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Trial -> its reports by step; of a step that was done again after a failure, the later one."""
     steps: dict[str, dict[int, dict[str, Any]]] = {}
-    for row in _rows(folder / HISTORY):
+    for row in _rows(folder / STEPS):
         steps.setdefault(row.pop("trial"), {})[row["step"]] = row
     return {trial: [of_trial[step] for step in sorted(of_trial)] for trial, of_trial in steps.items()}
 
@@ -111,7 +113,7 @@ def write_history(folder: Path) -> Path:
     """`history.parquet` with the columns trial, step and `CURVES`; null where a value was not finite."""
     rows = [{"trial": trial, **row} for trial, of_trial in read_history(folder).items() for row in of_trial]
     schema = pa.schema([("trial", pa.string()), ("step", pa.int64()), *((name, pa.float64()) for name in CURVES)])
-    path = folder / "history.parquet"
+    path = folder / HISTORY
     pq.write_table(pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema), path)
     return path
 
@@ -121,16 +123,16 @@ def trial_row(trial: Any, steps: int) -> dict[str, Any]:
     configuration was to blame, `error` where it failed; objective, score and KL are the last ones, null where there is none."""
     result = trial.last_result or {}
     done, failed = int(result.get("step", 0)), trial.status == "ERROR"
-    status = "failed" if failed else result.get("status") or ("finished" if done >= steps else "stopped early")
+    status = FAILED if failed else result.get("status") or (FINISHED if done >= steps else STOPPED_EARLY)
     return {
         "trial": trial_name(trial.trial_id),
         "config": dict(trial.config[VALUES]),
         "steps": done,
         "status": status,
         "why": result.get("why"),
-        "objective": _finite(result.get("objective")),
-        "score": _finite(result.get("score")),
-        "kl": _finite(result.get("mean_kl")),
+        "objective": finite(result.get("objective")),
+        "score": finite(result.get("score")),
+        "kl": finite(result.get("mean_kl")),
         "error": _error_of(trial) if failed else None,
     }
 
@@ -140,10 +142,6 @@ def _error_of(trial: Any) -> str:
     error = trial.get_error()
     lines = str(error).strip().splitlines() if error is not None else []
     return lines[-1] if lines else first_line(error or RuntimeError("no reason known"))
-
-
-def _finite(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(value)
 
 
 def _rows(path: Path) -> Sequence[dict[str, Any]]:

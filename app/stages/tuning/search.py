@@ -14,16 +14,17 @@ from typing import Any
 import numpy as np
 import optuna
 from ray import tune
-from ray.tune.search import ConcurrencyLimiter
+from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 from ray.tune.tune import ResumeConfig
 
 from app.config.recipe import Recipe
-from app.config.search_space import Space, Suggestions, draw, grid, suggest
+from app.config.search_space import Space, Suggestions, points, suggest
 from app.config.tune import POPULATION
 from app.durable import read_json, write_json
 from app.errors import CheckpointError, Interrupted
-from app.stages.tuning.records import FOLDER, VALUES, SearchRecords, read_ended, read_history, trial_name
+from app.search.records import FOLDER
+from app.stages.tuning.records import VALUES, SearchRecords, read_ended, read_history, trial_name
 from app.stages.tuning.schedules import METRIC, MODE, scheduler
 from app.stages.tuning.trial import TrialInputs, run_trial, trial_resources
 from app.tracking import RunTracker
@@ -31,15 +32,6 @@ from app.tracking import RunTracker
 PARENTS = "parents.json"
 SNAPSHOT_SECONDS = "2"
 """How much of a search that is killed Tune may have to look up in our own records."""
-
-
-def points(recipe: Recipe) -> list[dict[str, Any]]:
-    """The configurations that are known before the search, in order."""
-    config = recipe.tune
-    if config.searcher == "grid":
-        return grid(config.space)
-    rng = random.Random(recipe.run.seed)
-    return [draw(config.space, rng) for _ in range(config.trials)]
 
 
 def suggested(trial: Suggestions, space: Space) -> dict[str, Any]:
@@ -50,8 +42,26 @@ def suggested(trial: Suggestions, space: Space) -> dict[str, Any]:
 def optuna_search(recipe: Recipe) -> OptunaSearch:
     """Optuna's TPE, seeded; with `tune.multi_objective` over score and KL."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    objectives: tuple[Any, Any] = (["score", "mean_kl"], ["max", "min"]) if recipe.tune.multi_objective else (METRIC, MODE)
+    objectives: tuple[Any, Any] = (["target_score", "target_kl"], ["max", "min"]) if recipe.tune.multi_objective else (METRIC, MODE)
     return OptunaSearch(partial(suggested, space=recipe.tune.space), *objectives, seed=recipe.run.seed)
+
+
+def searcher(recipe: Recipe, concurrent: int) -> BasicVariantGenerator | ConcurrencyLimiter:
+    """What hands Tune one configuration after the other, `concurrent` at a time; the members of a population all take turns."""
+    if recipe.tune.searcher == "optuna":
+        return ConcurrencyLimiter(optuna_search(recipe), concurrent)
+    return BasicVariantGenerator(max_concurrent=0 if recipe.tune.scheduler in POPULATION else concurrent)
+
+
+class AtATime(tune.Callback):
+    """Keeps the number of trials at a time that this start asks for: with the rest of a searcher's state Tune restores the earlier one."""
+
+    def __init__(self, limited: BasicVariantGenerator | ConcurrencyLimiter, concurrent: int) -> None:
+        self._limited, self._concurrent = limited, limited.max_concurrent and concurrent
+
+    def setup(self, *args: Any, **info: Any) -> None:
+        """Tune is ready to begin, everything is restored."""
+        self._limited.max_concurrent = self._concurrent
 
 
 def state_to_resume(folder: Path) -> bool:
@@ -89,7 +99,7 @@ def run_search(recipe: Recipe, inputs: TrialInputs, run: Path, concurrent: int, 
     folder, config = run / FOLDER, recipe.tune
     resumed = state_to_resume(folder)
     by_optuna = config.searcher == "optuna"
-    known = [] if by_optuna else points(recipe)
+    known = [] if by_optuna else points(config, recipe.run.seed)
     count = config.trials if by_optuna else len(known)
     records = SearchRecords(folder, tracker, recipe, count)
     if resumed:
@@ -98,18 +108,18 @@ def run_search(recipe: Recipe, inputs: TrialInputs, run: Path, concurrent: int, 
     random.seed(recipe.run.seed)  # pbt's and pb2's own draws
     np.random.seed(recipe.run.seed)
     warnings.filterwarnings("ignore", message="Consider boosting PBT performance")  # by actors that change their configuration: ours end
+    searching = searcher(recipe, concurrent)
     analysis = tune.run(
         tune.with_resources(tune.with_parameters(run_trial, inputs=inputs), trial_resources(recipe)),
         name=FOLDER,
         storage_path=str(run),
         config={} if by_optuna else {VALUES: tune.grid_search(known)},
         num_samples=config.trials if by_optuna else 1,
-        search_alg=ConcurrencyLimiter(optuna_search(recipe), concurrent) if by_optuna else None,
-        max_concurrent_trials=None if by_optuna or config.scheduler in POPULATION else concurrent,
+        search_alg=searching,
         scheduler=scheduler(recipe, read_history(folder), records.perturbed),
         max_failures=config.max_failures,
         resume_config=_nothing_twice() if resumed else None,
-        callbacks=[records],
+        callbacks=[records, AtATime(searching, concurrent)],
         trial_dirname_creator=lambda trial: trial_name(trial.trial_id),
         raise_on_failed_trial=False,
         verbose=0,

@@ -18,12 +18,14 @@ from app.alarms import AlarmWatch
 from app.checkpoint import CheckpointStore, SavedCheckpoint, read_checkpoint
 from app.config.loading import with_values
 from app.config.recipe import Recipe
+from app.config.tune import BY_ANSWERS
 from app.data.templates import Template
 from app.durable import read_json, write_json
-from app.errors import AlarmError, NonFiniteError
+from app.errors import AlarmError, ConfigError, NonFiniteError
 from app.interfaces import Scorer
 from app.planning.roles import TRIAL_CPUS
 from app.run_folder import MODEL
+from app.search.records import REFUSED
 from app.stages.actor_learner import LoopState, Parts, actor_learner_loop
 from app.stages.evaluate import answer
 from app.stages.ppo import PromptSets, gold_of, open_pool, start_learner, weight_publisher
@@ -119,32 +121,35 @@ def restored_loop(state: Mapping[str, Any], recipe: Recipe) -> LoopState:
 
 
 def newest_checkpoint(folder: Path) -> SavedCheckpoint | None:
-    """The checkpoint that Tune names, or where that has been replaced since, the newest of the same trial. None: begin at the start."""
+    """The checkpoint that Tune names, or where that has been replaced since or its pointer was lost with a machine, the newest of the
+    trial that saved it. None: begin at the start."""
     named = tune.get_checkpoint()
     if named is None:
         return None
     with named.as_directory() as path:
-        pointer = read_json(Path(path) / POINTER)
+        pointer = read_json(Path(path) / POINTER) if (Path(path) / POINTER).is_file() else {"trial": Path(path).parent.name}
     checkpoints = folder / pointer["trial"] / "checkpoints"
-    return read_checkpoint(checkpoints / pointer["checkpoint"]) or CheckpointStore(checkpoints).latest()
+    saved = read_checkpoint(checkpoints / pointer["checkpoint"]) if "checkpoint" in pointer else None
+    return saved or CheckpointStore(checkpoints).latest()
 
 
 def run_trial(config: dict[str, Any], *, inputs: TrialInputs) -> None:
-    """The trainable. Every report carries `Judge.result`; a trial that its own configuration spoils ends with a mark, any other error
-    is Tune's to retry."""
-    recipe = with_values(inputs.recipe, config[VALUES], "tune.space")
+    """The trainable. Every report carries `Judge.result`; a trial that its own configuration spoils ends with a mark, as does one that
+    the recipe refuses; any other error is Tune's to retry."""
+    shared = inputs.recipe
     folder = Path(inputs.folder)
     name = trial_name(tune.get_context().get_trial_id())
     if ended := read_ended(folder).get(name):  # the search was killed before it had noted this end
-        tune.report({**Judge(recipe.tune).result(), **{key: value for key, value in ended.items() if value is not None}, "done": True})
+        tune.report({**Judge(shared.tune).result(), **{key: value for key, value in ended.items() if value is not None}, "done": True})
         return
     saved = newest_checkpoint(folder)
-    judge = Judge(recipe.tune, saved.state["steps"] if saved else ())
-    watch = AlarmWatch(recipe.alarms, saved.state["alarms"] if saved else ())
-    keep = KEEP_ALONE if recipe.tune.checkpoint_every == recipe.tune.save_every else KEEP_IN_A_POPULATION
-    reporter = TrialReporter(recipe, judge, watch, CheckpointStore(folder / name / "checkpoints", keep))
+    judge = Judge(shared.tune, saved.state["steps"] if saved else ())
+    watch = AlarmWatch(shared.alarms, saved.state["alarms"] if saved else ())
+    keep = KEEP_ALONE if shared.tune.checkpoint_every == shared.tune.save_every else KEEP_IN_A_POPULATION
     write_stacks_on_signal(f"trial {name}")
     try:
+        recipe = with_values(shared, config[VALUES], "tune.space")
+        reporter = TrialReporter(recipe, judge, watch, CheckpointStore(folder / name / "checkpoints", keep))
         with watching(folder / name / "logs", note=logger.warning, early_share=recipe.run.stacks_after):
             train(recipe, inputs, reporter, watch, saved, folder / name / MODEL)
         return
@@ -154,6 +159,8 @@ def run_trial(config: dict[str, Any], *, inputs: TrialInputs) -> None:
         mark = Mark("non-finite", str(error))
     except AlarmError as error:
         mark = Mark.of_alarm(error)
+    except ConfigError as error:
+        mark = Mark(REFUSED, str(error))
     tune.report(judge.result(mark) | {"done": True})
 
 
@@ -183,7 +190,7 @@ def train(
             state = restored_loop(saved.state, recipe)
         scorer = inputs.scorers[MAIN]
         canaries = [prompt.ids for prompt in sets.train.prompts[:CANARIES]]
-        if recipe.tune.objective in ("held_out", "gold"):
+        if recipe.tune.objective in BY_ANSWERS:
             held_out = sets.held_out[: recipe.tune.eval_prompts]
             gold = gold_of(recipe) if recipe.tune.objective == "gold" else None
 

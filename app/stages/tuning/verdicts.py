@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from app.config.tune import TuneConfig
+from app.config.tune import BY_ANSWERS, TuneConfig
 from app.errors import AlarmError
-
-Status = Literal["finished", "stopped early", "over KL budget", "diverged", "collapsed", "non-finite", "failed"]
+from app.search.records import HELD, OVER_BUDGET, Status
 
 KEPT = ("score_mean", "score_std", "holdout_score", "kl", "entropy", "response_length")
 """Metrics of a step that verdicts and curves read."""
@@ -51,7 +50,7 @@ class Judge:
 
     def evaluation_due(self, step: int, last: int) -> bool:
         """Whether the objective asks for held-out answers after this step of `last`."""
-        return self._config.objective in ("held_out", "gold") and (step in (1, last) or step % self._config.eval_every == 0)
+        return self._config.objective in BY_ANSWERS and (step in (1, last) or step % self._config.eval_every == 0)
 
     @property
     def kept(self) -> list[dict[str, Any]]:
@@ -65,7 +64,7 @@ class Judge:
         if not all(map(math.isfinite, (kl, score, length, self.objective))):
             return Mark("non-finite", f"score {score:g}, KL {kl:g}, objective {self.objective:g}")
         if config.kl_budget is not None and kl > config.kl_budget:
-            return Mark("over KL budget", f"KL {kl:.3g} nats, tune.kl_budget = {config.kl_budget:g}")
+            return Mark(OVER_BUDGET, f"KL {kl:.3g} nats, tune.kl_budget = {config.kl_budget:g}")
         lowest = first["score_mean"] - (config.divergence or math.inf) * first["score_std"]
         if config.divergence is not None and score < lowest:
             return Mark(
@@ -82,14 +81,14 @@ class Judge:
     def score(self) -> float:
         """What the objective calls a score, NaN where there is none yet."""
         config = self._config
-        if config.objective in ("held_out", "gold"):
+        if config.objective in BY_ANSWERS:
             return float(self._steps[-1].get("eval_score", math.nan))
         return self._recent("holdout_score" if config.objective == "hold_out" else "score_mean")
 
     @property
     def kl(self) -> float:
         """Nats per sequence, of what the score is of."""
-        evaluated = self._config.objective in ("held_out", "gold")
+        evaluated = self._config.objective in BY_ANSWERS
         return float(self._steps[-1].get("eval_kl", math.nan)) if evaluated else self._recent("kl")
 
     @property
@@ -98,21 +97,25 @@ class Judge:
 
     def result(self, mark: Mark | None = None) -> dict[str, Any]:
         """The last step as Tune hears of it. `target` is what searcher and scheduler compare: the objective, or for a marked trial less
-        than any that held is likely to have, in the scale of the scores."""
+        than any that held is likely to have, in the scale of the scores; `target_score` and `target_kl` are for a search by both."""
         if not self._steps:
             return (
-                {"step": 0, "target": LOWEST_TARGET, "objective": math.nan, "score": math.nan}
+                {"step": 0, "objective": math.nan, "score": math.nan, "mean_kl": math.nan}
+                | {"target": LOWEST_TARGET, "target_score": LOWEST_TARGET, "target_kl": -LOWEST_TARGET}
                 | dict.fromkeys(KEPT, math.nan)
                 | _marked(mark)
             )
         last = self._steps[-1]
         shown = {name: last.get(name, math.nan) for name in KEPT}
-        target = self.objective if mark is None else self._target_of_marked()
+        targets = {"target": self.objective, "target_score": self.score, "target_kl": self.kl}
+        if mark is not None:
+            lowest = self._target_of_marked()
+            targets = {"target": lowest, "target_score": lowest, "target_kl": self._highest_kl()}
         return {
             "step": last["step"],
-            "target": target,
             "objective": self.objective,
             "score": self.score,
+            **targets,
             **shown,
             "mean_kl": self.kl,
         } | _marked(mark)
@@ -122,6 +125,10 @@ class Judge:
         floor = first["score_mean"] - MARKED_DEVIATIONS * first["score_std"]
         known = [value for value in (floor, self.objective) if math.isfinite(value)]
         return min(known, default=LOWEST_TARGET)
+
+    def _highest_kl(self) -> float:
+        known = [step[name] for step in self._steps for name in ("kl", "eval_kl") if math.isfinite(step.get(name, math.nan))]
+        return max(known, default=-LOWEST_TARGET)
 
     def _recent(self, name: str) -> float:
         return mean([step.get(name, math.nan) for step in self._steps[-self._config.window :]])
@@ -138,7 +145,7 @@ def mean(values: Sequence[float]) -> float:
 def best_row(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The row of the highest objective among the trials that came to their last step, or where none did, among those that were stopped
     early; None where no trial held."""
-    for status in ("finished", "stopped early"):
+    for status in HELD:
         held = [row for row in rows if row["status"] == status and row["objective"] is not None and math.isfinite(row["objective"])]
         if held:
             return max(held, key=lambda row: float(row["objective"]))

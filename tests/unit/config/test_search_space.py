@@ -13,7 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from app.config.loading import load_recipe
-from app.config.search_space import clipped, draw, grid, suggest
+from app.config.search_space import clipped, draw, grid, points, suggest
 from app.config.tune import TuneConfig
 from app.errors import ConfigError
 
@@ -39,7 +39,7 @@ def refusal(tmp_path: Path, domains: dict[str, Any], *overrides: str) -> str:
 def toml(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(key)} = {toml(inner)}" for key, inner in value.items()) + "}"
-    return json.dumps(value)
+    return "[" + ", ".join(map(toml, value)) + "]" if isinstance(value, list) else json.dumps(value)
 
 
 def test_the_same_seed_draws_the_same_inside_the_ranges() -> None:
@@ -144,6 +144,35 @@ def test_a_conditional_space_over_algorithms_is_accepted(tmp_path: Path) -> None
             ("--tune.scheduler=pbt",),
             ["pbt copies checkpoints", "ppo.algorithm.name"],
         ),
+        *(
+            (
+                {name: {"type": "choice", "values": values}},
+                ("--tune.scheduler=pbt", *more),
+                ["pbt copies checkpoints", name, "leave it out"],
+            )
+            for name, values, more in (
+                ("ppo.critic_model", ["reward_model", "value_head"], ()),
+                ("ppo.freeze_layers", [0, 1], ()),
+                ("ppo.lora", [{"rank": 4}, {"rank": 8}], ()),
+                ("ppo.lora.rank", [4, 8], ("--ppo.lora.rank=4",)),
+                ("ppo.lora.alpha", [4, 8], ("--ppo.lora.rank=4",)),
+            )
+        ),
+        (
+            {"ppo.epochs": {"type": "int", "low": 1, "high": 2}},
+            ("--tune.scheduler=pbt", "--tune.perturb_every=4", "--ppo.steps=4"),
+            ["tune.perturb_every = 4", "ppo.steps = 4", "set tune.perturb_every = 3 or less"],
+        ),
+        (
+            {"ppo.epochs": {"type": "int", "low": 1, "high": 2}},
+            ("--tune.scheduler=pb2", "--tune.perturb_every=4", "--ppo.steps=8"),
+            ["tune.perturb_every = 4", "ppo.steps = 8", "set tune.perturb_every = 3 or less"],
+        ),
+        (
+            {"ppo.epochs": {"type": "int", "low": 1, "high": 2}},
+            ("--tune.scheduler=pbt", "--tune.perturb_every=1", "--ppo.steps=1"),
+            ["set ppo.steps = 2 or more"],
+        ),
         (
             {"ppo.epochs": {"type": "int", "low": 1, "high": 2}},
             ("--tune.scheduler=pbt", "--tune.searcher=optuna"),
@@ -160,3 +189,52 @@ def test_refused_before_anything_starts(tmp_path: Path, domains: dict[str, Any],
 def test_a_loguniform_range_is_above_zero() -> None:
     with pytest.raises(ValidationError, match="empty range"):
         space({"ppo.kl.coef": {"type": "loguniform", "low": 0.0, "high": 0.1}})
+
+
+CLASHING = {"ppo.batch_size": {"type": "choice", "values": [96, 64]}, "ppo.minibatches": {"type": "choice", "values": [4, 3]}}
+"""64 rollouts do not make 3 minibatches; each value goes with the first of the other key."""
+EIGHT = ("--ppo.micro_batch_size=8",)
+DIVISORS = {"ppo.micro_batch_size": {"type": "int", "low": 2, "high": 12}}
+"""Of a batch of 96; both ends of the range are."""
+
+
+@pytest.mark.parametrize(
+    ("domains", "overrides", "parts"),
+    [
+        (CLASHING, (*EIGHT, "--tune.searcher=grid"), ["trial 4 of 4", "ppo.batch_size = 64", "ppo.minibatches = 3", "no multiple"]),
+        (CLASHING, (*EIGHT, "--tune.trials=16"), ["of 16", "ppo.batch_size = 64", "ppo.minibatches = 3", "no multiple"]),
+        (CLASHING, (*EIGHT, "--tune.searcher=optuna"), ["may be drawn", "ppo.batch_size = 64", "ppo.minibatches = 3", "no multiple"]),
+        (DIVISORS, ("--ppo.batch_size=96", "--tune.trials=16"), ["of 16", "ppo.micro_batch_size = ", "choose a divisor of 96"]),
+        (DIVISORS, ("--ppo.batch_size=96", "--tune.searcher=optuna"), ["may be drawn", "choose a divisor of 96"]),
+        (DIVISORS, ("--ppo.batch_size=96", "--tune.scheduler=pbt", "--tune.trials=2"), ["choose a divisor of 96"]),
+        (DIVISORS, ("--ppo.batch_size=96", "--tune.scheduler=pb2", "--tune.trials=2"), ["choose a divisor of 96"]),
+    ],
+)
+def test_values_that_do_not_go_together_are_found_before_anything_starts(
+    tmp_path: Path, domains: dict[str, Any], overrides: tuple[str, ...], parts: list[str]
+) -> None:
+    message = refusal(tmp_path, domains, *overrides)
+    assert all(part in message for part in (*parts, "with `when`")) and "\n" not in message, message
+
+
+@pytest.mark.parametrize("how", [("--tune.searcher=grid",), (), ("--tune.searcher=optuna",), ("--tune.scheduler=pbt",)])
+def test_values_tied_to_what_they_go_with_are_accepted(tmp_path: Path, how: tuple[str, ...]) -> None:
+    tied = CLASHING | {"ppo.minibatches": {**CLASHING["ppo.minibatches"], "when": {"ppo.batch_size": 96}}}
+    domains = {"ppo.minibatches": {"type": "choice", "values": [4, 2]}} if "pbt" in "".join(how) else tied
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("".join(f'tune.space."{name}" = {toml(domain)}\n' for name, domain in domains.items()))
+    assert load_recipe(recipe, (*EIGHT, *how)).tune.space.keys() == domains.keys()
+
+
+def test_only_the_points_of_a_random_search_are_checked(tmp_path: Path) -> None:
+    """With a seed under which the clash is not drawn the search has nothing to be refused for."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("".join(f'tune.space."{name}" = {toml(domain)}\n' for name, domain in CLASHING.items()))
+    clash = {"ppo.batch_size": 64, "ppo.minibatches": 3}
+    seeds = [seed for seed in range(20) if clash not in points(space_config(CLASHING, trials=2), seed)]
+    loaded = load_recipe(recipe, (*EIGHT, f"--run.seed={seeds[0]}", "--tune.trials=2"))
+    assert len(points(loaded.tune, loaded.run.seed)) == 2
+
+
+def space_config(domains: dict[str, Any], **more: Any) -> TuneConfig:
+    return TuneConfig(space=space(domains), **more)

@@ -322,8 +322,9 @@ def test_a_search_that_cannot_begin(refused: Refused, tmp_path: Path, monkeypatc
     prompts.write_text('{"prompt": "Say something."}\n')
     assert "tune.objective = gold" in refused("tune", tune, run, "--tune.objective=gold", f"--data.path={prompts}")
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    pb2 = ("--tune.scheduler=pb2", "--tune.concurrent=auto", "--tune.perturb_every=2")
     one_range = '--tune.space={"ppo.kl.coef" = {type = "uniform", low = 0.01, high = 0.2}}'
-    assert "needs the package scikit-learn" in refused("tune", tune, run, one_range, "--tune.scheduler=pb2", "--tune.concurrent=auto")
+    assert "needs the package scikit-learn" in refused("tune", tune, run, one_range, *pb2)
     assert not (tmp_path / "run").exists()
 
 

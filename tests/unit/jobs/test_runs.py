@@ -15,7 +15,7 @@ from app.process_record import me
 from app.tracking import LOG_FILE
 from jobs import run_control
 from jobs.main import main
-from jobs.run_control import waits
+from jobs.run_control import command_of, waits
 from jobs.runs import job_row
 
 # a run that stops as ours do: SIGTERM, then a note in its manifest
@@ -108,6 +108,28 @@ def test_a_run_is_stopped_and_says_how_it_goes_on(process: Path, out: Output) ->
     out()
     assert main(["stop", str(process)]) == 0
     assert out() == f"{process}: interrupted already\n"
+
+
+def test_a_search_is_not_said_to_save_what_it_does_not_save(process: Path, out: Output) -> None:
+    manifest = json.loads((process / "manifest.json").read_text())
+    manifest["sessions"][-1]["command"] = "tune"
+    (process / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["stop", str(process)]) == 0
+    text = out()
+    assert "with a checkpoint" not in text and "go on from their last checkpoints (tune.save_every)" in text
+
+
+@pytest.mark.parametrize(
+    ("entrypoint", "command"),
+    [
+        ("python -m jobs tune recipe.toml --run.dir=/shared/a", "tune"),
+        ("python -m jobs ppo jobs/tune.toml", "ppo"),
+        ("python train.py tune", None),
+        (None, None),
+    ],
+)
+def test_the_command_of_a_job_is_read_from_its_entry_point(entrypoint: str | None, command: str | None) -> None:
+    assert command_of(entrypoint) == command
 
 
 def test_a_run_that_does_not_stop_in_time_is_told(

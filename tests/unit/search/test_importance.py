@@ -42,9 +42,10 @@ def test_chance_reaches_its_mark_in_one_of_twenty_searches() -> None:
     assert 0.02 < np.mean([one.certain for one in found]) < 0.09
 
 
-def test_what_broke_ranks_lowest_and_what_failed_is_left_out() -> None:
+@pytest.mark.parametrize("untried", ["failed", "refused"])
+def test_what_broke_ranks_lowest_and_what_was_not_tried_is_left_out(untried: str) -> None:
     configs = [{"lr": value} for value in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)]
-    ends = ["finished"] * 4 + ["diverged"] * 3 + ["failed"]
+    ends = ["finished"] * 4 + ["diverged"] * 3 + [untried]
     (one,) = importances(search(configs, [4.0, 3.0, 2.0, 1.0, 99.0, None, None, 99.0], ends))
     assert one.trials == 7
     assert one.share is not None and one.share > 0.9

@@ -49,8 +49,17 @@ def test_a_step_done_again_has_its_later_value(tmp_path: Path) -> None:
 
 
 def test_the_front_is_of_trials_that_no_other_beats_in_both(tmp_path: Path) -> None:
-    found = {"a": (1.0, 1.0), "b": (2.0, 3.0), "c": (0.5, 2.0), "d": (2.0, 4.0), "e": (9.0, 0.5), "f": (3.0, 9.0)}
-    status = {"e": "diverged", "f": "over KL budget"}
+    found = {
+        "a": (1.0, 1.0),
+        "b": (2.0, 3.0),
+        "c": (0.5, 2.0),
+        "d": (2.0, 4.0),
+        "e": (9.0, 0.5),
+        "f": (3.0, 9.0),
+        "g": (9.0, 0.1),
+        "h": (9.0, 0.1),
+    }
+    status = {"e": "diverged", "f": "over KL budget", "g": "failed", "h": "refused"}
     rows = [row(name, {}, score, status.get(name, "finished"), kl=kl) for name, (score, kl) in found.items()]
     front = Search.read(write_search(tmp_path, rows, "b")).front()
     assert [trial.name for trial in front] == ["a", "b", "f"]
@@ -85,6 +94,7 @@ def test_the_terminal_shows_how_each_trial_ended(tmp_path: Path) -> None:
         row("t_best", {LR: 1.25e-4, "ppo.algorithm": "ppo"}, 0.5),
         row("t_slow", {LR: 5e-4, "ppo.algorithm": "grpo"}, 0.1, "stopped early", steps=2),
         row("t_lost", {LR: 2e-4}, None, "failed", steps=0, score=None, kl=None, error="ActorDiedError: [worker] is gone"),
+        row("t_odd", {LR: 3e-4}, None, "refused", steps=0, score=None, kl=None, why="ppo.batch_size = 64 is no multiple"),
     ]
     out = io.StringIO()
     show(Search.read(write_search(tmp_path, rows, "t_best")), 4, Console(file=out, width=160))
@@ -96,4 +106,5 @@ def test_the_terminal_shows_how_each_trial_ended(tmp_path: Path) -> None:
     ):
         assert all(part in line for part in parts)
     assert "t_lost: ActorDiedError: [worker] is gone" in lines
+    assert "t_odd: ppo.batch_size = 64 is no multiple" in lines
     assert "best: --ppo.policy.lr=0.000125 --ppo.algorithm=ppo" in lines

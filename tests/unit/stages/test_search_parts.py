@@ -7,24 +7,27 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pyarrow.parquet as pq
 import pytest
+from ray.tune import Experiment, grid_search
+from ray.tune.search import SearchGenerator
 
 from app.alarms import AlarmWatch
 from app.checkpoint import CheckpointStore
 from app.config.loading import with_values
 from app.config.recipe import Recipe
-from app.errors import CheckpointError
+from app.config.search_space import points
+from app.errors import AlarmError, CheckpointError, ConfigError, NonFiniteError, RolloutError
 from app.stages.actor_learner import LoopState
 from app.stages.tune import keep_model
 from app.stages.tuning import trial as trials
 from app.stages.tuning.records import VALUES, SearchRecords, read_ended, read_history, trial_row, write_history
 from app.stages.tuning.schedules import Asha, Median, Pbt, scheduler
-from app.stages.tuning.search import points, state_to_resume
-from app.stages.tuning.trial import Marked, TrialReporter, newest_checkpoint, restored_loop
-from app.stages.tuning.verdicts import Judge
+from app.stages.tuning.search import AtATime, optuna_search, searcher, state_to_resume
+from app.stages.tuning.trial import Marked, TrialInputs, TrialReporter, newest_checkpoint, restored_loop
+from app.stages.tuning.verdicts import LOWEST_TARGET, Judge, Mark
 
 SPACE = {"ppo.policy.lr": {"type": "loguniform", "low": 1e-6, "high": 1e-4}}
 
@@ -194,6 +197,74 @@ def test_held_out_answers_are_asked_for_when_they_are_due(tmp_path: Path, report
     assert [result["objective"] for result in reports.results] == [1.0, 1.0, 2.0, 2.0, 2.0, 3.0, 3.0, 4.0]
 
 
+def run_one(folder: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], error: Exception | None = None) -> None:
+    """A trial with these values, whose training raises `error`."""
+
+    def train(*_: Any) -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(trials, "train", train)
+    monkeypatch.setattr(trials.tune, "get_context", lambda: SimpleNamespace(get_trial_id=lambda: "a"))
+    monkeypatch.setattr(trials, "write_stacks_on_signal", lambda _: None)
+    nothing: Any = None
+    trials.run_trial({VALUES: values}, inputs=TrialInputs(recipe(), str(folder), "", "", {}, nothing, nothing))
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "status"),
+    [
+        ({"ppo.minibatches": 3}, None, "refused"),
+        ({"ppo.deepspeed.zero_stage": 0}, ConfigError("deepspeed.zero_stage = 0 trains wrongly in bf16"), "refused"),
+        ({}, NonFiniteError("policy loss is nan"), "non-finite"),
+        ({}, AlarmError("entropy", 0.0, 0.1, "raise it"), "collapsed"),
+    ],
+)
+def test_a_trial_that_its_configuration_spoils_is_marked_and_not_tried_again(
+    tmp_path: Path, reports: Reports, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], error: Exception | None, status: str
+) -> None:
+    monkeypatch.setattr(trials.tune, "get_checkpoint", lambda: None)
+    run_one(tmp_path, monkeypatch, values, error)
+    (result,) = reports.results
+    row = trial_row(ray_trial("a", result), 8)
+    assert (row["status"], row["steps"], row["objective"]) == (status, 0, None) and result["done"]
+    assert (str(error) if error else "ppo.batch_size = 64 is no multiple of minibatches") in row["why"]
+    assert result["target"] == LOWEST_TARGET
+
+
+def test_other_errors_are_tried_again(tmp_path: Path, reports: Reports, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials.tune, "get_checkpoint", lambda: None)
+    with pytest.raises(RolloutError):
+        run_one(tmp_path, monkeypatch, {}, RolloutError("an engine died"))
+    assert not reports.results
+
+
+def test_a_copy_under_refused_values_keeps_the_steps_that_it_was_copied_with(
+    tmp_path: Path, reports: Reports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, _, watch = reporter(tmp_path, recipe(tune__save_every=3))
+    steps(told, watch, 1, 3)
+    (tmp_path / "checkpoint.json").write_text(json.dumps(reports.pointers[-1]))
+    monkeypatch.setattr(trials.tune, "get_checkpoint", lambda: trials.tune.Checkpoint.from_directory(tmp_path))
+    run_one(tmp_path, monkeypatch, {"ppo.minibatches": 3})
+    last = reports.results[-1]
+    assert (last["step"], last["status"], last["done"]) == (3, "refused", True) and last["target"] < last["objective"]
+
+
+def test_without_its_pointer_a_trial_goes_on_from_the_newest_checkpoint_of_the_trial_that_saved_it(
+    tmp_path: Path, reports: Reports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine was lost before `run.storage` had the pointer."""
+    told, _, watch = reporter(tmp_path, recipe(tune__save_every=3))
+    steps(told, watch, 1, 3)
+    named = trials.tune.Checkpoint(str(tmp_path / "trial_a" / "checkpoint_000001"))
+    monkeypatch.setattr(trials.tune, "get_checkpoint", lambda: named)
+    saved = newest_checkpoint(tmp_path)
+    assert saved is not None and saved.step == 3
+    monkeypatch.setattr(trials.tune, "get_checkpoint", lambda: trials.tune.Checkpoint(str(tmp_path / "trial_b" / "checkpoint_000000")))
+    assert newest_checkpoint(tmp_path) is None  # it has none at all: it begins at the start
+
+
 # -- schedulers and searchers
 
 
@@ -235,9 +306,9 @@ def test_a_population_goes_on_from_its_last_look_and_tells_what_it_changes() -> 
 
 
 def test_the_configurations_of_a_search_follow_from_the_seed() -> None:
-    assert points(recipe(tune__trials=5)) == points(recipe(tune__trials=5))
-    assert points(recipe(tune__trials=5)) != points(recipe(tune__trials=5, run__seed=2))
-    assert len(points(recipe(tune__trials=5))) == 5
+    searched = recipe(tune__trials=5).tune
+    assert points(searched, 1) == points(searched, 1) != points(searched, 2)
+    assert len(points(searched, 1)) == 5
 
 
 def test_a_search_whose_last_state_is_cut_is_not_begun_again_in_silence(tmp_path: Path) -> None:
@@ -248,3 +319,75 @@ def test_a_search_whose_last_state_is_cut_is_not_begun_again_in_silence(tmp_path
     state.write_text('{"trial_da')
     with pytest.raises(CheckpointError, match="to begin the search again"):
         state_to_resume(tmp_path)
+
+
+def generator(searched: Recipe, folder: Path, concurrent: int, *, resumed: bool) -> Any:
+    """What hands Tune the configurations of a random or grid search, as `run_search` makes it."""
+    made: Any = searcher(searched, concurrent)
+    if resumed:
+        made.restore_from_dir(str(folder))
+    else:
+        known = points(searched.tune, searched.run.seed)
+        config = {VALUES: grid_search(known)}
+        made.add_configurations([Experiment("tune", lambda config: None, config=config, storage_path=str(folder))])
+    AtATime(made, concurrent).setup()
+    return made
+
+
+@pytest.mark.parametrize("how", ["random", "grid"])
+def test_a_search_that_goes_on_repeats_no_trial_and_takes_the_new_number_at_a_time(tmp_path: Path, how: str) -> None:
+    space = {"ppo.epochs": {"type": "grid", "values": [1, 2, 3, 4, 5]}} if how == "grid" else SPACE
+    searched = recipe(tune__trials=5, tune__searcher=how, tune__space=space)
+    known = points(searched.tune, searched.run.seed)
+    first = generator(searched, tmp_path, 2, resumed=False)
+    begun = [first.next_trial(), first.next_trial()]
+    assert first.next_trial() is None, "two at a time"
+    first.on_trial_complete(begun[0].trial_id)
+    first.save_to_dir(str(tmp_path), "1")
+    again = generator(searched, tmp_path, 3, resumed=True)
+    more = [again.next_trial(), again.next_trial()]
+    assert None not in more and again.next_trial() is None, "three at a time, one of which was under way"
+    for trial in (begun[1], *more):
+        again.on_trial_complete(trial.trial_id)
+    rest = [again.next_trial(), again.next_trial()]
+    assert rest[1] is None and again.is_finished()
+    every = [*begun, *more, rest[0]]
+    assert [trial.config[VALUES] for trial in every] == known
+    assert len({trial.trial_id for trial in every}) == 5
+
+
+def test_optuna_takes_the_new_number_at_a_time_with_what_was_under_way(tmp_path: Path) -> None:
+    searched = recipe(tune__trials=5, tune__searcher="optuna")
+    first = SearchGenerator(cast(Any, searcher(searched, 1)))
+    assert first.searcher.suggest("a") is not None and first.searcher.suggest("b") is None
+    first.save_to_dir(str(tmp_path), "1")
+    limited: Any = searcher(searched, 2)
+    again = SearchGenerator(limited)
+    again.restore_from_dir(str(tmp_path))
+    AtATime(limited, 2).setup()
+    assert limited.suggest("b") is not None and limited.suggest("c") is None
+    again.on_trial_complete("a", report(8, 1.0))
+    assert [trial.value for trial in limited.searcher._ot_study.trials][:1] == [report(8, 1.0)["target"]]
+
+
+def test_two_objectives_are_asked_for_and_told_together() -> None:
+    searched = recipe(tune__searcher="optuna", tune__multi_objective=True, tune__window=1)
+    search = optuna_search(searched)
+    study = search._ot_study
+    assert [direction.name for direction in study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    ends = {"good": (2.0, 3.0), "near": (1.0, 1.0), "beaten": (0.5, 2.0), "collapsed": (9.0, 0.5), "non-finite": (math.nan, 4.0)}
+    for name, (score, kl) in ends.items():
+        suggestion = search.suggest(name)
+        assert suggestion is not None and 1e-6 <= suggestion[VALUES]["ppo.policy.lr"] <= 1e-4
+        judge = Judge(searched.tune)
+        judge.add(1, metrics(0.0))
+        judge.add(2, {**metrics(score), "kl": kl})
+        mark = Mark(cast(Any, name), "why") if name in ("collapsed", "non-finite") else None
+        search.on_trial_complete(name, judge.result(mark))
+    told = dict(zip(ends, study.trials, strict=True))
+    assert all(trial.state.name == "COMPLETE" for trial in told.values())
+    assert {name for name, trial in told.items() if trial in study.best_trials} == {"good", "near"}
+    assert told["good"].values == [2.0, 3.0]
+    search.suggest("spoilt at once")
+    search.on_trial_complete("spoilt at once", Judge(searched.tune).result(Mark("non-finite", "loss is nan")))
+    assert study.trials[-1].state.name == "COMPLETE" and study.trials[-1] not in study.best_trials

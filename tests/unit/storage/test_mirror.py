@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from app.checkpoint import CheckpointStore
+from app.checkpoint import CheckpointStore, read_checkpoint
 from app.config.recipe import Recipe
 from app.durable import tree_hash
 from app.errors import CheckpointError, StorageError
@@ -140,6 +140,32 @@ def test_a_death_while_sending_leaves_a_whole_checkpoint(tmp_path: Path, operati
     assert saved is not None
     assert saved.step in (2, 3, 4)
     assert (saved.path / "weights").read_bytes() == bytes([saved.step]) * 1000
+
+
+def test_old_checkpoints_stay_until_a_newer_one_has_arrived(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two are saved while one push goes on, so that none of those that it has listed arrives whole."""
+    first = Session(url, tmp_path / "run")
+    first.run.record_data("0" * 64)
+    first.save(1)
+    first.mirror.push()
+    first.save(2)
+    first.save(3)
+    put = Place.put
+
+    def slow(self: Place, source: Path, name: str) -> None:
+        if name.endswith("step-00000002/weights"):
+            first.save(4)
+            first.save(5)
+        put(self, source, name)
+
+    monkeypatch.setattr(Place, "put", slow)
+    monkeypatch.setattr(module, "THREADS", 1)
+    first.mirror.push()
+    assert first.mirror.place.inside("sft/checkpoints").folders()[0] == "step-00000001"
+    saved = Session(url, elsewhere(first)).store.latest()
+    assert saved is not None and saved.step == 1
+    first.mirror.push()
+    assert first.mirror.place.inside("sft/checkpoints").folders() == ["step-00000004", "step-00000005"]
 
 
 def test_the_best_model_so_far_counts_only_when_it_is_whole(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,3 +329,120 @@ def test_a_fetch_that_was_cut_short_is_done_again(url: str, tmp_path: Path, monk
     monkeypatch.setattr(Place, "get", get)
     shutil.rmtree(elsewhere(first) / "sft" / "model")
     assert Session(url, elsewhere(first)).run.finished("sft") == {"loss": 1.0}
+
+
+class Searching(Session):
+    """A search of one trial: at every step of it a checkpoint, then Tune's pointer to that, and last what Tune goes on from."""
+
+    def __init__(self, url: str, path: Path, place: Place | None = None) -> None:
+        super().__init__(url, path, place)
+        self.trial = self.path / "tune" / "trial_a"
+        self.store = CheckpointStore(self.trial / "checkpoints")
+
+    def save(self, step: int) -> Path:
+        def write(folder: Path) -> None:
+            (folder / "policy").mkdir()
+            (folder / "policy" / "weights").write_bytes(bytes([step]) * 1000)
+
+        saved = self.store.save(step, {"step": step}, write)
+        pointer = self.trial / f"checkpoint_{step:06d}"
+        pointer.mkdir()
+        (pointer / "checkpoint.json").write_text(json.dumps({"trial": "trial_a", "checkpoint": saved.name}))
+        self.note(step)
+        return saved
+
+    def end(self, step: int) -> None:
+        (self.trial / "model").mkdir()
+        (self.trial / "model" / "config.json").write_text("{}")
+        with (self.path / "tune" / "ended.jsonl").open("a") as ended:
+            ended.write(json.dumps({"trial": "trial_a", "step": step}) + "\n")
+        self.note(step)
+
+    def note(self, step: int) -> None:
+        (self.path / "tune" / "experiment_state-1.json").write_text(json.dumps({"step": step}))
+
+
+@pytest.mark.parametrize("operations", range(24))
+def test_a_death_while_sending_a_search_leaves_whole_checkpoints_and_nothing_that_names_others(tmp_path: Path, operations: int) -> None:
+    url = f"memory://{uuid.uuid4().hex}/kept"
+    whole = open_place(url)
+    first = Searching(url, tmp_path / "run", Dying(url, whole.system, whole.root))
+    first.run.record_data("0" * 64)
+    Dying.left = 1000
+    for step in (1, 2):
+        first.save(step)
+        first.mirror.push()
+    for step in (3, 4):
+        first.save(step)
+    first.end(4)
+    Dying.left = operations
+    with contextlib.suppress(KeyboardInterrupt):
+        first.mirror.push()
+    there = whole.files()
+    for manifest in [name for name in there if name.endswith("manifest.json") and "/step-" in name]:
+        assert manifest.replace("manifest.json", "policy/weights") in there
+    moved = Searching(url, elsewhere(first))
+    step = json.loads((moved.path / "tune" / "experiment_state-1.json").read_text())["step"]
+    pointer = json.loads((moved.trial / f"checkpoint_{step:06d}" / "checkpoint.json").read_text())
+    saved = read_checkpoint(moved.trial / "checkpoints" / pointer["checkpoint"]) or moved.store.latest()
+    assert saved is not None and saved.step >= step  # what the state names, or where that has been replaced since, the newest
+    assert (saved.path / "policy" / "weights").read_bytes() == bytes([saved.step]) * 1000
+    ended = moved.path / "tune" / "ended.jsonl"
+    if ended.exists():
+        assert (moved.trial / "model" / "config.json").is_file()
+    if operations == 23:
+        assert ended.exists() and step == 4, "nothing died: the operations above are all that there are"
+
+
+def test_a_checkpoint_of_a_trial_is_sent_when_it_is_there_and_goes_when_it_is_replaced(url: str, tmp_path: Path) -> None:
+    session = Searching(url, tmp_path / "run")
+    session.mirror.start(session.path)
+    session.run.record_data("0" * 64)
+    place = session.mirror.place
+    for step in (1, 2, 3):
+        session.save(step)
+        wait_for(lambda step=step: place.read(f"tune/trial_a/checkpoints/step-{step:08d}/manifest.json"))
+    wait_for(lambda: place.inside("tune/trial_a/checkpoints").folders() == ["step-00000002", "step-00000003"])
+    session.mirror.close()
+
+
+def test_of_a_search_all_whole_checkpoints_are_fetched_and_no_logs(url: str, tmp_path: Path) -> None:
+    """Any of them may be one that a population is about to copy."""
+    first = Searching(url, tmp_path / "run")
+    first.run.record_data("0" * 64)
+    first.save(1)
+    first.save(2)
+    (first.trial / "logs").mkdir()
+    (first.trial / "logs" / "stacks.txt").write_text("...")
+    first.mirror.push()
+    first.mirror.place.delete("tune/trial_a/checkpoints/step-00000002/manifest.json")
+    (elsewhere(first) / "tune" / "trial_a" / "checkpoints" / "step-00000009").mkdir(parents=True)  # never whole, and not there
+    moved = Searching(url, elsewhere(first))
+    assert [path.name for path in sorted((moved.trial / "checkpoints").iterdir())] == ["step-00000001"]
+    assert not (moved.trial / "logs").exists()
+    moved.run.finish("tune", {}, {})
+    moved.mirror.push()
+    third = Searching(url, elsewhere(moved))
+    assert not (third.trial / "checkpoints").exists(), "a finished search needs none"
+
+
+def test_what_a_search_goes_on_from_is_sent_as_it_was_before_the_rest_was_listed(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It changes every few seconds, and large checkpoints take minutes: sent as it is at the end, it would name what is not there."""
+    session = Searching(url, tmp_path / "run")
+    session.run.record_data("0" * 64)
+    session.save(1)
+    put = Place.put
+
+    def slow(self: Place, source: Path, name: str) -> None:
+        put(self, source, name)
+        if name.endswith("policy/weights"):
+            session.note(2)
+
+    monkeypatch.setattr(Place, "put", slow)
+    session.mirror.push()
+    assert session.mirror.place.read("tune/experiment_state-1.json") == b'{"step": 1}'
+    monkeypatch.setattr(Place, "put", put)
+    session.mirror.push()
+    assert session.mirror.place.read("tune/experiment_state-1.json") == b'{"step": 2}'

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from app.errors import WeightPushError
+from app.errors import NonFiniteError, WeightPushError
 from app.workers.learner_group import RayLearner
 from app.workers.pushed_policy import PushedPolicy, Shipment
 from app.workers.rollout import VllmRolloutPool
@@ -22,12 +22,12 @@ CANARIES = [np.arange(4, dtype=np.int32), np.arange(3, dtype=np.int32)]
 class Sides:
     """A learner and a pool of engines, of which one is `apart` nats off on the last token of the last canary."""
 
-    def __init__(self, apart: float, engines: int = 2) -> None:
-        self.apart, self.engines = apart, engines
+    def __init__(self, apart: float, engines: int = 2, learner: float = -1.0) -> None:
+        self.apart, self.engines, self.learner = apart, engines, learner
         self.calls: list[tuple[Any, ...]] = []
 
     def logprobs(self, sequences: Sequence[Any]) -> list[Any]:
-        return [np.full(len(ids) - 1, -1.0, np.float32) for ids in sequences]
+        return [np.full(len(ids) - 1, self.learner, np.float32) for ids in sequences]
 
     def pushed_policy(self) -> PushedPolicy:
         return POLICY
@@ -76,3 +76,10 @@ def test_over_nccl_the_version_travels_with_the_weights() -> None:
 def test_one_engine_that_disagrees_on_one_token_is_enough(apart: float) -> None:
     with pytest.raises(WeightPushError, match="policy version 7"):
         publisher(Sides(apart)).publish(7)
+
+
+@pytest.mark.parametrize("spoilt", [math.nan, -math.inf])
+def test_a_policy_that_is_no_longer_finite_is_no_fault_of_the_push(spoilt: float) -> None:
+    """The same weights would be pushed again: it must not look like a lost engine."""
+    with pytest.raises(NonFiniteError, match=r"policy version 7 .* lower ppo.policy.lr"):
+        publisher(Sides(0.0, learner=spoilt)).publish(7)
