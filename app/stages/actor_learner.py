@@ -209,7 +209,10 @@ def collect_experience(
 
 
 def require_agreement(experience: Experience, config: PpoConfig) -> None:
-    """At lag 0 engine and learner hold the same weights, so their log-probs must agree on every sampled token."""
+    """At lag 0 engine and learner hold the same weights, so their log-probs must agree on every sampled token. Raises RolloutError,
+    and at any lag NonFiniteError for log-probs of the learner's that are no numbers."""
+    if not experience.proximal_BT.isfinite().all():
+        raise NonFiniteError("the policy's log-probs of sampled tokens are not finite: lower ppo.policy.lr and begin in another run.dir")
     if config.max_lag:
         return
     mismatch = float((experience.proximal_BT - experience.behaviour_BT).abs().max())

@@ -27,8 +27,10 @@ def test_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch, capsys: p
     if words[0] == "doctor":
         assert (ROOT / words[1]).is_file()
         return
-    if words[0] in ("chat", "export", "plan", "replay", "runs", "score"):
-        assert build_parser(words).parse_args(words).command == words[0]
+    if words[0] in ("chat", "data", "export", "plan", "replay", "runs", "score"):
+        parsed, keys = build_parser(words).parse_known_args(words)
+        assert parsed.command == words[0]
+        assert [key for key in keys if not key.startswith("--model.path=")] == []
         return
     assert main([*words, "--dry-run"]) == 0
     assert capsys.readouterr().out

@@ -22,6 +22,12 @@ def command_of(name: str) -> str:
     return Path(name).name.removesuffix(".toml").split("-")[0]
 
 
+def machine_of(name: str) -> dict[str, float]:
+    if name.startswith("pythia/"):
+        return A100_MACHINE
+    return LAPTOP | {"memory": 24.0 * GIB} | ({"CPU": 4.0, "GPU": 1.0} if "one-gpu" in name else {})
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_parses(name: str) -> None:
     load_recipe(RECIPES / name)
@@ -30,7 +36,7 @@ def test_parses(name: str) -> None:
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_fits_its_machine(name: str) -> None:
     recipe, command = load_recipe(RECIPES / name), command_of(name)
-    check_feasible(recipe, command, A100_MACHINE if name.startswith("pythia/") else LAPTOP | {"memory": 24.0 * GIB})
+    check_feasible(recipe, command, machine_of(name))
     assert describe(recipe, command)["needs"]["CPU"] > 0
 
 

@@ -404,3 +404,10 @@ def test_length_terms_read_the_token_limit(tmp_path: Path) -> None:
     world = World()
     actor_learner_loop(parts(world, tmp_path), config(steps=1, reward={"overlong_buffer": 8}), LoopState(), seed=0)
     assert world.experiences[0].scores_B.tolist() == [5.875] * 4
+
+
+def test_a_policy_whose_logprobs_are_no_numbers_is_none_that_differs_from_its_engine(tmp_path: Path) -> None:
+    """A search marks such a trial as what it is, and does not try it again."""
+    world = World(learner_logprob=float("nan"))
+    with pytest.raises(NonFiniteError, match="not finite"):
+        actor_learner_loop(parts(world, tmp_path), config(), LoopState(), seed=0)
