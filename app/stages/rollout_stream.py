@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -129,6 +130,10 @@ class SampledBatch:
         return ScoredRollouts(self.rollouts, joined(scores), [reference[row] for row in sorted(reference)], baselines)
 
 
+Collected: TypeAlias = Future[tuple[SampledBatch, Cohort]]
+"""A batch, and the cohort that may have left something to the next one."""
+
+
 class RolloutStream:
     """Batch k is trained on in step k; the engines are given it as soon as step k - `max_lag` has published its weights. A thread of
     the stream's own takes what the engines have finished and has it judged, also while the learner learns. A context manager.
@@ -169,9 +174,8 @@ class RolloutStream:
                 "go on with the ppo.batch_size and ppo.samples_per_prompt that wrote it"
             )
         self._thread = ThreadPoolExecutor(1, "rollout-stream")
-        self._sampled: deque[Future[tuple[SampledBatch, Cohort]]] = deque()
-        self._judged: deque[Future[ScoredRollouts]] = deque()
-        self._latest: Future[tuple[SampledBatch, Cohort]] | None = None
+        self._batches: deque[tuple[Collected, Future[ScoredRollouts]]] = deque()  # that the loop has not taken
+        self._latest: Collected | None = None
         self._samplings: deque[Sampling] = deque(maxlen=config.max_lag + 2)  # whatever may be under way is among them
 
     def __enter__(self) -> RolloutStream:
@@ -182,7 +186,7 @@ class RolloutStream:
         for sampling in self._samplings:
             sampling.cancel()
         self._thread.shutdown(wait=False, cancel_futures=True)
-        left = [future for future in (*self._sampled, *self._judged) if not future.cancelled()]
+        left: list[Future[Any]] = [future for batch in self._batches for future in batch if not future.cancelled()]
         if wait(left, timeout=LAST_WAIT_SECONDS).not_done:
             logger.warning("what was being sampled or scored has not ended %g s after the loop has", LAST_WAIT_SECONDS)
 
@@ -195,17 +199,16 @@ class RolloutStream:
             drawn = self._drawn + needed - len(self._drawn_before)
             cohort = self._submit([*self._drawn_before, *range(self._drawn, drawn)])
             self._drawn, self._drawn_before = drawn, []
-            sampled = self._thread.submit(self._collect, cohort, self._latest)
-            self._sampled.append(sampled)
-            self._judged.append(self._thread.submit(lambda sampled=sampled: sampled.result()[0].judged()))
-            self._latest = sampled
+            self._latest = self._thread.submit(self._collect, cohort, self._latest)
+            self._batches.append((self._latest, self._thread.submit(_judged, self._latest)))
 
     def take(self) -> tuple[SampledBatch, Pending[ScoredRollouts]]:
         """The next batch once all of its responses have ended, and what reward and reference say of it. Raises what the pool and the
         scoring service raise."""
-        batch, _ = self._sampled[0].result()
-        self._sampled.popleft()
-        return batch, self._judged.popleft()
+        collected, judged = self._batches[0]
+        batch, _ = collected.result()
+        self._batches.popleft()
+        return batch, judged
 
     def _submit(self, positions: Sequence[int]) -> Cohort:
         span = self._prompts.take(positions[0], positions[-1] + 1 - positions[0], seed=self._seed)
@@ -216,7 +219,7 @@ class RolloutStream:
         self._rows += len(batch)
         return cohort
 
-    def _collect(self, cohort: Cohort, before: Future[tuple[SampledBatch, Cohort]] | None) -> tuple[SampledBatch, Cohort]:
+    def _collect(self, cohort: Cohort, before: Collected | None) -> tuple[SampledBatch, Cohort]:
         """In the stream's thread: a batch from `cohort` and from what the batch before has left, each piece judged as soon as it has
         ended; and the cohort, for the next batch."""
         carried = before.result()[1] if before else None
@@ -235,6 +238,12 @@ class RolloutStream:
             batch.send(waiting, self._reward, self._scorer)
         batch.close(cursor, cohort.left, self._reward if self._config.reward.delta else None)
         return batch, cohort
+
+
+def _judged(collected: Collected) -> ScoredRollouts:
+    """In the stream's thread, behind the collecting."""
+    batch, _ = collected.result()
+    return batch.judged()
 
 
 def joined(pieces: Sequence[tuple[Sequence[int], Scores]]) -> Scores:
