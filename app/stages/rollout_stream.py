@@ -174,7 +174,8 @@ class RolloutStream:
                 "go on with the ppo.batch_size and ppo.samples_per_prompt that wrote it"
             )
         self._thread = ThreadPoolExecutor(1, "rollout-stream")
-        self._batches: deque[tuple[Collected, Future[ScoredRollouts]]] = deque()  # that the loop has not taken
+        self._batches: deque[tuple[Collected, Future[ScoredRollouts]]] = deque()
+        self._taken = False  # the first of them, by the loop, which may still wait for its scores
         self._latest: Collected | None = None
         self._samplings: deque[Sampling] = deque(maxlen=config.max_lag + 2)  # whatever may be under way is among them
 
@@ -205,9 +206,11 @@ class RolloutStream:
     def take(self) -> tuple[SampledBatch, Pending[ScoredRollouts]]:
         """The next batch once all of its responses have ended, and what reward and reference say of it. Raises what the pool and the
         scoring service raise."""
+        if self._taken:
+            self._batches.popleft()
+        self._taken = True
         collected, judged = self._batches[0]
         batch, _ = collected.result()
-        self._batches.popleft()
         return batch, judged
 
     def _submit(self, positions: Sequence[int]) -> Cohort:

@@ -117,3 +117,37 @@ def test_a_failure_reaches_the_loop_where_it_takes_the_batch(tmp_path: Path) -> 
     with pytest.raises(RolloutError, match="beyond help"):
         actor_learner_loop(parts(world, tmp_path), config(max_lag=1, steps=6), LoopState(), seed=0)
     assert world.journal == ["publish 0", "sample@0", "sample@0", "update", "publish 1", "sample@1"]
+
+
+class Slow(Done):
+    """Scores that are still under way when the loop fails."""
+
+    def __init__(self, world: World, value: Any) -> None:
+        super().__init__(value)
+        self.world = world
+
+    def result(self) -> Any:
+        self.world.journal.append("waits for scores")
+        assert self.world.failed.wait(PATIENCE)  # type: ignore[attr-defined]
+        self.world.journal.append("has the scores")
+        return super().result()
+
+
+class FailsMeanwhile(World):
+    def __init__(self) -> None:
+        super().__init__()
+        self.failed = threading.Event()
+
+    def scores(self, sequences: Sequence[Any]) -> Done:
+        return Slow(self, super().scores(sequences).value)
+
+    def inspect(self, tokens: Any) -> Any:
+        threading.Timer(0.2, self.failed.set).start()
+        raise LearnerError("gone")
+
+
+def test_scores_under_way_are_waited_for_before_anybody_else_asks_for_some(tmp_path: Path) -> None:
+    world = FailsMeanwhile()
+    with pytest.raises(LearnerError):
+        actor_learner_loop(parts(world, tmp_path), config(score_pieces=1), LoopState(), seed=0)
+    assert world.journal == ["publish 0", "sample@0", "waits for scores", "has the scores"]
