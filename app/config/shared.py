@@ -7,8 +7,8 @@ from typing import Any, Literal, Protocol
 
 from pydantic import Field, model_validator
 
-from app.config.deepspeed_presets import PRESETS, Preset, merge
-from app.schema import Config
+from app.config.deepspeed_presets import PRESETS, Preset
+from app.schema import Config, merge
 
 
 class RunConfig(Config):

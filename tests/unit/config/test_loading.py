@@ -82,6 +82,13 @@ def test_a_section_that_may_be_absent_is_there_once_one_of_its_keys_is_given(rec
     assert load_recipe(base, ["--ppo.lora=null"]).ppo.lora is None
 
 
+def test_a_section_of_which_one_key_is_given_keeps_its_other_defaults(tmp_path: Path) -> None:
+    """Not those of its class: `--help` lists the former."""
+    path = write(tmp_path / "a.toml", "[alarms.entropy]\nlimit = 0.1\n[ppo]\npolicy = { lr = 1e-5 }\n")
+    given = {"alarms.entropy.limit": 0.1, "ppo.policy.lr": 1e-5, "alarms.kl.action": "stop", "scoring.reward.gpus": 1.0}
+    assert resolved(load_recipe(path, ["--alarms.kl.action=stop", "--scoring.reward.gpus=1"])) == resolved(Recipe()) | given
+
+
 def test_resolved_recipe_reads_back(recipe: Path, tmp_path: Path) -> None:
     loaded = load_recipe(recipe, ['--tune.space.ppo.epochs={type = "choice", values = [1, 2]}', "--ppo.reward.missing_eos_score=null"])
     assert load_recipe(write(tmp_path / "again.toml", to_toml(loaded))) == loaded
@@ -116,6 +123,7 @@ def test_with_values_checks_the_whole_recipe() -> None:
         ("--ppo.samples_per_prompt=5", ["ppo.batch_size = 64 is no multiple", "choose 60"]),
         ("--ppo.kl.controller=adaptive", ["has no target", "nats per sequence"]),
         ("--ppo.kl.place=both_sides", ["ppo.kl.place"]),
+        ("--alarms.kl.action=foo", ['alarms.kl.action = "foo"', "'warn', 'stop' or 'off'", 'default: "warn"']),
         ("--ppo.lora.rnk=4", ["unknown key ppo.lora.rnk", "did you mean rank?"]),
         ("--ppo.lora.rank=0", ["ppo.lora.rank = 0", "greater than or equal to 1", "default: 16"]),
         ("--ppo.lora.dropout=0.1", ["ppo.lora", "importance ratio", "set ppo.lora.dropout = 0"]),
