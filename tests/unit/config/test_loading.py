@@ -56,6 +56,10 @@ def test_key_value_equals_key_space_value(recipe: Path) -> None:
         ("--run.dir=5", "run.dir", "5"),
         ("--run.dir=true", "run.dir", "true"),
         ('--data.lang=["en", "de"]', "data.lang", ["en", "de"]),
+        ("--data.lang=de", "data.lang", ["de"]),
+        ("--data.lang=[]", "data.lang", []),
+        ("--tracking.also=wandb", "tracking.also", ["wandb"]),
+        ("--data.columns.responses=answers", "data.columns.responses", "answers"),
         ("--ppo.algorithm.ppo.value_clip=null", "ppo.algorithm.ppo.value_clip", None),
         ("--ppo.reward.missing_eos_score", "ppo.reward.missing_eos_score", -2.5),
         ("--data.path=https://host/x.jsonl?a=b", "data.path", "https://host/x.jsonl?a=b"),
@@ -71,6 +75,11 @@ def test_free_tables_take_any_key(recipe: Path) -> None:
     loaded = load_recipe(recipe, ["--ppo.deepspeed.extra.b.c=2", '--tune.space.ppo.kl.coef={type = "uniform", low = 0.0, high = 1.0}'])
     assert loaded.ppo.deepspeed.extra == {"a": 1, "b": {"c": 2}}
     assert list(loaded.tune.space) == ["ppo.kl.coef"]
+
+
+def test_an_entry_of_a_free_table_takes_words_as_a_key_of_its_own_does() -> None:
+    mine = load_recipe(None, ["--data.sets.mine.path=5", "--data.sets.mine.lang=de"]).data.sets["mine"]
+    assert (mine.path, mine.lang) == ("5", ("de",))
 
 
 def test_a_section_that_may_be_absent_is_there_once_one_of_its_keys_is_given(recipe: Path, tmp_path: Path) -> None:
@@ -113,7 +122,18 @@ def test_with_values_checks_the_whole_recipe() -> None:
         ("--ppo.steps=0", ["greater than or equal to 1"]),
         ("--ppo.steps", ["no value", "--ppo.steps=VALUE"]),
         ("steps", ["unexpected argument", "--dotted.key=value"]),
-        ("--data.lang=en", ["data.lang", 'default: ["en"]']),
+        ("--data.lang=en,de", ['data.lang = "en,de": should be a list, in brackets', 'default: ["en"]']),
+        ("--data.lang=", ["data.lang", 'default: ["en"]']),
+        ("--tracking.also=wandbb", ["should be a list of wandb | mlflow"]),
+        ("--data.sets.path=x", ["a name of your own comes first", "did you mean data.sets.NAME.path?"]),
+        ("--serving.models.path=x", ["did you mean serving.models.NAME.path?"]),
+        ("--serving.models=x", ["should be a table", "such as serving.models.NAME.path"]),
+        ("--serving.models.a=x", ["should be a table", "such as serving.models.a.path"]),
+        ("--serving.models.a.version=2", ["serving.models.a.path is missing"]),
+        ("--serving.models.a.verson=2", ["unknown key serving.models.a.verson: did you mean version?"]),
+        ("--data.sets.a.format=csv", ["data.sets.a.format", "'oasst'", 'default: "auto"']),
+        ("--ppo.lora=x", ["should be a table", "such as ppo.lora.rank"]),
+        ("--tune.space.ppo.steps=4", ["should be a table"]),
         ("--ppo.minibatches=7", ["choose a multiple"]),
         ("--ppo.reuse_forward=true", ["ppo.reuse_forward needs epochs = minibatches = 1", "set ppo.reuse_forward = false"]),
         ("--rollout.top_p=0.7", ["set rollout.top_p = 1.0"]),
