@@ -131,12 +131,22 @@ def _parse_file(path: Path) -> dict[str, Any]:
 def _suggest(path: Path) -> str:
     """The recipes nearest to a path that is not there."""
     folder = next((parent for parent in path.parents if parent.is_dir()), Path())
-    there = sorted(folder.glob("*.toml")) or sorted(folder.glob("**/*.toml"))[:200]
+    here = [file for file in sorted(folder.glob("*.toml")) if _is_recipe(file)]
+    below = () if here else (file for depth in range(1, 4) for file in sorted(folder.glob(f"{'*/' * depth}*.toml")))
+    there = here or [file for file in below if not file.relative_to(folder).parts[0].startswith(".") and _is_recipe(file)]
     near = difflib.get_close_matches(str(path), map(str, there), n=1, cutoff=0.5)
     if near:
         return f": did you mean {near[0]}?"
-    names = ", ".join(entry.name for entry in there[:8])
-    return f": {folder}/ has {names}" if names else ": give the path of a .toml file, such as jobs/recipes/tiny/pipeline.toml"
+    paths = ", ".join(map(str, there[:8]))
+    return f": there {'are' if len(there) > 1 else 'is'} {paths}" if paths else ": give the path of a .toml file"
+
+
+def _is_recipe(file: Path) -> bool:
+    """Whether a file has nothing but sections of a recipe; `pyproject.toml` has others."""
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8")).keys() <= {"extends", *Recipe.model_fields}
+    except (OSError, ValueError):  # no file, or no TOML
+        return False
 
 
 def _flatten(table: Mapping[str, Any], source: str, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:

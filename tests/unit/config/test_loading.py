@@ -283,6 +283,15 @@ def test_a_missing_file_gets_a_suggestion(tmp_path: Path) -> None:
     assert "is a folder" in refusal(tmp_path)
 
 
+def test_only_recipes_are_suggested_with_paths_that_can_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "pyproject.toml", '[project]\nname = "x"\n')
+    assert "pyproject" not in refusal(tmp_path / "pproject.toml")
+    (tmp_path / "jobs" / "tiny").mkdir(parents=True)
+    write(tmp_path / "jobs" / "tiny" / "sft.toml", "[sft]\nepochs = 1\n")
+    monkeypatch.chdir(tmp_path)
+    assert refusal(Path("nowhere.toml")).endswith("no such recipe: there is jobs/tiny/sft.toml")
+
+
 def test_every_key_has_a_description() -> None:
     assert [name for name, key in recipe_keys().items() if not key.description and not name.startswith("tune.space")] == []
     assert nearest_key("zzzz") is None
