@@ -253,7 +253,7 @@ def _describe(error: ValidationError, settings: Settings, source: str) -> str:
     if key.section is not None and first["type"] == "value_error":  # a rule about a whole section, again
         return f"{where}: {path}: {reason}{more}"
     if first["type"] == "missing":
-        return f"{where}: {path} is missing: set it too{more}"
+        return f"{where}: {path} is required: set it too{more}"
     value = json.dumps(first["input"], default=str)
     if first["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return f"{where}: {path} = {value}: {_no_table(key, path)}{more}"

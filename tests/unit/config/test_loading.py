@@ -129,7 +129,7 @@ def test_with_values_checks_the_whole_recipe() -> None:
         ("--serving.models.path=x", ["did you mean serving.models.NAME.path?"]),
         ("--serving.models=x", ["should be a table", "such as serving.models.NAME.path"]),
         ("--serving.models.a=x", ["should be a table", "such as serving.models.a.path"]),
-        ("--serving.models.a.version=2", ["serving.models.a.path is missing"]),
+        ("--serving.models.a.version=2", ["serving.models.a.path is required"]),
         ("--serving.models.a.verson=2", ["unknown key serving.models.a.verson: did you mean version?"]),
         ("--data.sets.a.format=csv", ["data.sets.a.format", "'oasst'", 'default: "auto"']),
         ("--ppo.lora=x", ["should be a table", "such as ppo.lora.rank"]),
