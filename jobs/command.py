@@ -41,17 +41,22 @@ class Tool:
 def tool_recipe(name: str, keys: Sequence[str], overrides: Sequence[str], values: Mapping[str, Any] | None = None) -> Recipe:
     """Defaults, the recipe keys given behind a tool's own arguments, and over both `values`, which stand for these arguments.
 
-    Raises ConfigError for an option that is no recipe key, or none of those that the tool reads.
+    Raises ConfigError for an option that is no recipe key, none of those that the tool reads, or one that an argument stands for.
     """
-    from app.config.keys import section_keys
+    from app.config.keys import find_key, section_keys
     from app.config.loading import load_recipe, with_values
 
     recipe = load_recipe(None, overrides)
     read = {key.name for key in section_keys(keys)}
     for word in overrides:
+        if not word.startswith("--"):
+            continue
         key = word.removeprefix("--").partition("=")[0]
-        if word.startswith("--") and key not in read:
+        known = find_key(key)
+        if known is None or known.name not in read:
             raise ConfigError(f"corral {name} does not read {key}: `corral {name} --help` lists what it takes")
+        if key in (values or {}):
+            raise ConfigError(f"corral {name} was given {key} beside the argument that stands for it: leave one of them out")
     return with_values(recipe, values or {}, f"corral {name}")
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.command import Tool
+from jobs.command import Tool, output_path, tool_recipe
 
 if TYPE_CHECKING:
     from app.data.inspection import Inspection
 
+KEYS = ("data", "run.seed")
 SHOWN_CHARACTERS = 70
 
 
@@ -29,28 +31,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Read the source as training would, and describe it."""
-    from app.config.loading import load_recipe
+    recipe = tool_recipe("data", KEYS, overrides, {"data.path": arguments.source})
+    plot, kept = (output_path(path) if path else None for path in (arguments.plot, arguments.quarantine))
     from app.data.corpus import QUARANTINE, load_corpus
     from app.data.inspection import inspect_corpus
     from app.data.templates import build_template
     from app.inspection_page import check_plot_file, write_plot
     from app.models.load import check_model_folder, load_tokenizer
 
-    if arguments.plot:
-        check_plot_file(Path(arguments.plot))
-    recipe = load_recipe(None, [f"--data.path={json.dumps(arguments.source)}", *overrides])
+    if plot is not None:
+        check_plot_file(plot)
     template = None
     if arguments.tokenizer is not None:
         check_model_folder(arguments.tokenizer, chat_template=False)
         template = build_template(recipe.data.template, load_tokenizer(arguments.tokenizer))
     with tempfile.TemporaryDirectory() as folder:
-        corpus = load_corpus(recipe.data, seed=recipe.run.seed, folder=Path(folder))
-        inspection = inspect_corpus(corpus, Path(folder), template, recipe.data.max_length)
         quarantine = Path(folder) / QUARANTINE
-        if arguments.quarantine and quarantine.is_file():
-            Path(arguments.quarantine).write_bytes(quarantine.read_bytes())
-    if arguments.plot:
-        write_plot(inspection, Path(arguments.plot), arguments.source)
+        try:
+            corpus = load_corpus(recipe.data, seed=recipe.run.seed, folder=Path(folder))
+            inspection = inspect_corpus(corpus, Path(folder), template, recipe.data.max_length)
+        finally:  # most of all where no row can be used
+            if kept is not None and quarantine.is_file():
+                shutil.copyfile(quarantine, kept)
+    if plot is not None:
+        write_plot(inspection, plot, arguments.source)
     if arguments.json:
         sys.stdout.write(json.dumps(inspection.as_dict() | {"peak_memory": peak_memory()}) + "\n")
     else:
@@ -82,6 +86,8 @@ def show(inspection: Inspection) -> None:
     console.print(f"peak memory {peak_memory() / 2**30:.2f} GiB")
     if inspection.languages:
         console.print("languages of the trees: " + ", ".join(f"{lang} {count}" for lang, count in inspection.languages.items()))
+    for line in inspection.left_out:
+        console.print(line, markup=False)
     for reason, count in inspection.reasons.items():
         console.print(f"set aside {count}: {reason}", markup=False)
     if not inspection.lengths:
@@ -105,4 +111,5 @@ TOOL = Tool(
     ),
     add_arguments=add_arguments,
     run=run,
+    keys=KEYS,
 )

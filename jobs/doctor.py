@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from app.errors import CorralError
+from app.errors import ConfigError, CorralError
 from jobs.command import Tool
 from jobs.diagnosis.check import Check
+from jobs.planning import COMMANDS
 
 if TYPE_CHECKING:
     from app.config.recipe import Recipe
@@ -23,7 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "recipe", nargs="?", metavar="RECIPE", help="also check whether `corral COMMAND RECIPE` fits the machine or cluster"
     )
     parser.add_argument(
-        "--for", dest="purpose", default="pipeline", metavar="COMMAND", help="the command to check RECIPE for (default: pipeline)"
+        "--for",
+        dest="purpose",
+        default="pipeline",
+        metavar="COMMAND",
+        help=f"the command to check RECIPE for: one of {', '.join(COMMANDS)} (default: pipeline)",
     )
     parser.add_argument("--address", help="of a Ray cluster, such as 10.0.0.1:6379, whose nodes are checked (default: RAY_ADDRESS)")
     parser.add_argument("--seconds", type=float, default=30.0, metavar="N", help="deadline of every question to a node (default: 30)")
@@ -31,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Print every check; 1 when one failed."""
+    """Print every check; 1 when one failed. Raises ConfigError for a command that there is none of."""
+    if arguments.purpose not in COMMANDS:
+        raise ConfigError(f"--for {arguments.purpose}: name one of {', '.join(COMMANDS)}")
     if arguments.address:
         os.environ["RAY_ADDRESS"] = arguments.address
     done = []

@@ -197,13 +197,13 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _key_list(sections: tuple[str, ...]) -> str:
-    """The recipe keys of some sections with defaults and descriptions."""
+    """The recipe keys of some sections with defaults, the words that they are chosen from, and descriptions."""
     import json
 
     from app.config.keys import section_keys
 
-    lines = ["recipe keys (default): what they are"]
+    lines = ["recipe keys (default): words to choose from, and what they are"]
     for key in (leaf for outer in section_keys(sections) for leaf in (outer, *outer.inside())):
-        lines.append(f"  --{key.name} ({json.dumps(key.default, default=str)})")
+        lines.append(f"  --{key.name} ({json.dumps(key.default, default=str)}){f': {key.choices}' if key.choices else ''}")
         lines += [f"      {key.description}"] if key.description else []
     return "\n".join(lines) + "\n"

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from app.storage.place import Place
     from jobs.job_server import JobServer
 
+JOB_PREFIX = "raysubmit_"
+"""What Ray begins the id of a job with that was given none."""
+ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 LOOK_SECONDS = 1.0
 STOP_SECONDS = 1800.0
 
@@ -35,14 +38,21 @@ class Target:
     job: str | None = None
 
 
-def target(word: str) -> Target:
-    """A run folder, a URL of one, or else the submission id of a job. Raises ConfigError."""
+def target(word: str, address: str | None) -> Target:
+    """A run folder, a URL of one, or the submission id of a job: where no address is given, only what looks like one, so that a mistyped
+    folder asks no cluster. Raises ConfigError."""
     from app.storage.place import open_place
 
     if "://" in word or Path(word).is_dir():
         return Target(run=open_place(word, "RUN"))
     if "/" in word or word.startswith("."):
         raise ConfigError(f"{word}: no such folder; `corral runs DIR` lists the runs in a folder")
+    given = address or any(os.environ.get(name) for name in ADDRESS_VARIABLES)
+    if not given and not word.startswith(JOB_PREFIX):
+        raise ConfigError(
+            f"{word}: no such folder, and no job id as `corral submit` prints it ({JOB_PREFIX}...); `corral runs DIR` lists the runs in "
+            "a folder, and --address=URL finds a job of any name"
+        )
     return Target(job=word)
 
 
@@ -68,7 +78,7 @@ def add_log_arguments(parser: argparse.ArgumentParser) -> None:
 def logs(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Print what a run or a job has shown; with `--follow` its exit code. Raises ConfigError."""
     _no_keys("logs", overrides)
-    found = target(arguments.target)
+    found = target(arguments.target, arguments.address)
     if found.run is not None:
         return _run_log(found.run, follow=arguments.follow)
     assert found.job is not None
@@ -115,7 +125,7 @@ def add_stop_arguments(parser: argparse.ArgumentParser) -> None:
 def stop(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Ask a run or a job to stop and wait for that; 0 when it has ended. Raises ConfigError, CorralError when it does not end."""
     _no_keys("stop", overrides)
-    found = target(arguments.target)
+    found = target(arguments.target, arguments.address)
     if found.job is not None:
         return _stop_job(found.job, arguments.address, arguments.wait)
     assert found.run is not None

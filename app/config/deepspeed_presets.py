@@ -7,7 +7,6 @@ defaults here. `stage3_gather_16bit_weights_on_model_save` has no use: models ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 Preset = Literal["zero2", "zero2_offload", "zero3", "zero3_offload", "zero3_offload_65b", "zero3_offload_rl"]
@@ -43,12 +42,3 @@ PRESETS: dict[Preset, dict[str, Any]] = {
     # deepspeed_rl_zero3
     "zero3_offload_rl": {**_OFFLOAD_BOTH, "extra": {"zero_optimization": _buckets(1_000_000_000, overlap_comm=True)}},
 }
-
-
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the entries of `over`, which win; tables that both have are merged in the same way."""
-    merged = dict(base)
-    for key, value in over.items():
-        below = merged.get(key)
-        merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
-    return merged

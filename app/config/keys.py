@@ -6,7 +6,8 @@ import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, get_args, get_origin
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
@@ -46,15 +47,43 @@ class RecipeKey:
         """The config class of a section that may be absent (`ppo.lora`); None for any other key."""
         return next((part for part in get_args(self.annotation) if isinstance(part, type) and issubclass(part, Config)), None)
 
-    def inside(self) -> Iterator[RecipeKey]:
-        """The leaf keys of a section that may be absent, with the defaults (None: to be given) that they have where it is there."""
-        for name, info in self.section.model_fields.items() if self.section else ():
+    @property
+    def choices(self) -> str:
+        """The words that the value is chosen from, such as `fp32 | bf16 | fp16`; empty for a key that is not confined to some."""
+        return _choices(self.annotation)
+
+    def inside(self, entry: str = "NAME") -> Iterator[RecipeKey]:
+        """The leaf keys of a section that may be absent, or of the `entry` of a free table, with the defaults (None: to be given) that
+        they have where it is there."""
+        inside = self.entry or self.section
+        path = (self.name, entry) if self.entry else (self.name,)
+        for name, info in inside.model_fields.items() if inside else ():
             default = None if info.is_required() else info.get_default(call_default_factory=True)
-            yield from _leaf(info, default, (self.name, name))
+            yield from _leaf(info, default, (*path, name))
+
+    def leaf(self, name: str) -> RecipeKey | None:
+        """The key of this name, which is this one or lies in its table; None where nothing is known of what lies there."""
+        entry = name.removeprefix(f"{self.name}.").partition(".")[0]
+        return next((leaf for leaf in (self, *self.inside(entry)) if leaf.name == name), None)
 
     def accepts(self, value: Any) -> bool:
         """Whether `value` has the key's type (its range is checked with the whole recipe)."""
         return not type_errors(self.annotation, value)
+
+
+def _choices(annotation: Any) -> str:
+    """
+    >>> _choices(Literal["a", "b"] | None), _choices(tuple[Literal["a", "b"], ...]), _choices(int | None)
+    ('a | b | null', 'list of a | b', '')
+    """
+    inside = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(str, inside))
+    if get_origin(annotation) is tuple:
+        return f"list of {_choices(inside[0])}" if _choices(inside[0]) else ""
+    if get_origin(annotation) is dict or not any(map(_choices, inside)):
+        return ""
+    return " | ".join(_choices(part) or ("null" if part is NoneType else part.__name__) for part in inside)
 
 
 def type_errors(annotation: Any, value: Any) -> bool:

@@ -132,12 +132,22 @@ def _parse_file(path: Path) -> dict[str, Any]:
 def _suggest(path: Path) -> str:
     """The recipes nearest to a path that is not there."""
     folder = next((parent for parent in path.parents if parent.is_dir()), Path())
-    there = sorted(folder.glob("*.toml")) or sorted(folder.glob("**/*.toml"))[:200]
+    here = [file for file in sorted(folder.glob("*.toml")) if _is_recipe(file)]
+    below = () if here else (file for depth in range(1, 4) for file in sorted(folder.glob(f"{'*/' * depth}*.toml")))
+    there = here or [file for file in below if not file.relative_to(folder).parts[0].startswith(".") and _is_recipe(file)]
     near = difflib.get_close_matches(str(path), map(str, there), n=1, cutoff=0.5)
     if near:
         return f": did you mean {near[0]}?"
-    names = ", ".join(entry.name for entry in there[:8])
-    return f": {folder}/ has {names}" if names else ": give the path of a .toml file, such as jobs/recipes/tiny/pipeline.toml"
+    paths = ", ".join(map(str, there[:8]))
+    return f": there {'are' if len(there) > 1 else 'is'} {paths}" if paths else ": give the path of a .toml file"
+
+
+def _is_recipe(file: Path) -> bool:
+    """Whether a file has nothing but sections of a recipe; `pyproject.toml` has others."""
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8")).keys() <= {"extends", *Recipe.model_fields}
+    except (OSError, ValueError):  # no file, or no TOML
+        return False
 
 
 def _flatten(table: Mapping[str, Any], source: str, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
@@ -190,9 +200,13 @@ def _parse_value(text: str, name: str, key: RecipeKey) -> Any:
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return text
-    # a folder called 5 is still a string
-    return text if name == key.name and not key.accepts(value) and key.accepts(text) else value
+        value = text
+    leaf = key.leaf(name)
+    if leaf is None:
+        return value
+    # a folder called 5 is still a string, and one word a list of one; several in one are left to be refused
+    readings = [value, text, *([] if "," in text or not text else [[value], [text]])]
+    return next((reading for reading in readings if leaf.accepts(reading)), value)
 
 
 def _inside_table(key: RecipeKey, inner: str, value: Any, settings: Settings) -> dict[str, Any]:
@@ -233,7 +247,7 @@ def _build(settings: Settings, source: str) -> Recipe:
 def _describe(error: ValidationError, settings: Settings, source: str) -> str:
     """One line about the first problem."""
     problems = error.errors(include_url=False)
-    first = problems[0]
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])  # it explains a missing one
     path = ".".join(str(part) for part in first["loc"])
     reason = first["msg"].removeprefix("Value error, ")
     key = find_key(path)
@@ -247,9 +261,24 @@ def _describe(error: ValidationError, settings: Settings, source: str) -> str:
         return f"{where}: unknown key {path}: {f'did you mean {near[0]}?' if near else ', '.join(entries.model_fields)}{more}"
     if key.section is not None and first["type"] == "value_error":  # a rule about a whole section, again
         return f"{where}: {path}: {reason}{more}"
-    key = next((leaf for leaf in key.inside() if leaf.name == path), key)
+    if first["type"] == "missing":
+        return f"{where}: {path} is required: set it too{more}"
     value = json.dumps(first["input"], default=str)
+    if first["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{where}: {path} = {value}: {_no_table(key, path)}{more}"
+    key = key.leaf(path) or key
+    if first["type"] == "tuple_type":
+        reason = f"should be a {key.choices or 'list'}, in brackets"
     return f"{where}: {path} = {value}: {reason[0].lower() + reason[1:]}; default: {toml_value(key.default)}{more}"
+
+
+def _no_table(key: RecipeKey, path: str) -> str:
+    """What is wrong with a value where a table is needed, and how it is set."""
+    inner = next(key.inside(path.removeprefix(f"{key.name}.") if path != key.name else "NAME"), None)
+    last = path.rpartition(".")[2]
+    if key.entry is not None and path != key.name and last in key.entry.model_fields:
+        return f"a name of your own comes first: did you mean {key.name}.NAME.{last}?"
+    return f"should be a table{f': set its keys, such as {inner.name}' if inner else ''}"
 
 
 def _check_space(recipe: Recipe, settings: Settings) -> None:

@@ -10,7 +10,6 @@ from pydantic import model_validator
 
 from app.config.alarms import AlarmsConfig
 from app.config.data import DataConfig
-from app.config.deepspeed_presets import merge
 from app.config.evaluation import EvaluationConfig
 from app.config.ppo import PpoConfig
 from app.config.reward import RewardConfig
@@ -21,7 +20,7 @@ from app.config.shared import ModelConfig, RunConfig
 from app.config.tracking import TrackingConfig
 from app.config.training import RewardModelConfig, SftConfig
 from app.config.tune import TuneConfig
-from app.schema import Config
+from app.schema import Config, merge
 
 
 class Recipe(Config):

@@ -7,9 +7,9 @@ from typing import Any, Literal, Protocol
 
 from pydantic import Field, model_validator
 
-from app.config.deepspeed_presets import PRESETS, Preset, merge
+from app.config.deepspeed_presets import PRESETS, Preset
 from app.errors import ConfigError
-from app.schema import Config, InputPath, OutputPath
+from app.schema import Config, InputPath, OutputPath, merge
 
 
 class RunConfig(Config):

@@ -7,6 +7,7 @@ memory is a few numbers a record.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from app.config.data import DataConfig, SetConfig
+from app.config.data import SINGLE, DataConfig, SetConfig
 from app.data import embedded
 from app.data.reading import EMBEDDED, Keys, Reading, RecordFiles, read_set
 from app.data.record_store import RecordTable
@@ -38,6 +39,7 @@ __all__ = [
     "require_threads",
 ]
 
+LANGUAGES_NAMED = 5
 QUARANTINE = "quarantine.jsonl"
 EMBEDDED_FILE = "embedded.jsonl"
 RECORDS = "records"
@@ -134,6 +136,11 @@ class Corpus:
         return dict(sum((Counter(source.languages) for source in self.sources.values()), Counter[str]()).most_common())
 
     @property
+    def left_out(self) -> tuple[str, ...]:
+        """What the choice of languages leaves out, and the option that keeps it: one line for each set that loses trees by it."""
+        return tuple(line for name, source in self.sources.items() if (line := _left_out(name, source)))
+
+    @property
     def sha256(self) -> str:
         """That of the only set, or over the names and hashes of all."""
         sets = {name: source.sha256 for name, source in self.sources.items()}
@@ -214,6 +221,22 @@ def _source(
     return Source(reading.path, reading.format, reading.rows, counts, languages, repeated, reading.quarantined, reading.sha256, settings)
 
 
+def _left_out(name: str, source: Source) -> str | None:
+    """Only conversation trees say their language; of other formats nothing is left out."""
+    kept = source.settings.lang
+    if not kept or source.format != "oasst":
+        return None
+    others = [lang for lang in source.languages if lang not in kept]
+    unnamed = source.counts["trees"] - sum(source.languages.values())
+    trees = sum(source.languages[lang] for lang in others) + unnamed
+    if not trees:
+        return None
+    wanted = [*(lang for lang in kept if lang in source.languages), *others]
+    key = "data.lang" if name == SINGLE else f"data.sets.{name}.lang"
+    remedy = json.dumps([] if unnamed or len(wanted) > LANGUAGES_NAMED else wanted)
+    return f"{trees} {'tree' if trees == 1 else 'trees'} left out by {key} = {json.dumps(kept)}: --{key}='{remedy}' keeps them"
+
+
 def require_threads(corpus: Corpus) -> None:
     """Raises DataError when SFT has nothing to train on or to evaluate with."""
     _require(corpus, "threads", "conversation that ends in an assistant turn", "SFT")
@@ -230,9 +253,7 @@ def require_prompts(corpus: Corpus) -> None:
 
 
 def _require(corpus: Corpus, kind: str, thing: str, stage: str) -> None:
+    remedies = "; ".join(corpus.left_out) or "check data.path, data.lang, data.top_k and data.val_split"
     for side, split in (("training", corpus.train), ("validation", corpus.validation)):
         if not getattr(split, kind):
-            raise DataError(
-                f"{corpus.path} ({corpus.format} format): no {thing} in the {side} split, and {stage} needs one; "
-                "check data.path, data.lang, data.top_k and data.val_split"
-            )
+            raise DataError(f"{corpus.path} ({corpus.format} format): no {thing} in the {side} split, and {stage} needs one; {remedies}")

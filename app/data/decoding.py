@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import PurePath
 from typing import Any
 
 from app.data.source import RawLine
@@ -27,6 +28,29 @@ def decode(raw: RawLine) -> Row | BadRow:
     except ValueError:  # what int() says of thousands of digits
         reason = "malformed JSON: a number with too many digits"
     return set_aside(row, reason)
+
+
+ARRAY = "it is one JSON array: write one object a line, as `jq -c '.[]'` does"
+DOCUMENT = "it is one JSON document over several lines: write one object a line, as `jq -c .` does"
+TEXT = 'it is plain text: write one JSON object a line, such as {"text": "..."} or {"prompt": "..."}'
+_TABLES = {".csv": "a CSV", ".tsv": "a TSV"}
+
+
+def is_open_array(row: BadRow) -> bool:
+    """Whether a line that is no JSON opens an array whose elements stand on the lines below: they are no rows."""
+    return row.malformed and row.text.startswith("[") and row.text.rstrip(",")[-1:] in "[{}"
+
+
+def other_kind(row: BadRow, lines: int) -> str:
+    """What a file is that has so many lines, none of them JSON, and begins with `row`; and what to do."""
+    suffix = PurePath(row.file.removesuffix(".gz")).suffix.lower()
+    if row.text.startswith("["):
+        return ARRAY
+    if row.text.startswith("{"):
+        return DOCUMENT if lines > 1 else "data.path must name JSON lines"
+    if suffix in _TABLES:
+        return f'it is {_TABLES[suffix]}: write one JSON object a line, such as {{"prompt": "...", "response": "..."}}, or parquet'
+    return TEXT
 
 
 def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

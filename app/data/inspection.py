@@ -29,8 +29,9 @@ MEMBER = re.compile(r"message \S+|tree \S+|'[^']*'|\d+")
 @dataclass(frozen=True)
 class Inspection:
     """lengths: per SFT thread, tokens with a template, else words; unit says which. duplicates: conversations that occur again.
-    leakage: first user turns that stand on both sides of the split. truncated: threads longer than data.max_length (tokens only).
-    round_trip_failures: threads whose text does not come back from their tokens; None without a template."""
+    leakage: first user turns that stand on both sides of the split. left_out: what the choice of languages leaves out.
+    truncated: threads longer than data.max_length (tokens only). round_trip_failures: threads whose text does not come back from their
+    tokens; None without a template."""
 
     format: str
     rows: int
@@ -38,6 +39,7 @@ class Inspection:
     quarantined: int
     reasons: dict[str, int]
     languages: dict[str, int]
+    left_out: tuple[str, ...]
     unit: str
     lengths: Sequence[int]
     longest: tuple[tuple[int, str], ...]
@@ -61,6 +63,7 @@ class Inspection:
             "quarantined": self.quarantined,
             "quarantine_reasons": self.reasons,
             "languages": self.languages,
+            "left_out": list(self.left_out),
             "length_unit": self.unit,
             "length_percentiles": percentiles(self.lengths),
             "duplicates": self.duplicates,
@@ -93,6 +96,7 @@ def inspect_corpus(corpus: Corpus, folder: Path, template: Template | None = Non
         quarantined=corpus.quarantined,
         reasons=quarantine_reasons(folder / QUARANTINE),
         languages=corpus.languages,
+        left_out=corpus.left_out,
         unit="words" if template is None else "tokens",
         lengths=lengths,
         longest=tuple(longest),

@@ -93,7 +93,7 @@ def read_set(name: str, source: SetConfig, path: str, records: RecordFiles, quar
     quarantined = quarantine.count - began
     if not keys:
         reason = f"none of {quarantined} rows can be used (first: {quarantine.first_reason})"
-        raise DataError(f"data.path = {source.path}: {reason}; see {quarantine.file}")
+        raise DataError(f"data.path = {source.path}: {reason}; `corral data inspect {source.path} --quarantine FILE` keeps them all")
     trees = np.unique(np.frombuffer(keys, np.uint64))
     return Reading(Path(path), reader.format, reader.count, messages, languages, quarantined, reader.sha256, trees)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from app.config.data import SetConfig
-from app.data.decoding import decode
+from app.data.decoding import ARRAY, decode, is_open_array, other_kind
 from app.data.source import read_lines
 from app.errors import DataError
 from app.formats import FORMATS, detect_format, format_of_columns
@@ -66,7 +66,6 @@ class RowReader:
         self.count = 0
         self._digest = hashlib.sha256()
         self._path, self._source, self._quarantine = path, source, quarantine
-        self._bad_first: BadRow | None = None
         self._first: list[Row] = []
         self._rest = self._decode()
         self.format = self._format_name()
@@ -79,6 +78,8 @@ class RowReader:
         return chain(self._first, self._rest)
 
     def _decode(self) -> Iterator[Row]:
+        bad_first: BadRow | None = None
+        decoded = False
         for raw in read_lines(self._path, subset=self._source.subset, split=self._source.split, files=self._source.files):
             self._digest.update(raw.data)
             if not raw.data.strip():
@@ -86,10 +87,17 @@ class RowReader:
             self.count += 1
             row = decode(raw)
             if isinstance(row, Row):
+                decoded = True
                 yield row
-            else:
-                self._bad_first = self._bad_first or row
-                self._quarantine.add(row)
+                continue
+            if self.count == 1 and is_open_array(row):
+                raise DataError(f"{row.file}: {ARRAY}")
+            bad_first = bad_first or row
+            self._quarantine.add(row)
+        if bad_first is not None and not decoded:
+            why = f"{bad_first.file}:{bad_first.line}: {bad_first.reason}"
+            kind = other_kind(bad_first, self.count) if bad_first.reason.startswith("malformed") else "data.path must name JSON lines"
+            raise DataError(f"{why}, and no other line is JSON either; {kind}")
         if not self.count:
             raise DataError(f"data.path = {self._path}: no rows in it; name a file with at least one row")
 
@@ -102,11 +110,11 @@ class RowReader:
             name = by_columns or detect_format(row.value)
             if name is not None:
                 return name
-        if not self._first:
-            bad = self._bad_first
-            assert bad is not None
-            raise DataError(f"{bad.file}:{bad.line}: {bad.reason}, and no other line is JSON either; data.path must name JSON lines")
+        first = self._first[0]
+        if isinstance(first.value, list):
+            raise DataError(f"{first.file}:{first.line}: {ARRAY}")
+        keys = f" in a row of {', '.join(map(str, first.value))}" if isinstance(first.value, dict) else ""
         raise DataError(
-            f"{self._first[0].file}:{self._first[0].line}: no known format ({', '.join(FORMATS)}); "
+            f"{first.file}:{first.line}: no known format ({', '.join(FORMATS)}){keys}; "
             "name the columns in data.columns, set data.format, or convert the rows"
         )

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from app.config.deepspeed_presets import merge
 from app.config.shared import DeepSpeedConfig, OptimizerConfig
 from app.durable import writing
 from app.errors import CheckpointError, ConfigError, NonFiniteError
+from app.schema import merge
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -29,8 +29,10 @@ def test_every_alarm_has_a_remedy() -> None:
         ("kl", {"limit": 10}, [11], True),
         ("kl", {"limit": 10}, [10], False),
         ("kl", {"limit": 10, "action": "off"}, [11], False),
-        ("entropy", {"limit": 0.1}, [0.05], True),
-        ("entropy", {"limit": 0.1}, [0.2], False),
+        ("entropy", {"limit": 0.1, "patience": 1}, [0.05], True),
+        ("entropy", {"limit": 0.1, "patience": 1}, [0.2], False),
+        ("entropy", {"limit": 0.1}, [0.05] * 2, False),  # patience as by default
+        ("entropy", {"limit": 0.1}, [0.05] * 3, True),
         ("clip_fraction", {"limit": 0.5, "patience": 3}, [0.6, 0.7, 0.6], True),
         ("clip_fraction", {"limit": 0.5, "patience": 3}, [0.6, 0.4, 0.6], False),
         ("clip_fraction", {"limit": 0.5, "patience": 3}, [0.6, 0.6], False),

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from app.config.data import DataConfig
 from app.config.keys import recipe_keys
 from app.config.recipe import Recipe
+from app.data.corpus import load_corpus
+from app.formats import FORMATS
 from jobs.main import RECIPE_COMMANDS, TOOLS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +41,20 @@ def test_keys_of_the_recipe(page: Path) -> None:
 def test_commands(page: Path) -> None:
     named = set(re.findall(r"`corral ([a-z]+)", page.read_text()))
     assert named <= {*RECIPE_COMMANDS, *TOOLS}
+
+
+def test_an_example_row_of_every_format(tmp_path: Path) -> None:
+    """Each is detected as what the table says, and gives the stages what it says."""
+    table = re.findall(r"^\| `(\w+)` \| ([a-z, ]+) \| `(\{.*\})` \|$", (ROOT / "docs" / "data_sets.md").read_text(), re.MULTILINE)
+    assert [name for name, _, _ in table] == list(FORMATS)
+    for name, stages, row in table:
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text(f"{row}\n")
+        corpus = load_corpus(DataConfig(path=str(file)), seed=1, folder=tmp_path, split=False)
+        has = {"sft": "threads", "rm": "groups", "ppo": "prompts"}
+        assert (corpus.format, corpus.quarantined) == (name, 0)
+        given = ", ".join(stage for stage, kind in has.items() if corpus.counts[kind])
+        assert given == stages, name
 
 
 def test_the_test_would_notice() -> None:

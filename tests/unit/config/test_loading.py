@@ -56,6 +56,10 @@ def test_key_value_equals_key_space_value(recipe: Path) -> None:
         ("--run.dir=5", "run.dir", "5"),
         ("--run.dir=true", "run.dir", "true"),
         ('--data.lang=["en", "de"]', "data.lang", ["en", "de"]),
+        ("--data.lang=de", "data.lang", ["de"]),
+        ("--data.lang=[]", "data.lang", []),
+        ("--tracking.also=wandb", "tracking.also", ["wandb"]),
+        ("--data.columns.responses=answers", "data.columns.responses", "answers"),
         ("--ppo.algorithm.ppo.value_clip=null", "ppo.algorithm.ppo.value_clip", None),
         ("--ppo.reward.missing_eos_score", "ppo.reward.missing_eos_score", -2.5),
         ("--data.path=https://host/x.jsonl?a=b", "data.path", "https://host/x.jsonl?a=b"),
@@ -73,6 +77,11 @@ def test_free_tables_take_any_key(recipe: Path) -> None:
     assert list(loaded.tune.space) == ["ppo.kl.coef"]
 
 
+def test_an_entry_of_a_free_table_takes_words_as_a_key_of_its_own_does() -> None:
+    mine = load_recipe(None, ["--data.sets.mine.path=5", "--data.sets.mine.lang=de"]).data.sets["mine"]
+    assert (mine.path, mine.lang) == ("5", ("de",))
+
+
 def test_a_section_that_may_be_absent_is_there_once_one_of_its_keys_is_given(recipe: Path, tmp_path: Path) -> None:
     assert load_recipe(recipe).ppo.lora is None
     loaded = load_recipe(recipe, ["--ppo.lora.rank=4", '--ppo.lora.targets=["q_proj"]'])
@@ -80,6 +89,13 @@ def test_a_section_that_may_be_absent_is_there_once_one_of_its_keys_is_given(rec
     base = write(tmp_path / "lora.toml", "[ppo.lora]\nrank = 2\nalpha = 8\n")
     assert load_recipe(base, ["--ppo.lora.rank=4"]).ppo.lora == PolicyAdapterConfig(rank=4, alpha=8)
     assert load_recipe(base, ["--ppo.lora=null"]).ppo.lora is None
+
+
+def test_a_section_of_which_one_key_is_given_keeps_its_other_defaults(tmp_path: Path) -> None:
+    """Not those of its class: `--help` lists the former."""
+    path = write(tmp_path / "a.toml", "[alarms.entropy]\nlimit = 0.1\n[ppo]\npolicy = { lr = 1e-5 }\n")
+    given = {"alarms.entropy.limit": 0.1, "ppo.policy.lr": 1e-5, "alarms.kl.action": "stop", "scoring.reward.gpus": 1.0}
+    assert resolved(load_recipe(path, ["--alarms.kl.action=stop", "--scoring.reward.gpus=1"])) == resolved(Recipe()) | given
 
 
 def test_resolved_recipe_reads_back(recipe: Path, tmp_path: Path) -> None:
@@ -106,7 +122,18 @@ def test_with_values_checks_the_whole_recipe() -> None:
         ("--ppo.steps=0", ["greater than or equal to 1"]),
         ("--ppo.steps", ["no value", "--ppo.steps=VALUE"]),
         ("steps", ["unexpected argument", "--dotted.key=value"]),
-        ("--data.lang=en", ["data.lang", 'default: ["en"]']),
+        ("--data.lang=en,de", ['data.lang = "en,de": should be a list, in brackets', 'default: ["en"]']),
+        ("--data.lang=", ["data.lang", 'default: ["en"]']),
+        ("--tracking.also=wandbb", ["should be a list of wandb | mlflow"]),
+        ("--data.sets.path=x", ["a name of your own comes first", "did you mean data.sets.NAME.path?"]),
+        ("--serving.models.path=x", ["did you mean serving.models.NAME.path?"]),
+        ("--serving.models=x", ["should be a table", "such as serving.models.NAME.path"]),
+        ("--serving.models.a=x", ["should be a table", "such as serving.models.a.path"]),
+        ("--serving.models.a.version=2", ["serving.models.a.path is required"]),
+        ("--serving.models.a.verson=2", ["unknown key serving.models.a.verson: did you mean version?"]),
+        ("--data.sets.a.format=csv", ["data.sets.a.format", "'oasst'", 'default: "auto"']),
+        ("--ppo.lora=x", ["should be a table", "such as ppo.lora.rank"]),
+        ("--tune.space.ppo.steps=4", ["should be a table"]),
         ("--ppo.minibatches=7", ["choose a multiple"]),
         ("--ppo.reuse_forward=true", ["ppo.reuse_forward needs epochs = minibatches = 1", "set ppo.reuse_forward = false"]),
         ("--rollout.top_p=0.7", ["set rollout.top_p = 1.0"]),
@@ -116,6 +143,7 @@ def test_with_values_checks_the_whole_recipe() -> None:
         ("--ppo.samples_per_prompt=5", ["ppo.batch_size = 64 is no multiple", "choose 60"]),
         ("--ppo.kl.controller=adaptive", ["has no target", "nats per sequence"]),
         ("--ppo.kl.place=both_sides", ["ppo.kl.place"]),
+        ("--alarms.kl.action=foo", ['alarms.kl.action = "foo"', "'warn', 'stop' or 'off'", 'default: "warn"']),
         ("--ppo.lora.rnk=4", ["unknown key ppo.lora.rnk", "did you mean rank?"]),
         ("--ppo.lora.rank=0", ["ppo.lora.rank = 0", "greater than or equal to 1", "default: 16"]),
         ("--ppo.lora.dropout=0.1", ["ppo.lora", "importance ratio", "set ppo.lora.dropout = 0"]),
@@ -303,6 +331,15 @@ def test_a_missing_file_gets_a_suggestion(tmp_path: Path) -> None:
     write(tmp_path / "pipeline.toml", "")
     assert f"did you mean {tmp_path / 'pipeline.toml'}?" in refusal(tmp_path / "pipelin.toml")
     assert "is a folder" in refusal(tmp_path)
+
+
+def test_only_recipes_are_suggested_with_paths_that_can_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "pyproject.toml", '[project]\nname = "x"\n')
+    assert "pyproject" not in refusal(tmp_path / "pproject.toml")
+    (tmp_path / "jobs" / "tiny").mkdir(parents=True)
+    write(tmp_path / "jobs" / "tiny" / "sft.toml", "[sft]\nepochs = 1\n")
+    monkeypatch.chdir(tmp_path)
+    assert refusal(Path("nowhere.toml")).endswith("no such recipe: there is jobs/tiny/sft.toml")
 
 
 def test_every_key_has_a_description() -> None:

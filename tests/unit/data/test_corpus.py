@@ -147,7 +147,13 @@ def test_strict_stops_at_the_first_malformed_row(tmp_path: Path) -> None:
         ("", "no rows"),
         ("{]\n", r":1: malformed JSON.*no other line"),
         ('{"a": 1}\n', "no known format"),
+        ('{"data": [1], "more": 2}\n', "no known format .* in a row of data, more"),
         ('""\n', "none of 1 rows can be used"),
+        ('[{"prompt": "a"}, {"prompt": "b"}]\n', ":1: it is one JSON array: write one object a line"),
+        ('[\n{"prompt": "a"},\n{"prompt": "b"}\n]\n', "it is one JSON array: write one object a line"),
+        ('[{"prompt": "a"},\n{"prompt": "b"}]\n', "it is one JSON array: write one object a line"),
+        ('{\n  "prompt": "a"\n}\n', "no other line is JSON either; it is one JSON document over several lines"),
+        ("Some words\nand more\n", "no other line is JSON either; it is plain text: write one JSON object a line"),
     ],
 )
 def test_unusable_files(tmp_path: Path, content: str, message: str) -> None:
@@ -155,6 +161,16 @@ def test_unusable_files(tmp_path: Path, content: str, message: str) -> None:
     file.write_text(content)
     with pytest.raises(DataError, match=message):
         load(file, tmp_path)
+
+
+@pytest.mark.parametrize("data_format", ["auto", "prompts"])
+@pytest.mark.parametrize(("name", "kind"), [("rows.csv", "a CSV"), ("rows.TSV", "a TSV"), ("rows.csv.gz", "a CSV")])
+def test_a_table_is_named_as_what_it_is(tmp_path: Path, name: str, kind: str, data_format: str) -> None:
+    file = tmp_path / name
+    text = b"prompt,response\nWhy?,Because.\n"
+    file.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    with pytest.raises(DataError, match=f"it is {kind}: write one JSON object a line"):
+        load(file, tmp_path, format=data_format)
 
 
 def test_sources_agree(tmp_path: Path) -> None:

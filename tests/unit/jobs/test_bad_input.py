@@ -114,6 +114,18 @@ def test_commands(refused: Refused) -> None:
     assert "--help" in refused()
 
 
+def test_a_check_for_a_command_that_there_is_none_of(refused: Refused) -> None:
+    assert "--for nope: name one of pipeline, sft" in refused("doctor", TINY, "--for", "nope")
+
+
+@pytest.mark.parametrize("command", ["logs", "stop"])
+def test_a_mistyped_run_folder_asks_no_cluster(refused: Refused, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.setattr("jobs.job_server.connect", lambda address: pytest.fail("a cluster was asked"))
+    error = refused(command, "demoo")
+    assert "demoo: no such folder, and no job id" in error and "corral runs DIR" in error and "--address=URL" in error
+
+
 def test_too_few_gpus_are_found_before_any_file_is_read(refused: Refused, tmp_path: Path) -> None:
     run = tmp_path / "run"
     error = refused("ppo", str(RECIPES / "pythia" / "ppo-12b.toml"), f"--run.dir={run}", "--data.path=/nowhere.jsonl")

@@ -29,6 +29,23 @@ def test_help_lists_the_keys_the_command_reads(command: str, capsys: pytest.Capt
         assert f"--{section}." in text
 
 
+def test_help_names_what_a_value_is_chosen_from_and_keys_as_they_are_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["ppo", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    for line in (
+        '--model.precision ("fp32"): fp32 | bf16 | fp16',
+        '--alarms.kl.action ("warn"): warn | stop | off',
+        "--ppo.kl.place (null): reward | loss | both | null",
+        "--tracking.also ([]): list of wandb | mlflow",
+        "--ppo.steps (100)",
+        "--data.sets.NAME.path (null)",
+        "--reward.parts.NAME.weight (1.0)",
+    ):
+        assert f"  {line}" in lines
+    assert not any(line.startswith("  --data.sets.path") for line in lines)
+
+
 @pytest.mark.parametrize("command", TOOLS)
 def test_help_of_tools(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
