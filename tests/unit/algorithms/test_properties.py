@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from app.algorithms import ALGORITHMS
@@ -30,14 +30,22 @@ def credited_fields(experience: Experience) -> dict[str, torch.Tensor]:
     return {name: x for name, x in fields.items() if x is not None}
 
 
-def assert_same_step(actual: Loss, expected: Loss, models: Models) -> None:
+def assert_same_step(actual: Loss, expected: Loss, models: Models, undecided: float = 0.0) -> None:
     assert actual.metrics.keys() == expected.metrics.keys()
     for name in expected.metrics:
-        assert actual.metrics[name] == pytest.approx(expected.metrics[name], rel=1e-5, abs=1e-6), name
+        tolerance = 1e-6 + (undecided if name == "clip_fraction" else 0.0)
+        assert actual.metrics[name] == pytest.approx(expected.metrics[name], rel=1e-5, abs=tolerance), name
     torch.testing.assert_close(actual.policy, expected.policy, **CLOSE)
     torch.testing.assert_close(actual.value, expected.value, **CLOSE)
     for ours, theirs in zip(models.gradients(actual), models.gradients(expected), strict=True):
         torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+def undecided(experience: Experience) -> float:
+    """Share of tokens whose advantage is 0 but for rounding: on which side of it, and so whether a clip decides, the order of sums says."""
+    assert experience.advantages_BT is not None
+    advantages = experience.advantages_BT[experience.mask_BT]
+    return float((advantages.abs() < 1e-9).double().mean()) if len(advantages) else 0.0
 
 
 def test_every_algorithm_has_a_case() -> None:
@@ -205,6 +213,7 @@ def test_first_step(algorithm: Algorithm[Any], seed: int) -> None:
 
 @for_all
 @given(seed=seeds, failed=st.sets(st.integers(0, ROWS - 1), min_size=1, max_size=6))
+@example(seed=3748, failed={0, 1, 2, 3})  # one sample of each prompt is left: with a group baseline every advantage is 0
 @properties
 def test_failed_rows_count_nowhere(algorithm: Algorithm[Any], seed: int, failed: set[int]) -> None:
     """A batch with failed scores trains exactly as the batch without those rows."""
@@ -220,4 +229,4 @@ def test_failed_rows_count_nowhere(algorithm: Algorithm[Any], seed: int, failed:
         torch.testing.assert_close(x_BT[kept, :length], credited_fields(alone)[name], **CLOSE)
         assert x_BT[list(failed)].eq(0).all()
     actual, expected = sum_of_losses(algorithm, models, masked, EVERYTHING), sum_of_losses(algorithm, models, alone, [range(len(kept))])
-    assert_same_step(actual, expected, models)
+    assert_same_step(actual, expected, models, undecided(alone))
