@@ -14,6 +14,7 @@ from app.errors import ConfigError
 from jobs.command import Tool
 
 if TYPE_CHECKING:
+    from app.config.recipe import Recipe
     from app.planning.hardware import Accelerator, Cluster
     from app.planning.plan import Device, Plan, StagePlan
 
@@ -42,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Print the plan; 1 where the recipe does not fit. Raises ConfigError for a recipe or cluster that cannot be read."""
+    """Print the plan; 1 where the recipe does not fit. Raises ConfigError for a recipe or cluster that cannot be read, a model of unknown
+    size and numbers that nothing has."""
     from app.config.loading import load_recipe
     from app.planning.plan import make_plan
     from app.planning.timing import Workload
@@ -50,7 +52,12 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     command = arguments.purpose or command_of(arguments.recipe)
     if command not in COMMANDS:
         raise ConfigError(f"--for {command}: name one of {', '.join(COMMANDS)}")
+    for option, least in (("rows", 1), ("mean_length", 1), ("price", 0)):
+        value = getattr(arguments, option)
+        if value is not None and value < least:
+            raise ConfigError(f"--{option.replace('_', '-')} {value:g}: give {least} or more")
     recipe = load_recipe(arguments.recipe, overrides)
+    require_known_sizes(recipe, command)
     cluster = find_cluster(arguments.cluster)
     if arguments.price is not None:
         cluster = replace(cluster, nodes=tuple(replace(node, price=arguments.price, read=None) for node in cluster.nodes))
@@ -58,6 +65,21 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     text = json.dumps(plan.as_dict(), indent=2) if arguments.json else "\n".join(lines(plan))
     sys.stdout.write(f"{text}\n")
     return 0 if plan.fits else 1
+
+
+def require_known_sizes(recipe: Recipe, command: str) -> None:
+    """Raises ConfigError for a model whose size nothing tells: its weights would count as nothing, and everything would fit."""
+    from app.planning.shapes import shape_of
+
+    paths = {"model.path": recipe.model.path, "reward.path": recipe.reward.path}
+    if command == "serve":
+        served = {"models": recipe.serving.models, "chat": recipe.serving.chat}
+        paths = {f"serving.{kind}.{name}.path": model.path for kind, models in served.items() for name, model in models.items()}
+    for key, path in paths.items():
+        if path is not None and shape_of(path) is None:
+            raise ConfigError(
+                f"{key} = {path}: its size is unknown: give a folder with a config.json, or a name with its size such as mine-7b"
+            )
 
 
 def command_of(recipe: str) -> str:

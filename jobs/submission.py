@@ -24,6 +24,7 @@ ADDRESS_HELP = "URL of the Ray dashboard, such as http://head:8265 (default: RAY
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "corral submit [COMMAND] RECIPE [options] [--dotted.key=value ...]"
     parser.add_argument(
         "words", nargs="+", metavar="[COMMAND] RECIPE", help=f"COMMAND is one of {', '.join(COMMANDS)}; pipeline by default"
     )

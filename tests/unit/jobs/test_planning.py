@@ -88,3 +88,19 @@ def test_bad_input_is_one_line(words: list[str], message: str, capsys: pytest.Ca
     assert main(["plan", PPO_12B, *words]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model.path=my-org/my-model"], "model.path = my-org/my-model: its size is unknown"),
+        (["--model.path=./nowhere"], "model.path = ./nowhere: its size is unknown"),
+        (["--reward.path=judge"], "reward.path = judge: its size is unknown"),
+        (["--rows", "0"], "--rows 0: give 1 or more"),
+        (["--mean-length", "-5"], "--mean-length -5: give 1 or more"),
+        (["--price", "-3"], "--price -3: give 0 or more"),
+    ],
+)
+def test_what_would_make_a_plan_meaningless_is_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "jobs/recipes/tiny/ppo.toml", "--cluster", "1x1xA100-80GB", *words]) == 2
+    assert message in capsys.readouterr().err
