@@ -1,10 +1,11 @@
-"""What `--dry-run` prints under the resolved recipe, as TOML comments: sizes and placement."""
+"""What `--dry-run` prints under the resolved recipe, as TOML comments: sizes, placement, and what stands in the way."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from app.config.recipe import Recipe
+from app.errors import CorralError
 from app.planning.placement import describe
 
 
@@ -19,6 +20,17 @@ def sizes(recipe: Recipe, command: str) -> str:
     needs = plan["needs"]
     lines.append(f"# needs {needs['CPU']:g} CPUs, {needs['GPU']:g} GPUs, {needs['memory_gib']:g} GiB of host memory (estimate)")
     return "\n".join(lines) + "\n"
+
+
+def obstacle(recipe: Recipe, command: str) -> str:
+    """What the command would be refused for as things are, such as data that is not there; empty where nothing is seen."""
+    from jobs.inputs import check_inputs
+
+    try:
+        check_inputs(recipe, command)
+    except CorralError as error:
+        return f"# would be refused here and now: {error}\n"
+    return ""
 
 
 def _processes(take: dict[str, Any]) -> str:

@@ -122,9 +122,9 @@ def _dispatch(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.resume:
         require_unfinished(recipe, arguments.command)
     if arguments.dry_run:
-        from jobs.dry_run import sizes
+        from jobs.dry_run import obstacle, sizes
 
-        sys.stdout.write(to_toml(recipe) + sizes(recipe, arguments.command))
+        sys.stdout.write(to_toml(recipe) + sizes(recipe, arguments.command) + obstacle(recipe, arguments.command))
     else:
         RECIPE_COMMANDS[arguments.command].run(recipe)
     return 0
@@ -182,7 +182,11 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         sub.add_argument(
             "--resume", action="store_true", help="only go on with the unfinished run in run.dir, which any command does where there is one"
         )
-        sub.add_argument("--dry-run", action="store_true", help="print the resolved recipe, the derived sizes and the placement, and stop")
+        sub.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="print the resolved recipe, the derived sizes, the placement and what a run would be refused for, and stop",
+        )
     for name, tool in TOOLS.items():
         sub = commands.add_parser(
             name,

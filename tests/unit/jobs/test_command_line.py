@@ -111,3 +111,10 @@ def test_doctor_reports_a_recipe_that_does_not_fit(capsys: pytest.CaptureFixture
     out = capsys.readouterr().out
     assert "FAILED recipe: stage ppo needs 8 GPUs" in out
     assert f"ok     cores: {len(os.sched_getaffinity(0))}" in out
+
+
+def test_a_dry_run_tells_what_a_run_would_be_refused_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sft", "jobs/recipes/tiny/sft.toml", "--data.path=./missing.jsonl", "--dry-run"]) == 0
+    assert "# would be refused here and now: " in (told := capsys.readouterr().out) and "missing.jsonl" in told
+    assert main(["sft", "jobs/recipes/tiny/sft.toml", "--dry-run"]) == 0
+    assert "refused" not in capsys.readouterr().out
