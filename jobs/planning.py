@@ -73,8 +73,8 @@ def require_known_sizes(recipe: Recipe, command: str) -> None:
 
     paths = {"model.path": recipe.model.path, "reward.path": recipe.reward.path}
     if command == "serve":
-        served = {"models": recipe.serving.models, "chat": recipe.serving.chat}
-        paths = {f"serving.{kind}.{name}.path": model.path for kind, models in served.items() for name, model in models.items()}
+        paths = {f"serving.models.{name}.path": model.path for name, model in recipe.serving.models.items()}
+        paths |= {f"serving.chat.{name}.path": model.path for name, model in recipe.serving.chat.items()}
     for key, path in paths.items():
         if path is not None and shape_of(path) is None:
             raise ConfigError(
