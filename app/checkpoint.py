@@ -19,6 +19,9 @@ from app.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
+UNWRITTEN = "make it writable; the same command goes on from the last complete checkpoint"
+"""What to do about a disk on which a checkpoint finds no room, beside freeing some."""
+
 PREFIX = "step-"
 SAVING = ".saving-"
 REMOVING = ".removing-"
@@ -65,8 +68,7 @@ class CheckpointStore:
         parts there, by whichever processes, and returns when all of them are closed. If anything raises, the earlier
         checkpoints stay as they were. Raises DiskError where the disk is full or cannot be written to.
         """
-        remedy = "make it writable; the same command goes on from the last complete checkpoint"
-        with writing(f"{self.folder}: the checkpoint of step {step}", remedy):
+        with writing(f"{self.folder}: the checkpoint of step {step}", UNWRITTEN):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clear_leftovers()
             final = self._free_name(step)

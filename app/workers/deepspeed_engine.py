@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
+from app.checkpoint import UNWRITTEN
 from app.config.shared import DeepSpeedConfig, OptimizerConfig
 from app.durable import writing
 from app.errors import CheckpointError, ConfigError, NonFiniteError
@@ -225,7 +226,7 @@ def save_engine(engine: DeepSpeedEngine, folder: Path, state: Mapping[str, Any])
     Collective; every worker writes its own shards. Raises DiskError.
     """
     random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
-    with writing(f"{folder}: the checkpoint", "make it writable; the same command goes on from the last complete checkpoint"):
+    with writing(f"{folder}: the checkpoint", UNWRITTEN):
         engine.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, client_state=dict(state))
         torch.save(random, folder / RANDOM_FILE.format(rank=engine.global_rank))
 

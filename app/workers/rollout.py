@@ -99,10 +99,9 @@ class VllmRolloutPool:
         """Give every engine the weights of a Hugging Face folder of the same architecture. Needs rollout.transfer = object_store."""
         self._load("load_folder", path, version)
 
-    def label(self, version: int) -> None:
-        """Say which version the weights have that another way has brought. Engines that are lost afterwards cannot be replaced."""
+    def refuse_replacements(self) -> None:
+        """The weights have come another way, which a new engine cannot go: one that is lost from now on cannot be replaced."""
         self._restarts_left = 0
-        self.each("set_version", version)
 
     def discard(self) -> None:
         """Forget what is being sampled and where the weights came from: their learner is gone, and the next one brings its own.

@@ -126,10 +126,6 @@ class RolloutEngine:
         """All weights are there; tokens from here on carry `version`."""
         await self._ask(lambda: self._end_update(version))
 
-    async def set_version(self, version: int) -> None:
-        """Label the weights that another backend has just brought."""
-        await self._ask(lambda: self._core.set_weight_version(str(version)))
-
     async def discard(self) -> None:
         """Drop what is in flight: nobody waits for it any more."""
 

@@ -124,7 +124,7 @@ class WeightPublisher:
         began, metrics = time.perf_counter(), dict[str, float]()
         if self._nccl:
             self._learner.broadcast_nccl(version)
-            self._pool.label(version)
+            self._pool.refuse_replacements()
         else:
             policy = self._learner.pushed_policy()
             self._pool.load(policy, version)

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -121,11 +121,14 @@ class Dying(Place):
         return super().__getattribute__(name)
 
 
-@pytest.mark.parametrize("operations", range(12))
-def test_a_death_while_sending_leaves_a_whole_checkpoint(tmp_path: Path, operations: int) -> None:
+Kept = TypeVar("Kept", bound=Session)
+
+
+def died_while_sending(kind: type[Kept], path: Path, operations: int, last: Callable[[Kept], None] = lambda session: None) -> Kept:
+    """A session with steps 1 and 2 at its URL, which died after so many operations on the way of steps 3 and 4, and of `last`."""
     url = f"memory://{uuid.uuid4().hex}/kept"
     whole = open_place(url)
-    first = Session(url, tmp_path / "run", Dying(url, whole.system, whole.root))
+    first = kind(url, path, Dying(url, whole.system, whole.root))
     first.run.record_data("0" * 64)
     Dying.left = 1000
     for step in (1, 2):
@@ -133,10 +136,17 @@ def test_a_death_while_sending_leaves_a_whole_checkpoint(tmp_path: Path, operati
         first.mirror.push()
     for step in (3, 4):
         first.save(step)
+    last(first)
     Dying.left = operations
     with contextlib.suppress(KeyboardInterrupt):
         first.mirror.push()
-    saved = Session(url, elsewhere(first)).store.latest()
+    return first
+
+
+@pytest.mark.parametrize("operations", range(12))
+def test_a_death_while_sending_leaves_a_whole_checkpoint(tmp_path: Path, operations: int) -> None:
+    first = died_while_sending(Session, tmp_path / "run", operations)
+    saved = Session(first.mirror.place.url, elsewhere(first)).store.latest()
     assert saved is not None
     assert saved.step in (2, 3, 4)
     assert (saved.path / "weights").read_bytes() == bytes([saved.step]) * 1000
@@ -364,21 +374,9 @@ class Searching(Session):
 
 @pytest.mark.parametrize("operations", range(24))
 def test_a_death_while_sending_a_search_leaves_whole_checkpoints_and_nothing_that_names_others(tmp_path: Path, operations: int) -> None:
-    url = f"memory://{uuid.uuid4().hex}/kept"
-    whole = open_place(url)
-    first = Searching(url, tmp_path / "run", Dying(url, whole.system, whole.root))
-    first.run.record_data("0" * 64)
-    Dying.left = 1000
-    for step in (1, 2):
-        first.save(step)
-        first.mirror.push()
-    for step in (3, 4):
-        first.save(step)
-    first.end(4)
-    Dying.left = operations
-    with contextlib.suppress(KeyboardInterrupt):
-        first.mirror.push()
-    there = whole.files()
+    first = died_while_sending(Searching, tmp_path / "run", operations, last=lambda session: session.end(4))
+    url = first.mirror.place.url
+    there = open_place(url).files()
     for manifest in [name for name in there if name.endswith("manifest.json") and "/step-" in name]:
         assert manifest.replace("manifest.json", "policy/weights") in there
     moved = Searching(url, elsewhere(first))

@@ -38,7 +38,7 @@ class Sides:
     def broadcast_nccl(self, version: int) -> None:
         self.calls.append(("broadcast", version))
 
-    def label(self, version: int) -> None:
+    def refuse_replacements(self) -> None:
         """The engines have been told with the weights; the pool is, that those it loses cannot be replaced."""
 
     def load(self, policy: PushedPolicy, version: int) -> None:
