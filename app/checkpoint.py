@@ -3,19 +3,25 @@
 Layout: `FOLDER/step-00000050/` holds the parts and, written last, `manifest.json` (step, state, size and SHA-256 of every part).
 A checkpoint is written under a temporary name and renamed when it is complete; older ones go only after that. Which one is
 the latest is computed from the manifests: there is no pointer that could lie.
+
+A PPO run does only the writing of the parts between two steps; `OverlappedCheckpoints` syncs, hashes and commits them beside the next.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 from app.durable import MANIFEST, damage, file_hashes, read_json, sync, sync_tree, write_json, writing
-from app.errors import CheckpointError
+from app.errors import CheckpointError, DeadlineError
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +58,15 @@ def read_checkpoint(path: Path) -> SavedCheckpoint | None:
     return SavedCheckpoint(step, state, path)
 
 
+@contextmanager
+def _removed_on_failure(partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError):
+        shutil.rmtree(partial, ignore_errors=True)  # on a full disk it would be in the way of everything else
+        raise
+
+
 class CheckpointStore:
     """The checkpoints of one stage, of which the newest `keep` stay. One writer at a time."""
 
@@ -68,24 +83,31 @@ class CheckpointStore:
         parts there, by whichever processes, and returns when all of them are closed. If anything raises, the earlier
         checkpoints stay as they were. Raises DiskError where the disk is full or cannot be written to.
         """
-        with writing(f"{self.folder}: the checkpoint of step {step}", UNWRITTEN):
+        return self.stage(step, state, write)()
+
+    def stage(self, step: int, state: Mapping[str, Any], write: Callable[[Path], None]) -> Callable[[], Path]:
+        """`save` in two: the parts are written when it returns, and what `write` wrote from may change. What it returns does the rest."""
+        state, saved = dict(state), time.time()
+        with self._writing(step):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clear_leftovers()
             final = self._free_name(step)
             partial = self.folder / f"{SAVING}{final.name}"
             partial.mkdir()
-            try:
+            with _removed_on_failure(partial):
                 write(partial)
-                sync_tree(partial)
-                manifest = {"step": step, "state": dict(state), "saved": time.time(), "files": file_hashes(partial)}
-                write_json(partial / MANIFEST, manifest)
-            except (OSError, RuntimeError):
-                shutil.rmtree(partial, ignore_errors=True)  # on a full disk it would be in the way of everything else
-                raise
-            partial.rename(final)
-            sync(self.folder)
-            self._retire(final)
-        return final
+
+        def commit() -> Path:
+            with self._writing(step):
+                with _removed_on_failure(partial):
+                    sync_tree(partial)
+                    write_json(partial / MANIFEST, {"step": step, "state": state, "saved": saved, "files": file_hashes(partial)})
+                partial.rename(final)
+                sync(self.folder)
+                self._retire(final)
+            return final
+
+        return commit
 
     def latest(self) -> SavedCheckpoint | None:
         """The newest complete checkpoint, or None where there is none at all. One whose parts are missing, cut or changed is passed over
@@ -100,6 +122,9 @@ class CheckpointStore:
                 "or delete the folder to start this stage over"
             )
         return None
+
+    def _writing(self, step: int) -> AbstractContextManager[None]:
+        return writing(f"{self.folder}: the checkpoint of step {step}", UNWRITTEN)
 
     def _folders(self) -> list[Path]:
         """Newest first; a step saved again sorts above its older copy."""
@@ -124,3 +149,55 @@ class CheckpointStore:
         for pattern in (f"{SAVING}*", f"{REMOVING}*"):
             for path in self.folder.glob(pattern):
                 shutil.rmtree(path)
+
+
+class OverlappedCheckpoints:
+    """A store that commits a checkpoint while its caller goes on, one at a time; at the end of the `with` block nothing is under way.
+
+    Where a block ends with an error, that of a commit is logged, so as not to hide it.
+    """
+
+    def __init__(self, store: CheckpointStore, *, deadline_seconds: float) -> None:
+        self._store, self._deadline_seconds = store, deadline_seconds
+        self._commit: Future[Path] | None = None
+
+    def __enter__(self) -> OverlappedCheckpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self.settle()
+        except Exception as failure:
+            if error is None:
+                raise
+            logger.error("%s", failure)
+
+    def save(self, step: int, state: Mapping[str, Any], write: Callable[[Path], None]) -> None:
+        """As `CheckpointStore.save`, of which only the writing of the parts is waited for, and the commit before. Raises what either
+        raises, and DeadlineError."""
+        self.settle()
+        commit: Future[Path] = Future()
+        finish = self._store.stage(step, state, write)
+
+        def run() -> None:
+            try:
+                commit.set_result(finish())
+            except BaseException as error:  # noqa: BLE001 - raised again by `settle`
+                commit.set_exception(error)
+
+        self._commit = commit
+        threading.Thread(target=run, name="corral-checkpoint", daemon=True).start()
+
+    def settle(self, *, wait_for_it: bool = True) -> None:
+        """Raise what the commit under way has raised, after waiting for its end if wanted. Raises DeadlineError where it has none."""
+        if self._commit is None:
+            return
+        if not wait([self._commit], timeout=self._deadline_seconds if wait_for_it else 0).done:
+            if wait_for_it:
+                raise DeadlineError(
+                    f"{self._store.folder}: a checkpoint is not on the disk after {self._deadline_seconds:g} s: look what keeps the disk "
+                    "from writing, or raise run.deadline_seconds; the same command goes on from the last complete checkpoint"
+                )
+            return
+        commit, self._commit = self._commit, None
+        commit.result()

@@ -77,6 +77,9 @@ class Recorder:
     def save(self, step: int, state: Mapping[str, Any], write: Callable[[Path], None]) -> None:
         """A benchmark leaves no checkpoint."""
 
+    def settle(self, *, wait_for_it: bool) -> None:
+        """And so has none under way."""
+
 
 class FakeCluster:
     """As many actors as the largest size needs; smaller sizes use the first ones."""

@@ -62,6 +62,9 @@ class Recorder:
     def save(self, step: int, state: Mapping[str, Any], write: Callable[[Path], None]) -> None:
         """A benchmark leaves no checkpoint."""
 
+    def settle(self, *, wait_for_it: bool) -> None:
+        """And so has none under way."""
+
 
 @dataclass
 class Turns:

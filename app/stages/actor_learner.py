@@ -60,7 +60,13 @@ class LoopState:
 class Checkpoints(Protocol):
     """Where loop states are kept."""
 
-    def save(self, step: int, state: Mapping[str, Any], write: Callable[[Path], None]) -> object: ...
+    def save(self, step: int, state: Mapping[str, Any], write: Callable[[Path], None]) -> object:
+        """Keep the state and what `write` writes into a folder. It has been written when this returns; it may be kept for good later."""
+        ...
+
+    def settle(self, *, wait_for_it: bool) -> None:
+        """Raise why the latest checkpoint cannot be kept, if that is known, or after waiting until it is known."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -82,10 +88,15 @@ class Parts:
 
 
 class PhaseClock:
-    """Seconds spent in each named phase of one step."""
+    """Seconds spent in each named phase of one step, and since its start."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
+        self._began = time.perf_counter()
+
+    @property
+    def total(self) -> float:
+        return time.perf_counter() - self._began
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -110,9 +121,8 @@ def actor_learner_loop(
         carried=state.carried,
     ) as stream:  # fmt: skip
         stream.fill(state.step)
+        clock = PhaseClock()
         while state.step < config.steps:
-            clock = PhaseClock()
-            began = time.perf_counter()
             # 1. what was sampled; reward model and reference judge each piece of it while the rest is still sampled
             with clock("rollout"):
                 batch, judged = stream.take()
@@ -159,17 +169,22 @@ def actor_learner_loop(
             with clock("push"):
                 push = parts.publisher.publish(state.version)
                 stream.fill(state.step)
-            metrics = measured | dict(update) | dict(push) | speed_metrics(rollouts, time.perf_counter() - began)
+            metrics = measured | dict(update) | dict(push) | speed_metrics(rollouts, clock.total)
             metrics["score_scale"] = scale_of(config.reward, moments)
             metrics["push/seconds_share"] = clock.seconds["push"] / metrics["seconds"]
             if config.critic_warmup_steps:
                 metrics["critic_warmup"] = float(not moved)
             metrics |= {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()} | parts.watch.drift(metrics)
             parts.tracker.log("ppo", state.step, metrics)
+            clock = PhaseClock()  # what a checkpoint holds up belongs to the step after it
             sound_alarms(parts, state.step, metrics)
+            # 6. keep: the parts are written now, and become a checkpoint beside the next step
             stopping = stop_requested()
-            if stopping or state.step % config.save_every == 0 or state.step == config.steps:
-                parts.checkpoints.save(state.step, asdict(state), lambda folder: parts.learner.save(str(folder)))
+            ending = stopping or state.step == config.steps
+            with clock("checkpoint"):
+                if ending or state.step % config.save_every == 0:
+                    parts.checkpoints.save(state.step, asdict(state), lambda folder: parts.learner.save(str(folder)))
+                parts.checkpoints.settle(wait_for_it=ending)
             if stopping:
                 raise Interrupted(
                     f"stopped after PPO step {state.step} of {config.steps}; a checkpoint is saved, the same command goes on from it"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from app.alarms import AlarmWatch
-from app.checkpoint import CheckpointStore
+from app.checkpoint import CheckpointStore, OverlappedCheckpoints
 from app.config.recipe import Recipe
 from app.curves import read_curves
 from app.data.embedded import gold_score
@@ -196,11 +196,13 @@ def _resume_and_run(
     watch = AlarmWatch(recipe.alarms, steps_before(run.path / METRICS_FILE, state.step))
     recorder = RolloutRecorder(run.stage("ppo") / "rollouts", recipe.ppo, template.decode, template.pad_id)
     publisher = weight_publisher(recipe, learner, pool, canaries)
-    parts = Parts(
-        learner, pool, publisher, reward, scorer, tracker, store, prompts, template.pad_id, recipe.rollout.max_new_tokens, watch, recorder
-    )
     try:
-        state = actor_learner_loop(parts, recipe.ppo, state, seed=recipe.run.seed, stop_requested=stop_requested)
+        with OverlappedCheckpoints(store, deadline_seconds=recipe.run.deadline_seconds) as checkpoints:
+            parts = Parts(
+                learner, pool, publisher, reward, scorer, tracker, checkpoints, prompts, template.pad_id,
+                recipe.rollout.max_new_tokens, watch, recorder,
+            )  # fmt: skip
+            state = actor_learner_loop(parts, recipe.ppo, state, seed=recipe.run.seed, stop_requested=stop_requested)
     except AlarmError:
         write_report(run.path)  # its curves and alarms tell why
         raise

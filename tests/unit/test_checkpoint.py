@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,8 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.checkpoint import CheckpointStore
-from app.durable import tree_hash
+from app.checkpoint import CheckpointStore, OverlappedCheckpoints, read_checkpoint
+from app.durable import file_hashes, tree_hash
 from app.errors import CheckpointError, DeadlineError, DiskError
 
 
@@ -206,6 +208,85 @@ def test_saving_after_a_resume_from_an_older_step_drops_the_later_damaged_one(tm
     cut_a_part(store.save(20, {}, parts("two")))
     store.save(15, {}, parts("15"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000015"]
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Commits wait for this event."""
+    ready = threading.Event()
+    hashes = file_hashes
+
+    def slow_hashes(folder: Path) -> dict[str, dict[str, object]]:
+        assert ready.wait(60)
+        return hashes(folder)
+
+    monkeypatch.setattr("app.checkpoint.file_hashes", slow_hashes)
+    yield ready
+    ready.set()
+
+
+def steps_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("step-*"))
+
+
+def test_a_checkpoint_is_committed_while_the_caller_goes_on_and_changes_what_was_written(tmp_path: Path, disk: threading.Event) -> None:
+    weights, state = ["one"], {"step": 1}
+    with OverlappedCheckpoints(CheckpointStore(tmp_path), deadline_seconds=60) as checkpoints:
+        checkpoints.save(1, state, lambda folder: parts(weights[0])(folder))
+        weights[0], state["step"] = "two", 2
+        checkpoints.settle(wait_for_it=False)
+        assert steps_in(tmp_path) == []
+        disk.set()
+        checkpoints.settle()
+        assert steps_in(tmp_path) == ["step-00000001"]
+        checkpoints.save(2, state, lambda folder: parts(weights[0])(folder))
+    assert steps_in(tmp_path) == ["step-00000001", "step-00000002"], "nothing is under way after the block"
+    saved = read_checkpoint(tmp_path / "step-00000001")
+    assert saved is not None and saved.state == {"step": 1}
+    assert (saved.path / "policy" / "weights.bin").read_text() == "one"
+
+
+def test_the_next_checkpoint_waits_for_the_one_before(tmp_path: Path, disk: threading.Event) -> None:
+    with OverlappedCheckpoints(CheckpointStore(tmp_path), deadline_seconds=60) as checkpoints:
+        checkpoints.save(1, {}, parts("one"))
+        threading.Timer(0.05, disk.set).start()
+        seen: list[list[str]] = []
+        checkpoints.save(2, {}, lambda folder: seen.append(steps_in(tmp_path)))
+        assert seen == [["step-00000001"]]
+
+
+def test_a_commit_that_fails_is_told_at_the_next_look_and_the_earlier_checkpoint_stays(
+    tmp_path: Path, disk: threading.Event, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(path: Path) -> None:
+        disk.wait(60)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoints = OverlappedCheckpoints(CheckpointStore(tmp_path), deadline_seconds=60)
+    disk.set()
+    CheckpointStore(tmp_path).save(1, {}, parts("one"))
+    disk.clear()
+    monkeypatch.setattr("app.checkpoint.sync_tree", full)
+    checkpoints.save(2, {}, parts("two"))
+    checkpoints.settle(wait_for_it=False)
+    disk.set()
+    with pytest.raises(DiskError, match="the checkpoint of step 2 cannot be written .No space left on device"):
+        checkpoints.settle()
+    checkpoints.settle()  # told once
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    with pytest.raises(DiskError), checkpoints:
+        checkpoints.save(3, {}, parts("three"))
+    with pytest.raises(KeyError), checkpoints:
+        checkpoints.save(4, {}, parts("four"))
+        raise KeyError
+    assert "the checkpoint of step 4 cannot be written" in caplog.text
+
+
+def test_a_commit_without_end_is_late(tmp_path: Path, disk: threading.Event) -> None:
+    checkpoints = OverlappedCheckpoints(CheckpointStore(tmp_path), deadline_seconds=0.01)
+    checkpoints.save(1, {}, parts("one"))
+    with pytest.raises(DeadlineError, match=r"a checkpoint is not on the disk after 0.01 s"):
+        checkpoints.settle()
 
 
 SAVER = """

@@ -107,6 +107,9 @@ class TrialReporter:
         else:
             tune.report(result)
 
+    def settle(self, *, wait_for_it: bool) -> None:
+        """Nothing is under way: Tune may hand a checkpoint to another trial as soon as it is reported."""
+
 
 def trial_state(loop: Mapping[str, Any], judge: Judge, watch: AlarmWatch, recipe: Recipe) -> dict[str, Any]:
     """Everything of a trial that is not in its learner, JSON-able."""

@@ -48,6 +48,7 @@ class World:
         self.steps: list[int] = []
         self.logged: list[Mapping[str, float]] = []
         self.saved: list[Mapping[str, Any]] = []
+        self.waited: list[bool] = []
         self.events: list[str] = []
 
     # pool
@@ -94,6 +95,9 @@ class Store:
         write(self.folder)
         self.world.saved.append(dict(state))
 
+    def settle(self, *, wait_for_it: bool) -> None:
+        self.world.waited.append(wait_for_it)
+
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         self.world.logged.append(metrics)
 
@@ -128,6 +132,7 @@ def test_synchronous_order(tmp_path: Path) -> None:
     ]
     assert state == LoopState(step=3, version=3, prompt_cursor=12, kl_coef=0.05)
     assert [saved["step"] for saved in world.saved] == [2, 3]
+    assert world.waited == [False, False, True]
 
 
 def test_while_the_critic_warms_up_the_policy_keeps_its_version_and_the_penalty_its_weight(tmp_path: Path) -> None:

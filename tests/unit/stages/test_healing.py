@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from app.checkpoint import CheckpointStore
+from app.checkpoint import CheckpointStore, OverlappedCheckpoints
 from app.config.ppo import PpoConfig
 from app.data.prompt_stream import PromptStream
 from app.errors import AlarmError, CorralError, LearnerError, NonFiniteError, RolloutError
@@ -156,8 +156,9 @@ class World:
                     self.engine = (learner.weights, version)
                     return {}
 
-            parts = Parts(learner, self, Publisher(), one_reward_model(self), self, self, self.store, prompts, pad_id=0, max_new_tokens=10)  # type: ignore[arg-type]
-            state = actor_learner_loop(parts, self.config, state, seed=3)
+            with OverlappedCheckpoints(self.store, deadline_seconds=60) as store:
+                parts = Parts(learner, self, Publisher(), one_reward_model(self), self, self, store, prompts, pad_id=0, max_new_tokens=10)  # type: ignore[arg-type]
+                state = actor_learner_loop(parts, self.config, state, seed=3)
             learner.call("export")
             return state, learner.weights
 

@@ -74,6 +74,9 @@ class Varied:
     def save(self, step: int, state: Mapping[str, int], write: Callable[[Path], None]) -> None:
         """Keep nothing."""
 
+    def settle(self, *, wait_for_it: bool) -> None:
+        """There is nothing under way."""
+
     def floats(self, count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         return (0.1 * self.rng.normal(size=count)).astype(np.float32)
 
