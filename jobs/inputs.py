@@ -53,13 +53,13 @@ def check_inputs(recipe: Recipe, command: str) -> None:
     if recipe.reward.path is not None:
         _check_model(recipe.reward.path, trained=False, writes=False)
         if command in CRITIC_COMMANDS and recipe.ppo.has_critic_model:
-            _check_critic(recipe.reward.path)
+            _check_critic(recipe, recipe.reward.path)
     elif command in REWARD_COMMANDS and not _finds_own_reward_model(recipe, command):
         raise ConfigError(
             f"reward.path is not set and `corral {command}` needs a reward model: "
             "give the folder that `corral rm` or `corral pipeline` left as DIR/rm/model"
         )
-    _check_vocabularies(recipe, command)
+    _check_scorers(recipe, command)
     if command == "tune":
         _check_search(recipe)
 
@@ -70,7 +70,7 @@ def doubts(recipe: Recipe, command: str) -> list[str]:
 
 
 def _scorers(recipe: Recipe, command: str) -> Iterator[tuple[str, str]]:
-    """(key, path) of every given reward model that scores the token ids of the policy."""
+    """(key, path) of every given reward model that scores what the policy writes."""
     if command in REWARD_COMMANDS and recipe.reward.path is not None:
         yield "reward.path", recipe.reward.path
     if command in MIX_COMMANDS:
@@ -79,15 +79,22 @@ def _scorers(recipe: Recipe, command: str) -> Iterator[tuple[str, str]]:
                 yield from ((f"reward.parts.{name}.paths", path) for path in part.paths)
 
 
-def _check_vocabularies(recipe: Recipe, command: str) -> None:
-    """Whether reward models and policy have one tokenizer, where both are local folders; others are looked at when they are there."""
-    if not Path(recipe.model.path).expanduser().is_dir() or recipe.model.path in BUILT_IN_MODELS:
-        return
+def _check_scorers(recipe: Recipe, command: str) -> None:
+    """Whether reward models can read what the policy writes: its token ids, or where they have a tokenizer of their own the text. Local
+    folders; others are looked at when they are there."""
+    trust = recipe.model.trust_remote_code
     for key, path in _scorers(recipe, command):
-        if Path(path).expanduser().is_dir():
-            from app.models.vocabulary import require_same_vocabulary
+        if _both_are_here(recipe.model.path, path):
+            from app.models.replies import ReplyEncoder
+            from app.models.vocabulary import other_vocabulary
 
-            require_same_vocabulary(path, recipe.model.path, name=key, trust_remote_code=recipe.model.trust_remote_code)
+            if other_vocabulary(path, recipe.model.path, trust_remote_code=trust):
+                try:
+                    ReplyEncoder.of(path, trust_remote_code=trust)
+                except ModelError as error:
+                    raise ModelError(f"{key} = {path}, which has another tokenizer than the policy and so reads text: {error}") from error
+                continue
+        require_context(context_of(path), *_longest(recipe), f"{key} = {path}")
 
 
 def _check_search(recipe: Recipe) -> None:
@@ -152,11 +159,12 @@ def _check_lengths(recipe: Recipe, command: str) -> None:
     if command in SEQUENCE_COMMANDS or _mixes_pretraining(recipe, command):
         require_context(context, recipe.data.max_length, "data.max_length")
     if command != "sft":
-        longest = recipe.data.max_prompt_length + recipe.rollout.max_new_tokens
-        keys = "data.max_prompt_length + rollout.max_new_tokens"
-        require_context(context, longest, keys)
-        for key, path in _scorers(recipe, command):
-            require_context(context_of(path), longest, keys, f"{key} = {path}")
+        require_context(context, *_longest(recipe))
+
+
+def _longest(recipe: Recipe) -> tuple[int, str]:
+    """Tokens of prompt and answer together, and the keys that say so."""
+    return recipe.data.max_prompt_length + recipe.rollout.max_new_tokens, "data.max_prompt_length + rollout.max_new_tokens"
 
 
 def _check_colocation(recipe: Recipe) -> None:
@@ -201,8 +209,9 @@ def _check_model(path: str, *, trained: bool, writes: bool) -> None:
     check_model_folder(path, chat_template=trained and language_model)
 
 
-def _check_critic(path: str) -> None:
+def _check_critic(recipe: Recipe, path: str) -> None:
     from app.models.load import is_encoder
+    from app.models.vocabulary import require_critic_vocabulary
 
     if Path(path).expanduser().is_dir() and is_encoder(Path(path).expanduser()):
         raise ModelError(
@@ -210,6 +219,12 @@ def _check_critic(path: str) -> None:
             "causal language model with `corral rm`, set ppo.critic_model = value_head, or choose an algorithm without a critic, such as "
             "ppo.algorithm.name = rloo"
         )
+    if _both_are_here(recipe.model.path, path):
+        require_critic_vocabulary(path, recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
+
+
+def _both_are_here(policy: str, scorer: str) -> bool:
+    return policy not in BUILT_IN_MODELS and all(Path(path).expanduser().is_dir() for path in (policy, scorer))
 
 
 def read_data(recipe: Recipe, command: str, run: RunFolder) -> Corpus:

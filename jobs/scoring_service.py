@@ -9,20 +9,14 @@ from pathlib import Path
 
 from app.config.recipe import Recipe
 from app.interfaces import Scorer
-from app.models.vocabulary import require_same_vocabulary
 from jobs.local_ray import uses_cluster
 from serve.scoring import start_scoring
 
 
 def scoring_service(recipe: Recipe) -> Callable[[Sequence[str], str], AbstractContextManager[Sequence[Scorer]]]:
-    """(reward model folders, reference policy folder) -> the Serve application of this recipe, up for the length of a `with` block.
-
-    It raises ModelError, before anything is deployed, for a reward model with another tokenizer than the policy's.
-    """
+    """(reward model folders, reference policy folder) -> the Serve application of this recipe, up for the length of a `with` block."""
 
     def start(reward_paths: Sequence[str], reference_path: str) -> AbstractContextManager[Sequence[Scorer]]:
-        for path in reward_paths:
-            require_same_vocabulary(path, reference_path, name="reward model", trust_remote_code=recipe.model.trust_remote_code)
         return start_scoring(
             recipe.scoring,
             reward_paths=reward_paths,

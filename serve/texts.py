@@ -6,14 +6,11 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
-from typing import TypeVar, cast
+from typing import TypeVar
 
-from transformers import PreTrainedTokenizerBase
-
-from app.data.templates import Template, build_template
 from app.errors import BadRequestError, ModelError
-from app.formats.records import Message, MessageRole
 from app.models.load import load_tokenizer
+from app.models.replies import ReplyEncoder, as_message
 
 KEPT = 8
 """Tokenizers in memory; of a model whose weights were swapped the old one goes."""
@@ -30,24 +27,24 @@ class Texts:
     def __init__(self, trust_remote_code: bool) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
         self._tokenizer = lru_cache(KEPT)(partial(load_tokenizer, trust_remote_code=trust_remote_code))
-        self._template = lru_cache(KEPT)(self._build_template)
+        self._encoder = lru_cache(KEPT)(partial(ReplyEncoder.of, trust_remote_code=trust_remote_code))
 
     async def ids(self, path: str, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, special tokens in it recognised, as the tokenizer writes them by default. Raises BadRequestError."""
         return await self._beside(lambda: [list(self._tokenizer(path)(text)["input_ids"]) for text in texts])
 
     async def conversations(self, path: str, conversations: Sequence[Conversation]) -> list[list[int]]:
-        """Ids of each conversation, rendered by the chat template; no message can write a special token. Raises BadRequestError."""
+        """Ids of each conversation, rendered by the chat template, an answer at its end as `ReplyEncoder` writes it; no message can write
+        a special token. Raises BadRequestError."""
 
         def encode(messages: Conversation) -> list[int]:
-            turns = [Message(cast(MessageRole, message["role"]), message["content"]) for message in messages]
-            return self._template(path).encode(turns, open_assistant=False)[0]
+            encoder, turns = self._encoder(path), [as_message(message) for message in messages]
+            if len(turns) == 1 or turns[-1].role != "assistant":
+                return encoder.template.encode(turns, open_assistant=False)[0]
+            (encoded,) = encoder.encode(turns[:-1], [turns[-1].content])
+            return encoded.ids.tolist()
 
         return await self._beside(lambda: [encode(messages) for messages in conversations])
-
-    def _build_template(self, path: str) -> Template:
-        tokenizer: PreTrainedTokenizerBase = self._tokenizer(path)
-        return build_template("auto", tokenizer)
 
     async def _beside(self, work: Callable[[], T]) -> T:
         try:

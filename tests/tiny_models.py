@@ -87,7 +87,7 @@ def make_neox(folder: Path, *, seed: int = 0) -> str:
     return _save(GPTNeoXForCausalLM(config), folder)
 
 
-def make_llama(folder: Path, *, seed: int = 0) -> str:
+def make_llama(folder: Path, *, seed: int = 0, context: int = CONTEXT) -> str:
     """A Llama causal LM with tied embeddings and grouped-query attention."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -96,7 +96,7 @@ def make_llama(folder: Path, *, seed: int = 0) -> str:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
         initializer_range=0.2,
         tie_word_embeddings=True,
         pad_token_id=0,
@@ -135,6 +135,14 @@ def make_reward_model(folder: Path, causal_lm: str, *, seed: int = 0, reward_off
     """A reward model with a fresh head on the trunk of a causal LM's folder."""
     save_reward_model(init_reward_model(causal_lm, seed=seed), make_tokenizer(), folder, reward_offset)
     return str(folder)
+
+
+def make_foreign_reward_model(folder: Path, *, context: int = 1024) -> str:
+    """A reward model that somebody else has trained: a tokenizer with ChatML's template, and a config without a word of ours."""
+    model = init_reward_model(make_llama(folder / "trunk", context=context), seed=3)
+    del model.config.reward_offset, model.config.pooling
+    save_reward_model(model, make_chatml_tokenizer(), folder / "model", None)
+    return str(folder / "model")
 
 
 def _save(model: PreTrainedModel, folder: Path) -> str:

@@ -87,7 +87,7 @@ def encode_groups(items: Iterable[RankedGroup], template: Template, config: Data
             prompt = template.encode((*before, *tag), open_assistant=True)[0] if tag else plain
             answer = template.encode_text(reply)
             longest = max(longest, len(prompt) + len(answer) + 1)
-            sequences.append(np.concatenate([prefix, join_reply(prompt, answer, template.eos_id, room)]))
+            sequences.append(np.concatenate([prefix, join_reply(prompt, answer, [template.eos_id], room)]))
         if all(np.array_equal(sequence, sequences[0]) for sequence in sequences):
             cuts.left_out += 1
             continue
@@ -110,21 +110,21 @@ def encode_prompts(
         prompt = np.array([*prefix, *ids[-room:]], np.int32)
         answer = None
         if references and item.reference is not None:
-            answer = join_reply([], template.encode_text(item.reference), template.eos_id, max(1, config.max_length - len(prompt)))
+            answer = join_reply([], template.encode_text(item.reference), [template.eos_id], max(1, config.max_length - len(prompt)))
         yield Prompt(item.id, item.messages[-1].content, prompt, messages, answer)
 
 
-def join_reply(prompt: Sequence[int], reply: Sequence[int], eos_id: int, max_length: int) -> IntArray:
-    """prompt + reply + end token, int32 [S <= max_length], cut as `encode_groups` says."""
-    kept = list(reply[: kept_of_reply(prompt, reply, max_length)])
-    room = max_length - 1 - len(kept)
-    return np.array([*prompt[max(0, len(prompt) - room) :], *kept, eos_id], np.int32)
+def join_reply(prompt: Sequence[int], reply: Sequence[int], ending: Sequence[int], max_length: int) -> IntArray:
+    """prompt + reply + ending (of a finished reply its end token), int32 [S <= max_length], cut as `encode_groups` says."""
+    kept = list(reply[: kept_of_reply(prompt, reply, ending, max_length)])
+    room = max_length - len(ending) - len(kept)
+    return np.array([*prompt[max(0, len(prompt) - room) :], *kept, *ending], np.int32)
 
 
-def kept_of_reply(prompt: Sequence[int], reply: Sequence[int], max_length: int) -> int:
-    """How many of a reply's tokens `join_reply` keeps, without the end token."""
+def kept_of_reply(prompt: Sequence[int], reply: Sequence[int], ending: Sequence[int], max_length: int) -> int:
+    """How many of a reply's own tokens `join_reply` keeps."""
     reserved = min(len(prompt), max_length // PROMPT_SHARE)
-    return min(len(reply), max_length - 1 - reserved)
+    return min(len(reply), max_length - len(ending) - reserved)
 
 
 def check_system_options(template: Template, config: DataConfig) -> None:

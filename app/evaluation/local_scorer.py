@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from app.config.recipe import Recipe
 from app.config.serving import ModelKind
-from app.data.encoding import join_reply, kept_of_reply
-from app.data.templates import Template, build_template
 from app.evaluation.progress import progress
 from app.evaluation.reply_scores import Replies
-from app.experience import IntArray
-from app.formats.records import Message
 from app.models.context import context_of, require_context
 from app.models.heads import check_reward_model
-from app.models.load import check_model_folder, load_tokenizer
+from app.models.load import check_model_folder
+from app.models.replies import ReplyEncoder
 from app.models.scoring import ScoringModel
 
 
@@ -35,35 +31,9 @@ def check_scorer(path: str, recipe: Recipe, kind: ModelKind = "reward") -> None:
     require_context(context_of(path), recipe.data.max_length, "data.max_length")
 
 
-@dataclass(frozen=True)
-class EncodedReply:
-    """A reply behind its conversation. ids: int32 [s]; reply_tokens: the last of them, its end token among them, are the reply's."""
-
-    ids: IntArray
-    reply_tokens: int
-    truncated: bool
-
-
-@dataclass(frozen=True)
-class ReplyEncoder:
-    """Writes replies as the models were trained on them: by the template, cut to `max_length` as `app.data.encoding` says."""
-
-    template: Template
-    max_length: int
-
-    @classmethod
-    def of(cls, path: str, recipe: Recipe) -> ReplyEncoder:
-        """With a model's tokenizer, data.template and data.max_length."""
-        return cls(build_template(recipe.data.template, load_tokenizer(path, recipe.model.trust_remote_code)), recipe.data.max_length)
-
-    def encode(self, conversation: Sequence[Message], texts: Sequence[str]) -> list[EncodedReply]:
-        """Each text as a reply to a conversation that ends in a user turn."""
-        prompt, _ = self.template.encode(conversation, open_assistant=True)
-        return [self._join(prompt, self.template.encode_text(text)) for text in texts]
-
-    def _join(self, prompt: Sequence[int], reply: Sequence[int]) -> EncodedReply:
-        ids = join_reply(prompt, reply, self.template.eos_id, self.max_length)
-        return EncodedReply(ids, kept_of_reply(prompt, reply, self.max_length) + 1, len(prompt) + len(reply) + 1 > self.max_length)
+def reply_encoder(path: str, recipe: Recipe) -> ReplyEncoder:
+    """With a model's tokenizer, data.template and data.max_length."""
+    return ReplyEncoder.of(path, recipe.data.template, recipe.data.max_length, trust_remote_code=recipe.model.trust_remote_code)
 
 
 def load_scorer(path: str, recipe: Recipe, kind: ModelKind = "reward") -> ScoringModel:
@@ -82,7 +52,7 @@ class LocalScorer:
     def __init__(self, path: str, recipe: Recipe) -> None:
         check_scorer(path, recipe)
         self._path, self._recipe = path, recipe
-        self._encoder = ReplyEncoder.of(path, recipe)
+        self._encoder = reply_encoder(path, recipe)
 
     def score(self, replies: Sequence[Replies]) -> list[list[float]]:
         """Every reply behind its conversation, batched by length. Shows progress."""

@@ -27,7 +27,7 @@ from app.config.serving import ModelKind
 from app.data.record_store import Records
 from app.durable import read_json, sync, tree_hash, write_json
 from app.errors import ConfigError, Interrupted, ModelError
-from app.evaluation.local_scorer import ReplyEncoder, check_scorer, load_scorer
+from app.evaluation.local_scorer import check_scorer, load_scorer, reply_encoder
 from app.evaluation.progress import progress
 from app.evaluation.reply_records import Reply, open_replies, read_replies, source_digest
 from app.models.scoring import kind_of
@@ -209,7 +209,7 @@ def _score_parts(job: Job, number: int, path: str, kind: ModelKind, records: Rec
     missing = [(file, rows) for file, rows in _parts(job, number, len(records)) if not file.is_file()]
     if not missing:
         return
-    encoder, model = ReplyEncoder.of(path, job.recipe), load_scorer(path, job.recipe, kind)
+    encoder, model = reply_encoder(path, job.recipe), load_scorer(path, job.recipe, kind)
     for file, rows in missing:
         replies = groupby(records[rows], key=attrgetter("messages"))
         encoded = [one for messages, same in replies for one in encoder.encode(messages, [reply.text for reply in same])]

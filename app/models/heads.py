@@ -101,12 +101,14 @@ def convert_reward_model(path: str, folder: str | Path, *, precision: Precision 
     model.config.get_text_config().pad_token_id = _padding_token(tokenizer, model.config, path)
     if not tokenizer.chat_template and set(OASST_TOKENS[:3]) <= tokenizer.get_vocab().keys():
         tokenizer.chat_template = OASST_CHAT_TEMPLATE
-    save_reward_model(model, tokenizer, folder, reward_offset(model))
+    save_reward_model(model, tokenizer, folder, getattr(model.config, "reward_offset", None))
 
 
-def save_reward_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, reward_offset: float) -> None:
-    """Write a folder that plain transformers loads: safetensors, config with `reward_offset`, tokenizer that pads as the model reads."""
-    model.config.reward_offset = float(reward_offset)
+def save_reward_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, reward_offset: float | None) -> None:
+    """Write a folder that plain transformers loads: safetensors, config with `reward_offset` where it has one, tokenizer that pads as the
+    model reads."""
+    if reward_offset is not None:
+        model.config.reward_offset = reward_offset
     padding = copy.deepcopy(tokenizer)
     padding.padding_side = "right"
     padding.pad_token = tokenizer.convert_ids_to_tokens(model.config.get_text_config().pad_token_id)
@@ -116,6 +118,12 @@ def save_reward_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 def reward_offset(model: PreTrainedModel) -> float:
     """What is subtracted from every raw score of this model; 0 where its config has none."""
     return float(getattr(model.config, "reward_offset", 0.0))
+
+
+def has_reward_offset(path: str, trust_remote_code: bool = False) -> bool:
+    """Whether the config of a folder names one: `corral rm` has trained the model, or Open-Assistant."""
+    config = load_config(path, trust_remote_code)
+    return isinstance(config, OpenAssistantConfig) or hasattr(config, "reward_offset")
 
 
 def pooling_of(model: PreTrainedModel) -> Pooling:

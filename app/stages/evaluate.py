@@ -12,9 +12,12 @@ import numpy as np
 
 from app.config.evaluation import EvaluationConfig
 from app.data.templates import Template
+from app.errors import ScoringError
 from app.evaluation_statistics import mean_interval, paired_bootstrap, win_rate
-from app.experience import Prompt, Rollout
-from app.interfaces import RolloutPool, Scorer
+from app.experience import DoubleArray, Prompt, Rollout
+from app.interfaces import RolloutPool
+from app.rewards.part import Failed
+from app.rewards.reward_model import RewardModelReward
 
 Gold = Callable[[Prompt, str], float]
 
@@ -41,24 +44,32 @@ class Answers:
 
 
 def answer(
-    pool: RolloutPool, scorer: Scorer, prompts: Sequence[Prompt], template: Template, config: EvaluationConfig, gold: Gold | None
+    pool: RolloutPool, judge: RewardModelReward, prompts: Sequence[Prompt], template: Template, config: EvaluationConfig, gold: Gold | None
 ) -> Answers:
     """Sample one answer per prompt from the policy that the pool holds now, and judge it.
 
-    `kl` is per sequence the summed k1 estimate, log p(policy) - log p(reference) over the response tokens.
+    `kl` is per sequence the summed k1 estimate, log p(policy) - log p(reference) over the response tokens. Raises ScoringError.
     """
     rollouts = pool.submit(prompts, seed=config.seed).result()
-    sequences = [rollout.sequence for rollout in rollouts]
-    pending_scores, pending_reference = scorer.scores(sequences), scorer.logprobs(sequences)
+    pending_scores = judge.score(rollouts)
+    pending_reference = judge.scorer.logprobs([rollout.sequence for rollout in rollouts])
     texts = tuple(template.decode(rollout.ids) for rollout in rollouts)
     kl = [float((r.logprobs - r.of_response(row)).sum()) for r, row in zip(rollouts, pending_reference.result(), strict=True)]
     return Answers(
         rollouts=tuple(rollouts),
         texts=texts,
-        scores=np.asarray(pending_scores.result(), dtype=np.float64),
+        scores=_all_scores(pending_scores.result(), prompts),
         gold=np.array([gold(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]) if gold else None,
         kl=np.asarray(kl),
     )
+
+
+def _all_scores(scores: Sequence[float | Failed], prompts: Sequence[Prompt]) -> DoubleArray:
+    """float64 [B]; raises ScoringError where one failed."""
+    for score, prompt in zip(scores, prompts, strict=True):
+        if isinstance(score, Failed):
+            raise ScoringError(f"the answer to the held-out prompt {prompt.id} cannot be scored: {score.reason}")
+    return np.array(scores, dtype=np.float64)
 
 
 def compare(before: Answers, after: Answers, config: EvaluationConfig) -> dict[str, Any]:

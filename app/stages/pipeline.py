@@ -16,6 +16,7 @@ from app.data.pretraining import NAME, write_pretraining
 from app.errors import ModelError
 from app.models.load import seen_from_anywhere, writes_text
 from app.models.trainable import check_trainable
+from app.models.vocabulary import require_critic_vocabulary
 from app.planning.placement import engines_load_early
 from app.report import write_report
 from app.run_folder import MODEL, RunFolder
@@ -24,7 +25,7 @@ from app.stages.interruption import raise_unserved
 from app.stages.ppo import PromptSets, gold_of, open_pool, prompt_sets, train_ppo
 from app.stages.preparation import prepare
 from app.stages.reward_model import set_reward_offset, train_reward_model, training_replies
-from app.stages.rewards import StartScoring
+from app.stages.rewards import MAIN, StartScoring, served_reward_models
 from app.stages.sft import train_sft
 from app.tracking import RunTracker
 from app.workers.memory import PeakMemory, raylet_pids
@@ -100,7 +101,12 @@ class Pipeline:
     def given_reward_model(self, sft_path: str) -> str:
         """`reward.path`, or the embedded task's reward model trained here."""
         given = self.recipe.reward.path
-        return seen_from_anywhere(given) if given else self.reward_model(sft_path)
+        if given is None:
+            return self.reward_model(sft_path)
+        path = seen_from_anywhere(given)
+        if self.recipe.ppo.has_critic_model:
+            require_critic_vocabulary(path, sft_path, trust_remote_code=self.recipe.model.trust_remote_code)
+        return path
 
     def ppo(self, sft_path: str, reward_path: str, start_scoring: StartScoring) -> str:
         """PPO from the SFT model against the reward model; returns the folder of the PPO model."""
@@ -227,17 +233,18 @@ def run_evaluation(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunT
         own_sft = recipe.model.path == "embedded" or (run.path / "sft").is_dir()
         sft_path = run.model("sft") if own_sft else pipeline.prepared.model_path
         held_out = pipeline.prompts.held_out
-        gold, template = gold_of(recipe), pipeline.prepared.template
+        gold, template, trust = gold_of(recipe), pipeline.prepared.template, recipe.model.trust_remote_code
         one_engine = with_values(recipe, {"rollout.transfer": "object_store"})  # it takes the second model's weights from their files
         with (
             open_pool(one_engine, sft_path, held_out, template.eos_id) as pool,
-            start_scoring([reward_path], sft_path) as (scorer,),
+            served_reward_models([], reward_path, sft_path, template.decode, start_scoring, trust_remote_code=trust) as models,
         ):
+            judge = models[MAIN]
             pool.ready()
             tracker.note(f"evaluate: the SFT model answers {len(held_out)} held-out prompts")
-            before = answer(pool, scorer, held_out, template, recipe.evaluation, gold)
+            before = answer(pool, judge, held_out, template, recipe.evaluation, gold)
             pool.load_folder(ppo_path, 1)
             tracker.note(f"evaluate: the PPO model answers the same {len(held_out)} prompts")
-            after = answer(pool, scorer, held_out, template, recipe.evaluation, gold)
+            after = answer(pool, judge, held_out, template, recipe.evaluation, gold)
         write_examples(run.path / "examples.jsonl", held_out, before, after, recipe.evaluation.examples)
         return pipeline.summarise(evaluation=compare(before, after, recipe.evaluation))

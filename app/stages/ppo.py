@@ -29,7 +29,7 @@ from app.stages.evaluate import Answers, Gold, answer, compare, write_examples
 from app.stages.healing import HealedLearner
 from app.stages.interruption import stop_requests
 from app.stages.preparation import Prepared
-from app.stages.rewards import MAIN, StartScoring, open_reward, reward_scorers
+from app.stages.rewards import MAIN, StartScoring, open_reward, rewriting_note, served_reward_models
 from app.tracking import METRICS_FILE, RunTracker
 from app.workers.learner import LearnerSpec
 from app.workers.learner_group import RayLearner, learner_group
@@ -146,25 +146,36 @@ def train_ppo(
             forget=pool.discard,
             note=tracker.note,
         ) as learner,
-        reward_scorers(recipe.reward, reward_path, policy_path, start_scoring) as scorers,
-        open_reward(recipe.reward, scorers, template.decode, deadline_seconds=recipe.run.deadline_seconds) as reward,
+        served_reward_models(
+            recipe.reward.model_paths(),
+            reward_path,
+            policy_path,
+            template.decode,
+            start_scoring,
+            trust_remote_code=recipe.model.trust_remote_code,
+        ) as models,
+        open_reward(recipe.reward, models, template.decode, deadline_seconds=recipe.run.deadline_seconds) as reward,
     ):
-        scorer = scorers[MAIN]
+        judge = models[MAIN]
+        if note := rewriting_note(models):
+            tracker.event("ppo", 0, note)
         pool.ready()
         learner.ready()
         tracker.note(f"ppo: the policy answers {len(prompts.held_out)} held-out prompts before it is trained")
-        before = answer(pool, scorer, prompts.held_out, template, recipe.evaluation, gold)
+        before = answer(pool, judge, prompts.held_out, template, recipe.evaluation, gold)
         canaries = canaries_of(before.rollouts)
 
         def train(group: RayLearner) -> LoopState:
-            state = _resume_and_run(recipe, run, tracker, group, pool, reward, scorer, prompts.train, template, canaries, stop_requested)
+            state = _resume_and_run(
+                recipe, run, tracker, group, pool, reward, judge.scorer, prompts.train, template, canaries, stop_requested
+            )
             group.export(str(folder / "model"))
             return state
 
         with stop_requests() as stop_requested:
             state = learner.run(train)
         tracker.note(f"ppo: the policy answers the same {len(prompts.held_out)} prompts after {state.step} steps")
-        after = answer(pool, scorer, prompts.held_out, template, recipe.evaluation, gold)
+        after = answer(pool, judge, prompts.held_out, template, recipe.evaluation, gold)
     results = compare(before, after, recipe.evaluation) | loop_results(run, state) | {"truncated": prompts.truncated}
     write_examples(run.path / "examples.jsonl", prompts.held_out, before, after, recipe.evaluation.examples)
     tracker.log("evaluation", state.step, _scalars(before, after))

@@ -9,6 +9,8 @@ from app.config.reward import RewardConfig
 from app.experience import IntArray
 from app.interfaces import Scorer
 from app.models.load import seen_from_anywhere
+from app.models.replies import Rewriter
+from app.models.vocabulary import other_vocabulary
 from app.rewards.mix import Part, RewardMix, RuleSource
 from app.rewards.part import IsolatedPart, RewardPart, RulePart
 from app.rewards.reward_model import RewardModelPart, RewardModelReward
@@ -17,33 +19,55 @@ from app.workers.rule_processes import RuleProcesses
 StartScoring = Callable[[Sequence[str], str], AbstractContextManager[Sequence[Scorer]]]
 """(reward model folders, reference policy folder) -> a scorer per reward model, of one service, for the length of a `with` block."""
 
+Decode = Callable[[IntArray], str]
+
 MAIN = ""
-"""Key of the scorer of the main reward model: that of `reward.path`, or the one that was trained in this run."""
+"""Key of the main reward model: that of `reward.path`, or the one that was trained in this run."""
 
 
 @contextmanager
-def reward_scorers(config: RewardConfig, reward_path: str, reference_path: str, start_scoring: StartScoring) -> Iterator[dict[str, Scorer]]:
-    """A scorer for every reward model of the mix, by its folder as the recipe writes it, and as MAIN that of `reward_path`; their
-    service is up for the length of a `with` block."""
-    folders = {MAIN: reward_path, **{path: seen_from_anywhere(path) for path in config.model_paths()}}
+def served_reward_models(
+    paths: Sequence[str], reward_path: str, policy_path: str, decode: Decode, start_scoring: StartScoring, *, trust_remote_code: bool
+) -> Iterator[dict[str, RewardModelReward]]:
+    """Every reward model of `paths`, by its folder as the recipe writes it, and as MAIN that of `reward_path`; their service, which has
+    the reference policy too, is up for the length of a `with` block.
+
+    A model whose tokenizer is not the policy's is given the text, as its chat template writes it. decode: response ids -> text. Raises
+    ModelError where a model has no chat template and needs one."""
+    folders = {MAIN: reward_path, **{path: seen_from_anywhere(path) for path in paths}}
     served = list(dict.fromkeys(folders.values()))
-    with start_scoring(served, reference_path) as scorers:
-        yield {path: scorers[served.index(folder)] for path, folder in folders.items()}
+    rewriters = {folder: _rewriter(folder, policy_path, decode, trust_remote_code) for folder in served}
+    with start_scoring(served, policy_path) as scorers:
+        yield {path: RewardModelReward(scorers[served.index(folder)], rewriters[folder]) for path, folder in folders.items()}
+
+
+def _rewriter(folder: str, policy_path: str, decode: Decode, trust_remote_code: bool) -> Rewriter | None:
+    if other_vocabulary(folder, policy_path, trust_remote_code=trust_remote_code) is None:
+        return None
+    return Rewriter.of(folder, decode, trust_remote_code=trust_remote_code)
+
+
+def rewriting_note(models: Mapping[str, RewardModelReward]) -> str | None:
+    """Which reward models are given text, for the record; None where all read the policy's token ids."""
+    names = [path or "reward.path" for path, model in models.items() if model.rewrite is not None]
+    if not names:
+        return None
+    return f"{', '.join(names)}: another tokenizer than the policy's; answers are scored as text, written by the model's own chat template"
 
 
 @contextmanager
 def open_reward(
-    config: RewardConfig, scorers: Mapping[str, Scorer], decode: Callable[[IntArray], str], *, deadline_seconds: float
+    config: RewardConfig, models: Mapping[str, RewardModelReward], decode: Decode, *, deadline_seconds: float
 ) -> Iterator[RewardMix]:
     """The mix, with the processes of its isolated parts up for the length of a `with` block.
 
-    scorers: see `reward_scorers`; decode: response ids -> text. Raises ConfigError where a part does not work in its process."""
+    models: see `served_reward_models`; decode: response ids -> text. Raises ConfigError where a part does not work in its process."""
     with ExitStack() as open_processes:
         waiting: list[RuleProcesses] = []
 
         def sources(name: str, part: RewardPart) -> tuple[RewardModelReward | RuleSource, ...]:
             if isinstance(part, RewardModelPart):
-                return tuple(RewardModelReward(scorers[path]) for path in part.paths or (MAIN,))
+                return tuple(models[path] for path in part.paths or (MAIN,))
             assert isinstance(part, RulePart)
             if not isinstance(part, IsolatedPart):
                 return (RuleSource(part, decode),)

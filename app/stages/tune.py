@@ -14,7 +14,7 @@ from app.errors import CorralError
 from app.run_folder import MODEL, RunFolder
 from app.search.records import FAILED, FOLDER
 from app.stages.pipeline import Pipeline
-from app.stages.rewards import StartScoring, reward_scorers
+from app.stages.rewards import StartScoring, rewriting_note, served_reward_models
 from app.stages.tuning.records import trial_row, write_history
 from app.stages.tuning.search import begin_or_resume, run_search
 from app.stages.tuning.trial import TrialInputs
@@ -41,10 +41,13 @@ def run_tune(
             return pipeline.summarise(tune=results)
         folder = run.stage(FOLDER)
         begin_or_resume(folder, pipeline.parents)
-        with reward_scorers(recipe.reward, reward_path, sft_path, start_scoring) as scorers:
-            inputs = TrialInputs(
-                recipe, str(folder), sft_path, reward_path, scorers, pipeline.prompts, pipeline.prepared.template, pipeline.pretraining()
-            )
+        template, trust = pipeline.prepared.template, recipe.model.trust_remote_code
+        with served_reward_models(
+            recipe.reward.model_paths(), reward_path, sft_path, template.decode, start_scoring, trust_remote_code=trust
+        ) as models:
+            if note := rewriting_note(models):
+                tracker.event("tune", 0, note)
+            inputs = TrialInputs(recipe, str(folder), sft_path, reward_path, models, pipeline.prompts, template, pipeline.pretraining())
             trials = run_search(recipe, inputs, run.path, concurrent, tracker)
         rows = [trial_row(trial, recipe.ppo.steps) for trial in trials]
         write_history(folder)

@@ -22,8 +22,8 @@ from app.config.tune import BY_ANSWERS
 from app.data.templates import Template
 from app.durable import read_json, write_json
 from app.errors import AlarmError, ConfigError, NonFiniteError
-from app.interfaces import Scorer
 from app.planning.roles import TRIAL_CPUS
+from app.rewards.reward_model import RewardModelReward
 from app.run_folder import MODEL
 from app.search.records import REFUSED
 from app.stages.actor_learner import LoopState, Parts, actor_learner_loop
@@ -54,7 +54,7 @@ class TrialInputs:
     folder: str
     sft_path: str
     reward_path: str
-    scorers: Mapping[str, Scorer]
+    models: Mapping[str, RewardModelReward]
     prompts: PromptSets
     template: Template
     pretraining: Path | None = None
@@ -184,28 +184,28 @@ def train(
         ranks = bundles(1, learners)
         learner = stack.enter_context(start_learner(recipe, inputs.sft_path, inputs.reward_path, ranks, pretraining=inputs.pretraining))
         deadline = recipe.run.deadline_seconds
-        reward = stack.enter_context(open_reward(recipe.reward, inputs.scorers, decode, deadline_seconds=deadline))
+        reward = stack.enter_context(open_reward(recipe.reward, inputs.models, decode, deadline_seconds=deadline))
         pool.ready()
         learner.ready()
         state = LoopState()
         if saved is not None:
             learner.load(str(saved.path))
             state = restored_loop(saved.state, recipe)
-        scorer = inputs.scorers[MAIN]
+        judge = inputs.models[MAIN]
         canaries = [prompt.ids for prompt in sets.train.prompts[:CANARIES]]
         if recipe.tune.objective in BY_ANSWERS:
             held_out = sets.held_out[: recipe.tune.eval_prompts]
             gold = gold_of(recipe) if recipe.tune.objective == "gold" else None
 
             def evaluate() -> tuple[float, float]:
-                answers = answer(pool, scorer, held_out, template, recipe.evaluation, gold)
+                answers = answer(pool, judge, held_out, template, recipe.evaluation, gold)
                 scores = answers.scores if answers.gold is None else answers.gold
                 return float(scores.mean()), float(answers.kl.mean())
 
             reporter.evaluate = evaluate
         reporter.export = lambda: learner.export(str(model))
         parts = Parts(
-            learner, pool, weight_publisher(recipe, learner, pool, canaries), reward, scorer, reporter, reporter, sets.train,
+            learner, pool, weight_publisher(recipe, learner, pool, canaries), reward, judge.scorer, reporter, reporter, sets.train,
             template.pad_id, recipe.rollout.max_new_tokens, watch,
         )  # fmt: skip
         every_step = recipe.ppo.model_copy(update={"save_every": 1})  # the reporter decides what a step leaves

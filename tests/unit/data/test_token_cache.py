@@ -74,7 +74,7 @@ def test_prompts(template: Template) -> None:
 def test_join_reply(prompt: int, reply: int, max_length: int) -> None:
     """Never too long, always ends in eos; the prompt keeps its newest tokens, the reply its first ones, and nothing is cut without need."""
     prompt_ids, reply_ids, eos = list(range(100, 100 + prompt)), list(range(200, 200 + reply)), 0
-    out = join_reply(prompt_ids, reply_ids, eos, max_length).tolist()
+    out = join_reply(prompt_ids, reply_ids, [eos], max_length).tolist()
     assert len(out) == min(prompt + reply + 1, max_length)
     assert out[-1] == eos
     from_prompt = [token for token in out[:-1] if token < 200]

@@ -14,8 +14,8 @@ from tokenizers.models import WordLevel
 
 from app.config.loading import load_recipe, with_values
 from app.config.recipe import Recipe
-from app.errors import ConfigError, ModelError
-from app.models.vocabulary import require_same_vocabulary
+from app.errors import ConfigError
+from app.models.vocabulary import other_vocabulary
 from jobs.inputs import check_inputs
 from jobs.main import main
 from jobs.resuming import require_unfinished
@@ -262,47 +262,36 @@ def test_answers_longer_than_a_reward_model_takes(refused: Refused, tmp_path: Pa
         assert f"{tokens}reward.parts.mine.paths = {short}'s context is 95" in error
 
 
-def test_a_reward_model_of_another_tokenizer(refused: Refused, tmp_path: Path) -> None:
-    """Of the same size, so that every id has some meaning to it, and of a larger one."""
+def test_a_critic_that_starts_from_a_reward_model_of_another_tokenizer(refused: Refused, tmp_path: Path) -> None:
+    """Of the same size, so that every id has some meaning to it."""
     run = f"--run.dir={tmp_path / 'run'}"
-    policy = model_folder(tmp_path / "policy")
-    swapped, larger = (
-        model_folder(tmp_path / "a", words=("[UNK]", "no", "yes")),
-        model_folder(tmp_path / "b", words=("[UNK]", "yes", "or", "no")),
-    )
-    for command in ("ppo", "tune", "evaluate"):
-        (tmp_path / "run" / "ppo" / "model").mkdir(parents=True, exist_ok=True)
+    policy, swapped = model_folder(tmp_path / "policy"), model_folder(tmp_path / "a", words=("[UNK]", "no", "yes"))
+    for command in ("ppo", "tune"):
         error = refused(command, TINY, f"--model.path={policy}", f"--reward.path={swapped}", run)
-        assert f"reward.path = {swapped}: its tokenizer is not that of the policy {policy}" in error
+        assert f"reward.path = {swapped}: PPO's critic starts from it, and its tokenizer is not that of the policy {policy}" in error
         assert "'yes' is 1 for the policy and is 2 for the reward model" in error
-        assert f"corral rm --model.path={policy}" in error
+        assert 'set ppo.critic_model = "value_head"' in error and f"corral rm --model.path={policy}" in error
+    assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+def test_a_reward_model_of_another_tokenizer_that_has_no_chat_template(refused: Refused, tmp_path: Path) -> None:
+    run = f"--run.dir={tmp_path / 'run'}"
+    policy, larger = model_folder(tmp_path / "policy"), model_folder(tmp_path / "b", words=("[UNK]", "yes", "or", "no"), template=False)
     part = f'--reward.parts.mine={{type="reward_model", paths=["{policy}", "{larger}"]}}'
+    reads_text = f"{larger}, which has another tokenizer than the policy and so reads text: tokenizer {larger}: no chat template"
     for command in ("pipeline", "ppo"):
         error = refused(command, TINY, f"--model.path={policy}", f"--reward.path={policy}", part, "--scoring.reference.cpus=0.05", run)
-        assert f"reward.parts.mine.paths = {larger}: " in error and "'no' is 2 for the policy and is 3" in error
-    assert not (tmp_path / "run" / "manifest.json").exists()
+        assert f"reward.parts.mine.paths = {reads_text}" in error
+    (tmp_path / "run" / "ppo" / "model").mkdir(parents=True)
+    assert f"reward.path = {reads_text}" in refused("evaluate", TINY, f"--model.path={policy}", f"--reward.path={larger}", run)
 
 
 def test_a_reward_model_that_lacks_a_token_of_the_policy_and_one_that_has_more(tmp_path: Path) -> None:
     small, padded = model_folder(tmp_path / "small"), model_folder(tmp_path / "padded", words=("[UNK]", "yes", "no", "[PAD]"))
     large = model_folder(tmp_path / "large", words=("[UNK]", "yes", "no", "maybe"))
-    with pytest.raises(ModelError, match="'maybe' is 3 for the policy and does not exist for the reward model"):
-        require_same_vocabulary(small, large, name="reward.path")
-    require_same_vocabulary(large, small, name="reward.path")
-    require_same_vocabulary(small, padded, name="reward.path")  # no sequence holds padding
-
-
-def test_the_scoring_service_looks_at_tokenizers_that_were_not_there_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of a hub, and of models that this run has trained."""
-    from jobs import scoring_service
-
-    monkeypatch.setattr(scoring_service, "start_scoring", lambda config, *, reward_paths, **_: reward_paths)
-    start = scoring_service.scoring_service(Recipe())
-    policy, same = model_folder(tmp_path / "policy"), model_folder(tmp_path / "same")
-    other = model_folder(tmp_path / "other", words=("[UNK]", "no", "yes"))
-    assert start([same, policy], policy) == [same, policy]
-    with pytest.raises(ModelError, match=f"reward model = {other}: its tokenizer is not that of the policy {policy}"):
-        start([same, other], policy)
+    assert other_vocabulary(small, large) == "'maybe' is 3 for the policy and does not exist for the reward model"
+    assert other_vocabulary(large, small) is None
+    assert other_vocabulary(small, padded) is None  # no sequence holds padding
 
 
 def test_a_run_folder_of_another_config_is_left_alone(refused: Refused, tmp_path: Path) -> None:

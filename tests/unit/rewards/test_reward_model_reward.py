@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from app.errors import DeadlineError, ScoringError
+from app.errors import DeadlineError, ModelError, ScoringError
 from app.experience import FinishReason, FloatArray, IntArray, Prompt, Rollout
 from app.rewards.part import Failed
 from app.rewards.reward_model import RewardModelReward
@@ -50,6 +50,34 @@ def rollout(prompt: int, *response: int) -> Rollout:
 
 
 ROLLOUTS = [rollout(1, 10), rollout(2, 20, 20), rollout(3, 30)]
+
+
+def twice(rollout: Rollout) -> IntArray:
+    """What a model of another tokenizer reads."""
+    if rollout.prompt.ids[0] == 2:
+        raise ModelError("its chat template refuses the conversation")
+    return np.repeat(rollout.sequence, 2)
+
+
+def test_a_model_of_another_tokenizer_reads_what_is_written_for_it() -> None:
+    scorer = FakeScorer()
+    assert RewardModelReward(scorer, twice).score(ROLLOUTS).result() == [22.0, Failed("its chat template refuses the conversation"), 66.0]
+    assert scorer.requests == [2]
+
+
+def test_where_nothing_can_be_written_for_it_nothing_is_asked() -> None:
+    scorer = FakeScorer()
+    assert RewardModelReward(scorer, twice).score(ROLLOUTS[1:2]).result() == [Failed("its chat template refuses the conversation")]
+    assert scorer.requests == []
+
+
+def test_what_cannot_be_written_keeps_its_place_when_a_request_is_split() -> None:
+    scores = RewardModelReward(FakeScorer(poisoned=frozenset({3})), twice).score(ROLLOUTS).result()
+    assert scores[0] == 22.0
+    assert [isinstance(score, Failed) and score.reason.partition(":")[0] for score in scores[1:]] == [
+        "its chat template refuses the conversation",
+        "reward replica died",
+    ]
 
 
 def test_scores_prompt_and_response_in_one_request() -> None:

@@ -34,9 +34,9 @@ class Stages:
         self.trained: Counter[str] = Counter()
         self.given: list[Any] = []
         self.ends: list[Any] = []
-        monkeypatch.setattr(
-            pipeline, "prepare", lambda *_: SimpleNamespace(model_path="base", template=None, corpus=SimpleNamespace(pretraining=None))
-        )
+        prepared = SimpleNamespace(model_path="base", template=SimpleNamespace(decode=str), corpus=SimpleNamespace(pretraining=None))
+        monkeypatch.setattr(pipeline, "prepare", lambda *_: prepared)
+        monkeypatch.setattr("app.stages.rewards.other_vocabulary", lambda *_, **__: None)
         monkeypatch.setattr(pipeline, "PeakMemory", lambda _: SimpleNamespace(__enter__=None, __exit__=None, peak_bytes=0))
         monkeypatch.setattr(pipeline.Pipeline, "__enter__", lambda self: self)
         monkeypatch.setattr(pipeline.Pipeline, "__exit__", lambda self, *_: None)
