@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 CHECKPOINT_TAG = "engine"
+GATHERED_BYTES = 256 * 2**20  # parameters that a ZeRO 3 worker holds whole at a time, beside those of its share
 RANDOM_FILE = "random-{rank:05d}.pt"
 
 
@@ -197,17 +198,32 @@ def full_parameters(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every wanted parameter once (tied ones under their first name) with its full, detached tensor, under any ZeRO stage.
 
-    Under ZeRO 3 each step of the iteration is a collective: every worker has to iterate to the end. The tensor is only
-    valid until the next step; copy what is to be kept.
+    Under ZeRO 3 they are gathered in buckets of GATHERED_BYTES, copied one by one, and every worker has to iterate to the end. Under
+    other stages they are the engine's own, which the next optimizer step changes.
     """
     parameters = [(name, parameter) for name, parameter in engine.module.named_parameters() if wanted(name, parameter)]
     if engine.zero_optimization_stage() != 3:
         yield from ((name, parameter.detach()) for name, parameter in parameters)
         return
     deepspeed = import_deepspeed()
+    for bucket in _buckets(parameters, GATHERED_BYTES):
+        with deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket]):
+            yield from ((name, parameter.detach().clone()) for name, parameter in bucket)
+
+
+def _buckets(parameters: Iterable[tuple[str, torch.nn.Parameter]], limit: int) -> Iterator[list[tuple[str, torch.nn.Parameter]]]:
+    """In order, as many at a time as have at most `limit` bytes together when they are gathered; a larger one alone."""
+    bucket: list[tuple[str, torch.nn.Parameter]] = []
+    room = limit
     for name, parameter in parameters:
-        with deepspeed.zero.GatheredParameters([parameter]):
-            yield name, parameter.detach().clone()
+        size = getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+        if bucket and size > room:
+            yield bucket
+            bucket, room = [], limit
+        bucket.append((name, parameter))
+        room -= size
+    if bucket:
+        yield bucket
 
 
 @contextmanager

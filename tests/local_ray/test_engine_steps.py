@@ -6,6 +6,9 @@ import json
 import math
 import subprocess
 import sys
+from typing import Any
+
+import pytest
 
 ENGINES = """
 import json, os, sys
@@ -13,6 +16,7 @@ import torch
 from app.config.shared import DeepSpeedConfig, OptimizerConfig
 from app.errors import NonFiniteError
 from app.numerics.policy_loss import clipped_policy_loss
+from app.workers import deepspeed_engine
 from app.workers.deepspeed_engine import backward_scaled, import_deepspeed, optimizer_step, start_engine
 
 os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
@@ -55,14 +59,38 @@ def attempt(precision, stage):
         said = str(error)
     return {"stage": engine.zero_optimization_stage(), "norm": norm, "said": said, "same": torch.equal(before, weights(engine))}
 
-print(json.dumps([attempt("fp32", 0), attempt("fp32", 1), attempt("fp32", 3), attempt("bf16", 1), attempt("bf16", 2)]))
+def collected():  # every weight under ZeRO 3, and how many were whole at a time
+    layers = torch.nn.Sequential(*(torch.nn.Linear(4, 4, bias=False) for _ in range(5)))
+    expected = [layer.weight.detach().clone() for layer in layers]
+    ds = DeepSpeedConfig(extra={"zero_optimization": {"stage": 3}})
+    engine = start_engine(layers, OptimizerConfig(), ds, precision="fp32", micro_batch_size=1, accumulation=1, total_steps=9)
+    deepspeed_engine.GATHERED_BYTES = 2 * 4 * 4 * 4
+    whole, found = [], []
+    for name, tensor in deepspeed_engine.full_parameters(engine):
+        found.append(tensor)
+        whole.append(sum(parameter.numel() > 0 for parameter in engine.module.parameters()))
+    return {"same": all(map(torch.equal, found, expected)), "whole": whole}
+
+found = collected()
+print(json.dumps([found, attempt("fp32", 0), attempt("fp32", 1), attempt("fp32", 3), attempt("bf16", 1), attempt("bf16", 2)]))
 """
 
 
-def test_a_loss_that_is_finite_and_its_gradient_not() -> None:
+@pytest.fixture(scope="module")
+def said() -> list[Any]:
+    """What the process has found."""
     done = subprocess.run([sys.executable, "-c", ENGINES], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    attempts = json.loads(done.stdout.splitlines()[-1])
+    found: list[Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_zero_3_gathers_weights_in_buckets_and_each_copy_outlives_its_bucket(said: list[Any]) -> None:
+    assert said[0] == {"same": True, "whole": [2, 2, 2, 2, 1]}
+
+
+def test_a_loss_that_is_finite_and_its_gradient_not(said: list[Any]) -> None:
+    attempts = said[1:]
     assert [attempt["stage"] for attempt in attempts] == [0, 1, 3, 1, 2]
     for attempt in attempts:
         assert math.isfinite(attempt["norm"]) and attempt["norm"] > 0
