@@ -15,7 +15,7 @@ from app.planning.placement import StagePlacement, concurrent_trials, placement
 from app.planning.roles import Role
 from app.planning.timing import Timing, Workload, stage_timing
 
-CONTEXT = int(0.8 * GIB)  # what CUDA, its libraries and NCCL take of a GPU for each process
+CONTEXT = int(0.8 * GIB)  # what CUDA, its libraries and NCCL take of a GPU for each process; vLLM's share of one comes on top of its own
 RAY_BYTES = int(1.25 * GIB)  # of Ray's own processes and the driver on the first node that is used: docs/results/demo.md
 USABLE = 0.97  # of a GPU's memory: the allocator cannot use what lies between its blocks
 
@@ -171,9 +171,8 @@ def _at_its_fullest(roles: Sequence[Role], overlapping: bool) -> dict[str, Parts
     def moment(turn: str | None) -> dict[str, Parts]:
         parts: dict[str, Parts] = {}
         for role in roles:
-            working = turn is None or role.turn == turn
-            own = add(role.working if working else role.resting, {} if working and role.name == "engine" else {"context": CONTEXT})
-            parts[role.name] = add(parts.get(role.name, {}), own)
+            held = role.working if turn is None or role.turn == turn else role.resting
+            parts[role.name] = add(parts.get(role.name, {}), held, {"context": CONTEXT})
         return parts
 
     turns: Iterable[str | None] = [None] if overlapping else {role.turn for role in roles}

@@ -19,7 +19,7 @@ from app.models.heads import ValueHead
 from app.planning.cluster_file import cluster_from_file
 from app.planning.hardware import GPUS, MACHINES, Cluster, Machine, cluster_from_spec
 from app.planning.memory import Parts, total, value_head
-from app.planning.plan import Plan, make_plan
+from app.planning.plan import CONTEXT, Plan, make_plan
 from app.planning.roles import Roles
 from app.planning.shapes import SHAPES
 from app.planning.timing import Workload
@@ -87,6 +87,20 @@ def test_overlapping_roles_do_not_take_turns() -> None:
 
     assert at_work(0) == {"learner", "engine"}  # whose memory is reserved at all times
     assert at_work(1) == {"learner", "engine", "reward", "reference"}
+
+
+@pytest.mark.parametrize(("colocate", "max_lag"), [(False, 0), (False, 1), (True, 0)])
+def test_every_process_on_a_gpu_has_one_context_whoever_works(colocate: bool, max_lag: int) -> None:
+    """vLLM measures what is free after its own context is there, and takes its share of the whole GPU beside it."""
+    shares = {"ppo.workers.gpus": 0.4, "rollout.engines.gpus": 0.4, "scoring.reward.gpus": 0.1, "scoring.reference.gpus": 0.1}
+    base = {"model.precision": "bf16", "rollout.colocate": colocate, "ppo.max_lag": max_lag, "rollout.transfer": "object_store", **shares}
+    for share, rows in ((0.9, 1), (0.3, 16)):  # the engine's turn is the fullest, or the learner's
+        values = base | {"rollout.gpu_memory_utilization": share, "ppo.micro_batch_size": rows}
+        recipe = with_values(load_recipe(ROOT / "jobs" / "recipes" / "smollm2" / "ppo.toml"), values)
+        (stage,) = plan(recipe, "1x1xA100-80GB").stages
+        parts = stage.devices[0].parts
+        assert {name: held["context"] for name, held in parts.items()} == dict.fromkeys(parts, CONTEXT)
+        assert len(parts) == 4
 
 
 def test_everything_on_one_gpu_in_turns() -> None:
