@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from app.config.shared import AdapterConfig, DeepSpeedConfig, Trainable
+from app.config.shared import DeepSpeedConfig
 from app.planning.shapes import ModelShape
 
 Parts = dict[str, int]
@@ -193,35 +193,3 @@ def engine_memory(shape: ModelShape, *, width: int, tensor_parallel: int, contex
 def cpu_engine_memory(shape: ModelShape, *, width: int, kv_cache: int) -> Parts:
     """A rollout engine in host memory: its output head is held a second time, packed for the matrix units."""
     return {"weights": width * (shape.parameters + shape.embedding), "kv_cache": kv_cache}
-
-
-def value_head(shape: ModelShape) -> int:
-    """Parameters of `app.models.heads.ValueHead` on a model's states."""
-    return (shape.hidden + 1) * 2 * shape.hidden + 2 * shape.hidden + 1
-
-
-def adapter_parameters(shape: ModelShape, lora: AdapterConfig) -> int:
-    """Of adapters beside every linear layer of the trunk."""
-    wide, inner, ends = shape.hidden, shape.intermediate, 2 * shape.queries + 2 * shape.keys
-    split = (4, 3) if shape.kind == "llama" else (2, 2)  # linear layers of attention and MLP that the hidden states enter or leave
-    return shape.layers * lora.rank * (split[0] * wide + ends + split[1] * (wide + inner))
-
-
-def trained_parameters(shape: ModelShape, config: Trainable, parameters: int) -> int:
-    """Parameters with gradients, of a model of `parameters`: everything, the upper layers, or adapters with or without the embeddings."""
-    if config.freeze_layers:
-        return parameters - shape.embedding - min(config.freeze_layers, shape.layers) * shape.layer
-    if config.lora is None:
-        return parameters
-    return adapter_parameters(shape, config.lora) + (parameters - shape.layers * shape.layer if config.lora.embeddings else 0)
-
-
-def frozen_layers(shape: ModelShape, config: Trainable) -> int:
-    """Lowest layers that no gradient passes through. GPT-2's position embeddings lie below them all and are trained."""
-    return 0 if shape.kind == "gpt2" else min(config.freeze_layers, shape.layers)
-
-
-def trained_model(shape: ModelShape, config: Trainable, parameters: int, batch: Batch = NOTHING, passes: int = 1) -> Trained:
-    """A model of `parameters` of which `config` says what is trained."""
-    adapters = adapter_parameters(shape, config.lora) if config.lora else 0
-    return Trained(shape, parameters + adapters, trained_parameters(shape, config, parameters), batch, passes, frozen_layers(shape, config))

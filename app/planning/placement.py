@@ -13,10 +13,11 @@ from typing import Any
 from app.config.loading import with_values
 from app.config.recipe import Recipe
 from app.errors import PlacementError
-from app.planning.memory import GIB, trained_model
+from app.planning.memory import GIB
 from app.planning.packing import NodeResources, Slot, assign
 from app.planning.roles import FLOAT32, Role, Roles
 from app.planning.shapes import shape_of
+from app.planning.trained import trained_model
 
 _OBJECT_STORE_SHARE = 0.3  # Ray's default part of a node's memory; what does not fit there goes to the disk
 

@@ -26,12 +26,11 @@ from app.planning.memory import (
     engine_memory,
     scoring_memory,
     total,
-    trained_model,
     training_memory,
-    value_head,
 )
 from app.planning.packing import Request, Strategy
 from app.planning.shapes import shape_of
+from app.planning.trained import trained_model, value_head
 
 FLOAT32 = 4
 _PROCESS_BYTES = GIB // 2  # a Python process with torch and Ray loaded

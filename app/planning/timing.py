@@ -17,10 +17,11 @@ from app.config.search_space import grid
 from app.config.shared import DeepSpeedConfig, Trainable, WorkersConfig
 from app.config.training import TrainingConfig
 from app.planning.hardware import CPU_CORE, Accelerator, Cluster
-from app.planning.memory import MASTER, MOMENTS, WIDTHS, adapter_parameters, frozen_layers, trained_model, value_head
+from app.planning.memory import MASTER, MOMENTS, WIDTHS
 from app.planning.placement import StagePlacement
 from app.planning.roles import Role
 from app.planning.shapes import ModelShape, shape_of
+from app.planning.trained import adapter_parameters, frozen_layers, trained_model, value_head
 
 COMPUTE_SHARE = 0.4  # of peak FLOP/s in training and prefill on GPUs; peers report 0.3 to 0.5
 CPU_COMPUTE_SHARE = 0.6  # docs/results/sft_speed.md

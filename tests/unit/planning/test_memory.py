@@ -26,11 +26,10 @@ from app.planning.memory import (
     layer_activations,
     scoring_memory,
     total,
-    trained_model,
-    trained_parameters,
     training_memory,
 )
 from app.planning.shapes import SHAPES, ModelShape
+from app.planning.trained import adapter_parameters, trained_model, trained_parameters, unknown_targets
 
 WIDE, INNER, HEADS, VOCABULARY = 64, 160, 4, 96
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": WIDE, "intermediate_size": INNER, "num_attention_heads": HEADS}
@@ -208,6 +207,36 @@ def test_what_is_not_trained_has_no_gradients() -> None:
     assert everything == shape.parameters
     assert upper == 2 * shape.layer + shape.embedding + shape.hidden
     assert adapters == 39_976_960  # what peft counts for r = 16 on all linear layers of Llama-7B
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        ("neox", ()),
+        ("neox", ("query_key_value",)),
+        ("neox", ("dense", "dense_4h_to_h", "q_proj")),  # GPT-NeoX has no q_proj, and training passes over it
+        ("llama", ()),
+        ("llama", ("q_proj", "v_proj")),
+        ("llama", ("k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
+    ],
+)
+def test_adapters_are_as_large_as_the_layers_that_they_stand_beside(kind: str, targets: tuple[str, ...], embeddings: bool) -> None:
+    model, shape = build(kind, 3)
+    config = SftConfig(lora=AdapterConfig(rank=4, targets=targets, embeddings=embeddings))
+    choose_trainable(model, config, seed=0)  # type: ignore[arg-type]
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert trained_parameters(shape, config, shape.parameters) == trained
+
+
+def test_targets_of_unknown_names_count_as_all_layers() -> None:
+    """A Llama's layers are assumed of every model that is neither GPT-NeoX nor GPT-2; others may be called otherwise."""
+    llama, neox = SHAPES["llama-7b"], SHAPES["pythia-70m"]
+    everything = adapter_parameters(llama, AdapterConfig())
+    assert adapter_parameters(llama, AdapterConfig(targets=("qkv_proj", "o_proj"))) == everything
+    assert adapter_parameters(llama, AdapterConfig(targets=("q_proj", "o_proj"))) < everything / 3
+    assert unknown_targets(llama, AdapterConfig(targets=("qkv_proj", "o_proj"))) == ("qkv_proj",)
+    assert adapter_parameters(neox, AdapterConfig(targets=("q_proj",))) == adapter_parameters(neox, AdapterConfig())  # training refuses it
 
 
 @FEW

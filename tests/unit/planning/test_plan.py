@@ -18,11 +18,12 @@ from app.errors import ConfigError
 from app.models.heads import ValueHead
 from app.planning.cluster_file import cluster_from_file
 from app.planning.hardware import GPUS, MACHINES, Cluster, Machine, cluster_from_spec
-from app.planning.memory import Parts, total, value_head
+from app.planning.memory import Parts, total
 from app.planning.plan import CONTEXT, Plan, make_plan
 from app.planning.roles import Roles
 from app.planning.shapes import SHAPES
 from app.planning.timing import Workload
+from app.planning.trained import value_head
 
 ROOT = Path(__file__).resolve().parents[3]
 PYTHIA = ROOT / "jobs" / "recipes" / "pythia"

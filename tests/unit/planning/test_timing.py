@@ -17,10 +17,10 @@ from app.config.shared import AdapterConfig, DeepSpeedConfig
 from app.config.training import SftConfig
 from app.models.trainable import choose_trainable
 from app.planning.hardware import Cluster, Machine, cluster_from_spec
-from app.planning.memory import adapter_parameters
 from app.planning.plan import Plan, make_plan
 from app.planning.shapes import SHAPES, ModelShape
 from app.planning.timing import OBJECT_STORE_RATE, Timing, Workload, backward_flop, communication, flop
+from app.planning.trained import adapter_parameters
 
 ROOT = Path(__file__).resolve().parents[3]
 PPO_12B = load_recipe(ROOT / "jobs" / "recipes" / "pythia" / "ppo-12b.toml")
