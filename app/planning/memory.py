@@ -7,6 +7,7 @@ Symbols: P parameters, T trained ones, N ranks, w bytes per number (2 or 4), H, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -57,6 +58,20 @@ class Batch:
 NOTHING = Batch(0, 0)
 
 
+def largest_pass(rows: int, length: int, *, tokens: int | None, most: int, least: int = 1) -> tuple[int, int]:
+    """Sequences of the largest forward pass, and tokens of each of them: `rows` of `length`, or where a pass is bounded by `tokens` as
+    many as make that. most: sequences that a worker has for an optimizer step; least: those that go together however long they are.
+
+    >>> largest_pass(8, 1000, tokens=None, most=4), largest_pass(8, 1000, tokens=2700, most=4), largest_pass(8, 1000, tokens=10, most=4)
+    ((4, 1000), (3, 900), (1, 1000))
+    """
+    if tokens is None:
+        return min(rows, most), length
+    whole = min(max(tokens, least * length), most * length)
+    rows = math.ceil(whole / length)
+    return rows, math.ceil(whole / rows)
+
+
 @dataclass(frozen=True)
 class Trained:
     """One DeepSpeed engine: a model of `parameters`, `trained` of which have gradients, and what passes through it."""
@@ -65,10 +80,12 @@ class Trained:
     parameters: int
     trained: int
     batch: Batch
-    passes: int = 1
-    """Forward passes whose activations are held at the same time."""
+    held: Batch = NOTHING
+    """What other forward passes took whose backward passes are still to come."""
     frozen_layers: int = 0
     """Lowest layers that no gradient passes through: they keep no activations."""
+    logit_gradients: int = 1
+    """Gradients of the logits that are alive together: an entropy bonus has one of its own, which autograd adds to the loss's."""
 
 
 @dataclass(frozen=True)
@@ -140,17 +157,23 @@ def _step_buffers(model: Trained, ds: DeepSpeedConfig, ranks: int, on_gpu: bool)
 
 
 def activations(model: Trained, ds: DeepSpeedConfig, width: int) -> Parts:
-    """At the start of a backward pass: what every layer keeps, the logits of every pass, and the larger of logits with their gradient,
+    """At the start of a backward pass: what every layer keeps, the logits of every open pass, and the larger of the logits' gradients,
     and one layer's work."""
     shape, batch = model.shape, model.batch
-    kept = layer_activations(shape, width)
-    layers = (shape.layers - model.frozen_layers) * (shape.hidden * width if ds.gradient_checkpointing else kept)
-    mask = batch.tokens * batch.length * width
-    work = batch.tokens * (_work(shape) * width + (kept if ds.gradient_checkpointing else 0))
-    logits = batch.targets * shape.vocabulary * width
-    ends = (3 * batch.tokens + batch.targets) * shape.hidden * width  # the final norm, and the states that the head reads
-    passes = model.passes
-    return {"activations": passes * (batch.tokens * layers + mask + ends) + max(0, work - 2 * logits), "logits": (passes + 1) * logits}
+    layer = layer_activations(shape, width)
+    layers = (shape.layers - model.frozen_layers) * (shape.hidden * width if ds.gradient_checkpointing else layer)
+    work = batch.tokens * (_work(shape) * width + (layer if ds.gradient_checkpointing else 0))
+    logits = (1 + model.logit_gradients) * batch.targets * shape.vocabulary * width
+
+    def kept(batch: Batch) -> int:
+        mask = batch.tokens * batch.length * width
+        ends = (3 * batch.tokens + batch.targets) * shape.hidden * width  # the final norm, and the states that the head reads
+        return batch.tokens * layers + mask + ends
+
+    return {
+        "activations": kept(batch) + kept(model.held) + max(0, work - logits),
+        "logits": logits + model.held.targets * shape.vocabulary * width,
+    }
 
 
 def layer_activations(shape: ModelShape, width: int) -> int:

@@ -16,6 +16,7 @@ from app.config.shared import WorkersConfig
 from app.config.training import TrainingConfig
 from app.planning.memory import (
     GIB,
+    NOTHING,
     WIDTHS,
     Batch,
     Parts,
@@ -24,6 +25,7 @@ from app.planning.memory import (
     activations,
     cpu_engine_memory,
     engine_memory,
+    largest_pass,
     scoring_memory,
     total,
     training_memory,
@@ -97,10 +99,11 @@ class Roles:
         """SFT's or the reward model's workers."""
         shape = shape_of(self.recipe.model.path)
         reward_model = name == "rm"
-        rows = config.micro_batch_size * (self.recipe.rm.max_replies if reward_model else 1)
-        length = self.recipe.data.max_length
-        if config.micro_batch_tokens:
-            rows = max(1, config.micro_batch_tokens // length)
+        replies = self.recipe.rm.max_replies if reward_model else 1
+        most = replies * config.batch_size // config.workers.count
+        rows, length = largest_pass(
+            replies * config.micro_batch_size, self.recipe.data.max_length, tokens=config.micro_batch_tokens, most=most, least=replies
+        )
         models, loaded = [], 0
         if shape is not None:
             parameters = shape.trunk if reward_model else shape.parameters
@@ -113,28 +116,35 @@ class Roles:
         """Policy and critic of PPO, in one process per rank; a value head is a part of the policy."""
         recipe, ppo = self.recipe, self.recipe.ppo
         policy, critic = shape_of(recipe.model.path), shape_of(recipe.reward.path or recipe.model.path)
-        rows = min(ppo.micro_batch_size, ppo.rows_per_step)
-        length = recipe.data.max_prompt_length + recipe.rollout.max_new_tokens
-        if ppo.micro_batch_tokens:
-            rows = max(1, ppo.micro_batch_tokens // length)
-        passes = ppo.accumulation if ppo.reuse_forward else 1
+        prompt, answer = recipe.data.max_prompt_length, recipe.rollout.max_new_tokens
+        rows, length = largest_pass(ppo.micro_batch_size, prompt + answer, tokens=ppo.micro_batch_tokens, most=ppo.rows_per_step)
+        # where tokens are counted, more answers fit beside shorter prompts
+        targets = min(rows * length, ppo.rows_per_step * answer) if ppo.micro_batch_tokens else rows * answer
+        batch, held = Batch(rows, length, targets), NOTHING
+        if ppo.reuse_forward:
+            left = max(0, ppo.rows_per_step - rows)
+            held = Batch(left, prompt + answer, left * answer)
         models = []
         if policy is not None:
-            batches, mix = [Batch(rows, length, rows * recipe.rollout.max_new_tokens)], ppo.pretraining
-            if mix.coef:
-                texts, longest = min(mix.micro_batch_size, mix.batch_size), recipe.data.max_length
-                if ppo.micro_batch_tokens:
-                    texts = max(1, ppo.micro_batch_tokens // longest)
-                batches.append(Batch(texts, longest, texts * (longest - 1)))
-                passes += ppo.reuse_forward  # the held ones are still open
             head = value_head(policy) if ppo.has_value_head else 0
-            trained = [trained_model(policy, ppo, policy.parameters, batch, passes) for batch in batches]
+            gradients = 2 if ppo.algorithm.entropy_coef else 1
+            trained = [trained_model(policy, ppo, policy.parameters, batch, held, gradients)]
+            if ppo.pretraining.coef:
+                whole = Batch(ppo.rows_per_step, prompt + answer, ppo.rows_per_step * answer) if ppo.reuse_forward else NOTHING
+                trained.append(trained_model(policy, ppo, policy.parameters, self._texts(), whole))  # they come before the held ones
             largest = max(trained, key=lambda model: total(activations(model, ppo.deepspeed, self.width)))
             models.append(replace(largest, parameters=largest.parameters + head, trained=largest.trained + head))
         if critic is not None and ppo.has_critic_model:
-            models.append(Trained(critic, critic.trunk, critic.trunk, Batch(rows, length), passes))
+            models.append(Trained(critic, critic.trunk, critic.trunk, replace(batch, targets=0), replace(held, targets=0)))
         loaded = FLOAT32 * max((model.parameters for model in models), default=0)
         return self._training_role("learner", "ppo.workers", ppo.workers, self._memory(models, ppo), loaded)
+
+    def _texts(self) -> Batch:
+        """Of ppo.pretraining in one forward pass."""
+        ppo, mix = self.recipe.ppo, self.recipe.ppo.pretraining
+        most = max(1, mix.batch_size // ppo.workers.count)
+        rows, length = largest_pass(mix.micro_batch_size, self.recipe.data.max_length, tokens=ppo.micro_batch_tokens, most=most)
+        return Batch(rows, length, rows * (length - 1))
 
     def _memory(self, models: Sequence[Trained], config: TrainingConfig | PpoConfig) -> TrainingMemory:
         workers = config.workers

@@ -53,11 +53,13 @@ def frozen_layers(shape: ModelShape, config: Trainable) -> int:
     return 0 if shape.kind == "gpt2" else min(config.freeze_layers, shape.layers)
 
 
-def trained_model(shape: ModelShape, config: Trainable, parameters: int, batch: Batch = NOTHING, passes: int = 1) -> Trained:
+def trained_model(
+    shape: ModelShape, config: Trainable, parameters: int, batch: Batch = NOTHING, held: Batch = NOTHING, logit_gradients: int = 1
+) -> Trained:
     """A model of `parameters` of which `config` says what is trained; what passes through it as in `Trained`."""
     adapters = adapter_parameters(shape, config.lora) if config.lora else 0
     trained = trained_parameters(shape, config, parameters)
-    return Trained(shape, parameters + adapters, trained, batch, passes, frozen_layers(shape, config))
+    return Trained(shape, parameters + adapters, trained, batch, held, frozen_layers(shape, config), logit_gradients)
 
 
 def value_head(shape: ModelShape) -> int:
