@@ -5,7 +5,6 @@ Sizes come from the `config.json` of a local model, or from a model's name.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -70,12 +69,8 @@ class Role:
         return total(self.host) + (0 if self.gpus else total(self.working))
 
     def need(self, resource: str) -> float:
-        """Of `CPU`, `GPU` (a process never spans two fractions of GPUs) or `memory` (bytes), over all processes."""
-        if resource == "GPU" and self.shares:
-            return 0.0
-        if resource == "GPU" and 0 < self.gpus < 1:
-            return self.count / math.floor(1 / self.gpus)
-        each: float = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory}[resource]
+        """Of `CPU`, `GPU` (parts of them as they are reserved) or `memory` (bytes), over all processes."""
+        each: float = {"CPU": self.cpus, "GPU": self.request.own_gpus, "memory": self.memory}[resource]
         return self.count * each
 
     @property
