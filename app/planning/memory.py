@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from app.config.shared import DeepSpeedConfig
 from app.planning.shapes import ModelShape
@@ -117,7 +117,8 @@ def _resting(model: Trained, ds: DeepSpeedConfig, width: int, ranks: int, on_gpu
     return {
         "weights": 0 if ds.offload_parameters else width * model.parameters // shards,
         "optimizer": 0 if ds.offload_optimizer else optimizer,
-        "buffers": width * model.shape.embedding if ds.offload_optimizer and on_gpu else 0,  # the largest gradient, on its way to the host
+        # the largest gradient, on its way to the host
+        "buffers": width * min(model.shape.embedding, model.trained) if ds.offload_optimizer and on_gpu else 0,
     }
 
 
@@ -144,8 +145,13 @@ def _backward_buffers(model: Trained, ds: DeepSpeedConfig, width: int, on_gpu: b
     bucket = int(settings.get("reduce_bucket_size", REDUCE_BUCKET))
     pages = bucket if on_gpu else min(bucket, model.trained)  # host memory counts only where it is written to
     copies = 2 if settings.get("overlap_comm", ds.zero_stage == 3) and on_gpu else 1
-    live = int(settings.get("stage3_max_live_parameters", LIVE_PARAMETERS)) if ds.zero_stage == 3 else 0
-    return width * (copies * pages + min(live, model.parameters)) + largest
+    return width * copies * pages + _gathered(model, ds, width) + largest
+
+
+def _gathered(model: Trained, ds: DeepSpeedConfig, width: int) -> int:
+    """Parameters that ZeRO 3 has collected from all ranks for use."""
+    live = int(ds.extra.get("zero_optimization", {}).get("stage3_max_live_parameters", LIVE_PARAMETERS))
+    return width * min(live, model.parameters) if ds.zero_stage == 3 else 0
 
 
 def _step_buffers(model: Trained, ds: DeepSpeedConfig, ranks: int, on_gpu: bool) -> int:
@@ -174,6 +180,17 @@ def activations(model: Trained, ds: DeepSpeedConfig, width: int) -> Parts:
         "activations": kept(batch) + kept(model.held) + max(0, work - logits),
         "logits": logits + model.held.targets * shape.vocabulary * width,
     }
+
+
+def inspection(model: Trained, ds: DeepSpeedConfig, width: int, *, kept: bool) -> Parts:
+    """Forward passes before anything is learnt from them, beside what is resting. kept: with what their backward passes need, those
+    `held` too; else one after the other without."""
+    buffers = {"buffers": _gathered(model, ds, width)}
+    if kept:
+        return add(activations(replace(model, logit_gradients=0), ds, width), buffers)
+    shape, batch = model.shape, model.batch
+    work = batch.tokens * (_work(shape) + batch.length) * width
+    return {"activations": work, "logits": batch.targets * shape.vocabulary * width, **buffers}
 
 
 def layer_activations(shape: ModelShape, width: int) -> int:

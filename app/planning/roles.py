@@ -13,17 +13,18 @@ from app.config.ppo import PpoConfig
 from app.config.recipe import Recipe
 from app.config.shared import WorkersConfig
 from app.config.training import TrainingConfig
+from app.planning.learner import learner_models
 from app.planning.memory import (
     GIB,
-    NOTHING,
     WIDTHS,
     Batch,
     Parts,
     Trained,
     TrainingMemory,
-    activations,
+    add,
     cpu_engine_memory,
     engine_memory,
+    inspection,
     largest_pass,
     scoring_memory,
     total,
@@ -31,7 +32,7 @@ from app.planning.memory import (
 )
 from app.planning.packing import Request, Strategy
 from app.planning.shapes import shape_of
-from app.planning.trained import trained_model, value_head
+from app.planning.trained import trained_model
 
 FLOAT32 = 4
 _PROCESS_BYTES = GIB // 2  # a Python process with torch and Ray loaded
@@ -45,8 +46,9 @@ Turn = Literal["training", "rollout", "scoring"]
 class Role:
     """Processes of one kind.
 
-    working: bytes of each on its device at its peak (a GPU; host memory where it has none); resting: while others work;
-    host: in host memory beside that. As far as the recipe tells: parts are empty for a model of unknown size.
+    working: bytes of each on its device at its peak (a GPU; host memory where it has none); resting: while others work; judging: while
+    reward model and reference do; host: in host memory beside that. As far as the recipe tells: parts are empty for a model of unknown
+    size.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Role:
     labels: Mapping[str, str]
     working: Parts
     resting: Parts
+    judging: Parts
     host: Parts
     turn: Turn
     strategy: Strategy = "spread"
@@ -108,38 +111,12 @@ class Roles:
         return self._training_role(name, f"{name}.workers", config.workers, self._memory(models, config), loaded)
 
     def learner(self) -> Role:
-        """Policy and critic of PPO, in one process per rank; a value head is a part of the policy."""
-        recipe, ppo = self.recipe, self.recipe.ppo
-        policy, critic = shape_of(recipe.model.path), shape_of(recipe.reward.path or recipe.model.path)
-        prompt, answer = recipe.data.max_prompt_length, recipe.rollout.max_new_tokens
-        rows, length = largest_pass(ppo.micro_batch_size, prompt + answer, tokens=ppo.micro_batch_tokens, most=ppo.rows_per_step)
-        # where tokens are counted, more answers fit beside shorter prompts
-        targets = min(rows * length, ppo.rows_per_step * answer) if ppo.micro_batch_tokens else rows * answer
-        batch, held = Batch(rows, length, targets), NOTHING
-        if ppo.reuse_forward:
-            left = max(0, ppo.rows_per_step - rows)
-            held = Batch(left, prompt + answer, left * answer)
-        models = []
-        if policy is not None:
-            head = value_head(policy) if ppo.has_value_head else 0
-            gradients = 2 if ppo.algorithm.entropy_coef else 1
-            trained = [trained_model(policy, ppo, policy.parameters, batch, held, gradients)]
-            if ppo.pretraining.coef:
-                whole = Batch(ppo.rows_per_step, prompt + answer, ppo.rows_per_step * answer) if ppo.reuse_forward else NOTHING
-                trained.append(trained_model(policy, ppo, policy.parameters, self._texts(), whole))  # they come before the held ones
-            largest = max(trained, key=lambda model: total(activations(model, ppo.deepspeed, self.width)))
-            models.append(replace(largest, parameters=largest.parameters + head, trained=largest.trained + head))
-        if critic is not None and ppo.has_critic_model:
-            models.append(Trained(critic, critic.trunk, critic.trunk, replace(batch, targets=0), replace(held, targets=0)))
-        loaded = FLOAT32 * max((model.parameters for model in models), default=0)
-        return self._training_role("learner", "ppo.workers", ppo.workers, self._memory(models, ppo), loaded)
-
-    def _texts(self) -> Batch:
-        """Of ppo.pretraining in one forward pass."""
-        ppo, mix = self.recipe.ppo, self.recipe.ppo.pretraining
-        most = max(1, mix.batch_size // ppo.workers.count)
-        rows, length = largest_pass(mix.micro_batch_size, self.recipe.data.max_length, tokens=ppo.micro_batch_tokens, most=most)
-        return Batch(rows, length, rows * (length - 1))
+        """Policy and critic of PPO, in one process per rank."""
+        ppo, models = self.recipe.ppo, learner_models(self.recipe, self.width)
+        loaded = FLOAT32 * max((model.parameters for model in models.learning), default=0)
+        learner = self._training_role("learner", "ppo.workers", ppo.workers, self._memory(models.learning, ppo), loaded)
+        passes = (inspection(model, ppo.deepspeed, self.width, kept=ppo.reuse_forward) for model in models.judging)
+        return replace(learner, judging=add(learner.resting, *passes))
 
     def _memory(self, models: Sequence[Trained], config: TrainingConfig | PpoConfig) -> TrainingMemory:
         workers = config.workers
@@ -157,20 +134,25 @@ class Roles:
         recipe, workers = self.recipe, self.recipe.rollout.engines
         shape = shape_of(recipe.model.path)
         sleeps = colocated and workers.gpus > 0
-        working, copy = Parts(), 0
-        if shape is not None:
-            longest = recipe.data.max_prompt_length + recipe.rollout.max_new_tokens
-            context = recipe.rollout.max_model_len or longest
-            reserved = None if self.gpu_memory is None else int(recipe.rollout.gpu_memory_utilization * self.gpu_memory)
-            parallel = max(1, int(workers.gpus))
-            on_gpu = engine_memory(shape, width=self.width, tensor_parallel=parallel, context=context, reserved=reserved)
-            on_cpu = cpu_engine_memory(shape, width=self.width, kv_cache=int(recipe.rollout.kv_cache_gib * GIB))
-            working, copy = (on_gpu if workers.gpus else on_cpu), self.width * shape.parameters
-        elif not workers.gpus:
-            working = {"kv_cache": int(recipe.rollout.kv_cache_gib * GIB)}
+        context = recipe.rollout.max_model_len or recipe.data.max_prompt_length + recipe.rollout.max_new_tokens
+        working = self._vllm(
+            recipe.model.path, workers, context, share=recipe.rollout.gpu_memory_utilization, kv_cache_gib=recipe.rollout.kv_cache_gib
+        )
+        copy = 0 if shape is None else self.width * shape.parameters
         host = {**_process(workers), **({"sleep_copy": copy} if sleeps else {})}
         shares = "learner" if sleeps else None
         return _role("engine", "rollout.engines", workers, working, {} if sleeps else working, host, turn="rollout", shares=shares)
+
+    def _vllm(self, path: str, workers: WorkersConfig, context: int, *, share: float, kv_cache_gib: float) -> Parts:
+        """An engine on each of its GPUs, which `share` of the memory is reserved of; in host memory without any."""
+        shape, cache = shape_of(path), int(kv_cache_gib * GIB)
+        if not workers.gpus:
+            return {"kv_cache": cache} if shape is None else cpu_engine_memory(shape, width=self.width, kv_cache=cache)
+        if shape is None:
+            return {}
+        reserved = None if self.gpu_memory is None else int(share * self.gpu_memory)
+        parallel = max(1, int(workers.gpus))
+        return engine_memory(shape, width=self.width, tensor_parallel=parallel, context=context, reserved=reserved)
 
     def scorers(self) -> tuple[Role, ...]:
         """The scoring service's replicas."""
@@ -202,9 +184,9 @@ class Roles:
             place = (name, f"serving.models.{name}.workers", model.workers, model.path, model.batching.max_batch_tokens)
             roles.append(self._scorer(*place, length, with_head=model.kind != "reward"))
         for name, chat in serving.chat.items():
-            working, shape = {"kv_cache": 0 if chat.workers.gpus else int(chat.kv_cache_gib * GIB)}, shape_of(chat.path)
-            if shape is not None:
-                working["weights"] = self.width * shape.parameters
+            working = self._vllm(
+                chat.path, chat.workers, chat.max_model_len, share=chat.gpu_memory_utilization, kv_cache_gib=chat.kv_cache_gib
+            )
             roles.append(
                 _role(name, f"serving.chat.{name}.workers", chat.workers, working, working, _process(chat.workers), turn="rollout")
             )
@@ -230,4 +212,7 @@ def _process(workers: WorkersConfig) -> Parts:
 
 
 def _role(name: str, key: str, workers: WorkersConfig, working: Parts, resting: Parts, host: Parts, **more: Any) -> Role:
-    return Role(name, key, workers.count, workers.cpus, workers.gpus, workers.threads, workers.labels, working, resting, host, **more)
+    judging = more.pop("judging", resting)
+    return Role(
+        name, key, workers.count, workers.cpus, workers.gpus, workers.threads, workers.labels, working, resting, judging, host, **more
+    )
