@@ -58,7 +58,7 @@ class StagePlacement:
             return sum(role.need(resource) for role in self.roles)
         own = [(role.count, role.request.own_gpus) for role in self.roles]
         fractions = [gpus for count, gpus in own if 0 < gpus < 1 for _ in range(count)]
-        return sum(count * gpus for count, gpus in own if gpus >= 1) + gpus_needed(fractions)
+        return float(sum(count * gpus for count, gpus in own if gpus >= 1) + gpus_needed(fractions))
 
     def slots(self, nodes: tuple[NodeResources, ...]) -> tuple[Slot, ...]:
         """Where every process goes. Raises PlacementError."""
