@@ -86,6 +86,8 @@ class Trained:
     """Lowest layers that no gradient passes through: they keep no activations."""
     logit_gradients: int = 1
     """Gradients of the logits that are alive together: an entropy bonus has one of its own, which autograd adds to the loss's."""
+    kept_more: int = 0
+    """Numbers per token that each layer keeps beside those of one that is trained whole; below 0 where it keeps fewer."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ def activations(model: Trained, ds: DeepSpeedConfig, width: int) -> Parts:
     """At the start of a backward pass: what every layer keeps, the logits of every open pass, and the larger of the logits' gradients,
     and one layer's work."""
     shape, batch = model.shape, model.batch
-    layer = layer_activations(shape, width)
+    layer = layer_activations(shape, width) + model.kept_more * width
     layers = (shape.layers - model.frozen_layers) * (shape.hidden * width if ds.gradient_checkpointing else layer)
     work = batch.tokens * (_work(shape) * width + (layer if ds.gradient_checkpointing else 0))
     logits = (1 + model.logit_gradients) * batch.targets * shape.vocabulary * width

@@ -31,10 +31,31 @@ def adapter_parameters(shape: ModelShape, lora: AdapterConfig) -> int:
 
     Training passes over a target that is no layer of the model, if others are. Where a Llama's layers are only assumed (see `KINDS`), a
     target of unknown name may be a layer all the same: then adapters beside all linear layers are counted, which is seldom too little."""
+    return shape.layers * lora.rank * sum(into + out for _, into, out in _adapted(shape, lora))
+
+
+def _adapted(shape: ModelShape, lora: AdapterConfig) -> list[tuple[str, int, int]]:
     unknown = unknown_targets(shape, lora)
     every = not lora.targets or unknown == lora.targets or (unknown and shape.kind == "llama")
-    ends = sum(into + out for name, into, out in linear_layers(shape) if every or name in lora.targets)
-    return shape.layers * lora.rank * ends
+    return [layer for layer in linear_layers(shape) if every or layer[0] in lora.targets]
+
+
+def kept_more(shape: ModelShape, config: Trainable) -> int:
+    """Numbers per token that autograd keeps of each layer with adapters, beside those of one that is trained whole (a test counts them).
+
+    A linear layer that is frozen needs its input for its adapter alone, and a frozen RMS norm keeps one thing less; each adapter keeps
+    what is between its two matrices."""
+    if config.lora is None or shape.kind == "gpt2":
+        return 0
+    names = {name for name, _, _ in _adapted(shape, config.lora)}
+    wide, inner = shape.hidden, shape.intermediate
+    if shape.kind == "neox":
+        inputs = [({"query_key_value"}, wide), ({"dense"}, shape.queries), ({"dense_h_to_4h"}, wide), ({"dense_4h_to_h"}, inner)]
+        norms = 0
+    else:  # attention keeps its output, which o_proj reads, in any case
+        inputs = [({"q_proj", "k_proj", "v_proj"}, wide), ({"gate_proj", "up_proj"}, wide), ({"down_proj"}, inner)]
+        norms = 2 * wide
+    return config.lora.rank * len(names) - norms - sum(size for readers, size in inputs if not readers & names)
 
 
 def trained_parameters(shape: ModelShape, config: Trainable, parameters: int) -> int:
@@ -59,7 +80,9 @@ def trained_model(
     """A model of `parameters` of which `config` says what is trained; what passes through it as in `Trained`."""
     adapters = adapter_parameters(shape, config.lora) if config.lora else 0
     trained = trained_parameters(shape, config, parameters)
-    return Trained(shape, parameters + adapters, trained, batch, held, frozen_layers(shape, config), logit_gradients)
+    return Trained(
+        shape, parameters + adapters, trained, batch, held, frozen_layers(shape, config), logit_gradients, kept_more(shape, config)
+    )
 
 
 def value_head(shape: ModelShape) -> int:

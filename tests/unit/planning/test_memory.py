@@ -30,7 +30,7 @@ from app.planning.memory import (
     training_memory,
 )
 from app.planning.shapes import SHAPES, ModelShape
-from app.planning.trained import adapter_parameters, trained_model, trained_parameters, unknown_targets
+from app.planning.trained import adapter_parameters, kept_more, trained_model, trained_parameters, unknown_targets
 
 WIDE, INNER, HEADS, VOCABULARY = 64, 160, 4, 96
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": WIDE, "intermediate_size": INNER, "num_attention_heads": HEADS}
@@ -76,6 +76,31 @@ def test_a_layers_activations_are_what_autograd_saves(kind: str, dtype: torch.dt
         sizes.append(saved_bytes(model.to(dtype), rows=2, length=32))
     per_token = (sizes[1] - sizes[0]) / 64
     assert per_token == pytest.approx(layer_activations(shape, dtype.itemsize), rel=0.06)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        ("neox", ()),
+        ("neox", ("query_key_value",)),
+        ("neox", ("dense_h_to_4h", "dense_4h_to_h")),
+        ("llama", ()),
+        ("llama", ("q_proj", "v_proj")),
+        ("llama", ("o_proj", "down_proj")),
+        ("llama", ("gate_proj", "up_proj", "down_proj")),
+    ],
+)
+def test_a_layer_with_adapters_keeps_what_they_read(kind: str, targets: tuple[str, ...], dtype: torch.dtype) -> None:
+    per_token = []
+    for config in (SftConfig(), SftConfig(lora=AdapterConfig(rank=4, targets=targets))):
+        sizes = []
+        for layers in (1, 2):
+            model, shape = build(kind, layers)
+            choose_trainable(model, config, seed=0)  # type: ignore[arg-type]
+            sizes.append(saved_bytes(model.to(dtype), rows=2, length=32))
+        per_token.append((sizes[1] - sizes[0]) / 64)
+    assert per_token[1] - per_token[0] == pytest.approx(kept_more(shape, config) * dtype.itemsize, abs=0.02 * per_token[0])
 
 
 @pytest.mark.parametrize("kind", ["neox", "llama", "gpt2"])
