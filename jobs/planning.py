@@ -15,8 +15,9 @@ from jobs.command import Tool
 
 if TYPE_CHECKING:
     from app.config.recipe import Recipe
+    from app.planning.devices import Device
     from app.planning.hardware import Accelerator, Cluster
-    from app.planning.plan import Device, Plan, StagePlan
+    from app.planning.plan import Plan, StagePlan
 
 COMMANDS = ("pipeline", "sft", "rm", "ppo", "tune", "serve", "evaluate")
 
@@ -71,14 +72,16 @@ def require_known_sizes(recipe: Recipe, command: str) -> None:
     """Raises ConfigError for a model whose size nothing tells: its weights would count as nothing, and everything would fit."""
     from app.planning.shapes import shape_of
 
-    paths = {"model.path": recipe.model.path, "reward.path": recipe.reward.path}
+    paths = [("model.path", recipe.model.path), ("reward.path", recipe.reward.path)]
+    paths += [("reward.parts", path) for path in recipe.reward.model_paths()]
     if command == "serve":
-        paths = {f"serving.models.{name}.path": model.path for name, model in recipe.serving.models.items()}
-        paths |= {f"serving.chat.{name}.path": model.path for name, model in recipe.serving.chat.items()}
-    for key, path in paths.items():
+        paths = [(f"serving.models.{name}.path", model.path) for name, model in recipe.serving.models.items()]
+        paths += [(f"serving.chat.{name}.path", model.path) for name, model in recipe.serving.chat.items()]
+    for key, path in paths:
         if path is not None and shape_of(path) is None:
             raise ConfigError(
-                f"{key} = {path}: its size is unknown: give a folder with a config.json, or a name with its size such as mine-7b"
+                f"{key} = {path}: its size is unknown: give a folder with a config.json (mixtures of experts are not counted), or a name "
+                "with its size such as mine-7b"
             )
 
 
@@ -142,11 +145,13 @@ def lines(plan: Plan) -> Iterator[str]:
             yield f"  {device.name}{also}: {device.used / GIB:.1f} of {device.capacity / GIB:.1f} GiB: {held}"
         for shortage in stage.shortages:
             yield f"  short: {shortage}"
+    for text in plan.assumed:
+        yield f"assumed: {text}"
     if plan.seconds is not None:
         search = any(stage.timing and stage.timing.trials > 1 for stage in plan.stages)
         bound = ", with every trial to its last step; schedulers stop some before" if search else ""
         yield f"in all: {'at most ' if search else ''}{_duration(plan.seconds)}{_money(plan, plan.seconds)}{bound}"
-    elif any(stage.timing for stage in plan.stages):
+    elif any(stage.timing for stage in plan.stages) and all(stage.slots for stage in plan.stages):
         yield "in all: open; give --rows, the number of rows in the data"
     if plan.price is not None:
         day = plan.cluster.prices_read

@@ -32,23 +32,30 @@ def cluster_from_file(path: Path) -> Cluster:
             "write them as NODES x GPUS x KIND, such as 2x8xA100-80GB"
         )
     head = document.get("head_node_type")
+    if head not in types:
+        raise ConfigError(
+            f"--cluster {path}: head_node_type = {head} is none of its available_node_types, {', '.join(map(str, types))}: mend it"
+        )
     workers = {name: entry for name, entry in types.items() if name != head}
-    nodes = [_machine(path, name, entry) for name, entry in types.items() if name == head]
+    nodes = [_machine(path, head, types[head])]
     growing: list[Machine] = []
+    most = int(document.get("max_workers", DEFAULT_MAX_WORKERS))
     for name, entry in workers.items():
+        machine = _machine(path, name, entry)
         first = int(entry.get("min_workers", 0))
-        nodes += [_machine(path, name, entry)] * first
-        growing += [_machine(path, name, entry)] * (int(entry.get("max_workers", first)) - first)
-    room = int(document.get("max_workers", DEFAULT_MAX_WORKERS)) - (len(nodes) - 1)
-    return Cluster(str(path), (*nodes, *growing[: max(0, room)]), elastic=True)
+        nodes += [machine] * first
+        growing += [machine] * (int(entry.get("max_workers", most)) - first)
+    return Cluster(str(path), (*nodes, *growing[: max(0, most - (len(nodes) - 1))]), elastic=True)
 
 
-def _machine(path: Path, name: str, entry: Mapping[str, Any]) -> Machine:
-    config = entry.get("node_config", {})
+def _machine(path: Path, name: str, entry: Any) -> Machine:
+    if not isinstance(entry, Mapping):
+        raise ConfigError(f"--cluster {path}: node type {name} says nothing of its machine: give it a node_config")
+    config = entry.get("node_config") or {}
     kind = next((str(config[key]).rsplit("/", 1)[-1] for key in TYPE_KEYS if key in config), None)
     if kind not in MACHINES:
         raise ConfigError(
             f"--cluster {path}: node type {name}: unknown machine {kind}: known are {', '.join(MACHINES)}; "
             "or write the cluster as NODES x GPUS x KIND, such as 2x8xA100-80GB"
         )
-    return replace(MACHINES[kind], labels=entry.get("labels", {}))
+    return replace(MACHINES[kind], labels=entry.get("labels") or {})

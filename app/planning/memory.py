@@ -7,10 +7,11 @@ Symbols: P parameters, T trained ones, N ranks, w bytes per number (2 or 4), H, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from app.config.shared import AdapterConfig, DeepSpeedConfig, Trainable
+from app.config.shared import DeepSpeedConfig
 from app.planning.shapes import ModelShape
 
 Parts = dict[str, int]
@@ -57,6 +58,20 @@ class Batch:
 NOTHING = Batch(0, 0)
 
 
+def largest_pass(rows: int, length: int, *, tokens: int | None, most: int, least: int = 1) -> tuple[int, int]:
+    """Sequences of the largest forward pass, and tokens of each of them: `rows` of `length`, or where a pass is bounded by `tokens` as
+    many as make that. most: sequences that a worker has for an optimizer step; least: those that go together however long they are.
+
+    >>> largest_pass(8, 1000, tokens=None, most=4), largest_pass(8, 1000, tokens=2700, most=4), largest_pass(8, 1000, tokens=10, most=4)
+    ((4, 1000), (3, 900), (1, 1000))
+    """
+    if tokens is None:
+        return min(rows, most), length
+    whole = min(max(tokens, least * length), most * length)
+    rows = math.ceil(whole / length)
+    return rows, math.ceil(whole / rows)
+
+
 @dataclass(frozen=True)
 class Trained:
     """One DeepSpeed engine: a model of `parameters`, `trained` of which have gradients, and what passes through it."""
@@ -65,10 +80,14 @@ class Trained:
     parameters: int
     trained: int
     batch: Batch
-    passes: int = 1
-    """Forward passes whose activations are held at the same time."""
+    held: Batch = NOTHING
+    """What other forward passes took whose backward passes are still to come."""
     frozen_layers: int = 0
     """Lowest layers that no gradient passes through: they keep no activations."""
+    logit_gradients: int = 1
+    """Gradients of the logits that are alive together: an entropy bonus has one of its own, which autograd adds to the loss's."""
+    kept_more: int = 0
+    """Numbers per token that each layer keeps beside those of one that is trained whole; below 0 where it keeps fewer."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +119,8 @@ def _resting(model: Trained, ds: DeepSpeedConfig, width: int, ranks: int, on_gpu
     return {
         "weights": 0 if ds.offload_parameters else width * model.parameters // shards,
         "optimizer": 0 if ds.offload_optimizer else optimizer,
-        "buffers": width * model.shape.embedding if ds.offload_optimizer and on_gpu else 0,  # the largest gradient, on its way to the host
+        # the largest gradient, on its way to the host
+        "buffers": width * min(model.shape.embedding, model.trained) if ds.offload_optimizer and on_gpu else 0,
     }
 
 
@@ -127,8 +147,13 @@ def _backward_buffers(model: Trained, ds: DeepSpeedConfig, width: int, on_gpu: b
     bucket = int(settings.get("reduce_bucket_size", REDUCE_BUCKET))
     pages = bucket if on_gpu else min(bucket, model.trained)  # host memory counts only where it is written to
     copies = 2 if settings.get("overlap_comm", ds.zero_stage == 3) and on_gpu else 1
-    live = int(settings.get("stage3_max_live_parameters", LIVE_PARAMETERS)) if ds.zero_stage == 3 else 0
-    return width * (copies * pages + min(live, model.parameters)) + largest
+    return width * copies * pages + _gathered(model, ds, width) + largest
+
+
+def _gathered(model: Trained, ds: DeepSpeedConfig, width: int) -> int:
+    """Parameters that ZeRO 3 has collected from all ranks for use."""
+    live = int(ds.extra.get("zero_optimization", {}).get("stage3_max_live_parameters", LIVE_PARAMETERS))
+    return width * min(live, model.parameters) if ds.zero_stage == 3 else 0
 
 
 def _step_buffers(model: Trained, ds: DeepSpeedConfig, ranks: int, on_gpu: bool) -> int:
@@ -140,17 +165,34 @@ def _step_buffers(model: Trained, ds: DeepSpeedConfig, ranks: int, on_gpu: bool)
 
 
 def activations(model: Trained, ds: DeepSpeedConfig, width: int) -> Parts:
-    """At the start of a backward pass: what every layer keeps, the logits of every pass, and the larger of logits with their gradient,
+    """At the start of a backward pass: what every layer keeps, the logits of every open pass, and the larger of the logits' gradients,
     and one layer's work."""
     shape, batch = model.shape, model.batch
-    kept = layer_activations(shape, width)
-    layers = (shape.layers - model.frozen_layers) * (shape.hidden * width if ds.gradient_checkpointing else kept)
-    mask = batch.tokens * batch.length * width
-    work = batch.tokens * (_work(shape) * width + (kept if ds.gradient_checkpointing else 0))
-    logits = batch.targets * shape.vocabulary * width
-    ends = (3 * batch.tokens + batch.targets) * shape.hidden * width  # the final norm, and the states that the head reads
-    passes = model.passes
-    return {"activations": passes * (batch.tokens * layers + mask + ends) + max(0, work - 2 * logits), "logits": (passes + 1) * logits}
+    layer = layer_activations(shape, width) + model.kept_more * width
+    layers = (shape.layers - model.frozen_layers) * (shape.hidden * width if ds.gradient_checkpointing else layer)
+    work = batch.tokens * (_work(shape) * width + (layer if ds.gradient_checkpointing else 0))
+    logits = (1 + model.logit_gradients) * batch.targets * shape.vocabulary * width
+
+    def kept(batch: Batch) -> int:
+        mask = batch.tokens * batch.length * width
+        ends = (3 * batch.tokens + batch.targets) * shape.hidden * width  # the final norm, and the states that the head reads
+        return batch.tokens * layers + mask + ends
+
+    return {
+        "activations": kept(batch) + kept(model.held) + max(0, work - logits),
+        "logits": logits + model.held.targets * shape.vocabulary * width,
+    }
+
+
+def inspection(model: Trained, ds: DeepSpeedConfig, width: int, *, kept: bool) -> Parts:
+    """Forward passes before anything is learnt from them, beside what is resting. kept: with what their backward passes need, those
+    `held` too; else one after the other without."""
+    buffers = {"buffers": _gathered(model, ds, width)}
+    if kept:
+        return add(activations(replace(model, logit_gradients=0), ds, width), buffers)
+    shape, batch = model.shape, model.batch
+    work = batch.tokens * (_work(shape) + batch.length) * width
+    return {"activations": work, "logits": batch.targets * shape.vocabulary * width, **buffers}
 
 
 def layer_activations(shape: ModelShape, width: int) -> int:
@@ -193,35 +235,3 @@ def engine_memory(shape: ModelShape, *, width: int, tensor_parallel: int, contex
 def cpu_engine_memory(shape: ModelShape, *, width: int, kv_cache: int) -> Parts:
     """A rollout engine in host memory: its output head is held a second time, packed for the matrix units."""
     return {"weights": width * (shape.parameters + shape.embedding), "kv_cache": kv_cache}
-
-
-def value_head(shape: ModelShape) -> int:
-    """Parameters of `app.models.heads.ValueHead` on a model's states."""
-    return (shape.hidden + 1) * 2 * shape.hidden + 2 * shape.hidden + 1
-
-
-def adapter_parameters(shape: ModelShape, lora: AdapterConfig) -> int:
-    """Of adapters beside every linear layer of the trunk."""
-    wide, inner, ends = shape.hidden, shape.intermediate, 2 * shape.queries + 2 * shape.keys
-    split = (4, 3) if shape.kind == "llama" else (2, 2)  # linear layers of attention and MLP that the hidden states enter or leave
-    return shape.layers * lora.rank * (split[0] * wide + ends + split[1] * (wide + inner))
-
-
-def trained_parameters(shape: ModelShape, config: Trainable, parameters: int) -> int:
-    """Parameters with gradients, of a model of `parameters`: everything, the upper layers, or adapters with or without the embeddings."""
-    if config.freeze_layers:
-        return parameters - shape.embedding - min(config.freeze_layers, shape.layers) * shape.layer
-    if config.lora is None:
-        return parameters
-    return adapter_parameters(shape, config.lora) + (parameters - shape.layers * shape.layer if config.lora.embeddings else 0)
-
-
-def frozen_layers(shape: ModelShape, config: Trainable) -> int:
-    """Lowest layers that no gradient passes through. GPT-2's position embeddings lie below them all and are trained."""
-    return 0 if shape.kind == "gpt2" else min(config.freeze_layers, shape.layers)
-
-
-def trained_model(shape: ModelShape, config: Trainable, parameters: int, batch: Batch = NOTHING, passes: int = 1) -> Trained:
-    """A model of `parameters` of which `config` says what is trained."""
-    adapters = adapter_parameters(shape, config.lora) if config.lora else 0
-    return Trained(shape, parameters + adapters, trained_parameters(shape, config, parameters), batch, passes, frozen_layers(shape, config))

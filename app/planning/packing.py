@@ -2,15 +2,17 @@
 
 - `pack`: the processes talk to each other all the time (ranks of one training), so they take as few nodes as they can.
 - `spread`: they work alone and load a node's memory and network (rollout engines, replicas), so the emptiest node is next.
-- A process with one or more GPUs owns them whole, all on one node. Fractions share a GPU with fractions alone.
-- A role that shares another's GPUs sits on them, process by process, and takes none of its own.
+- A process with one or more GPUs owns them whole, all on one node. Fractions share a GPU with fractions alone: in the order of the
+  requests, each on the GPU in use that it fills most, as Ray does when the processes start.
+- A role that shares another's GPUs sits on them, process by process, and takes none of its own: a pair is placed as one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Literal
 
 from app.errors import PlacementError
@@ -19,6 +21,8 @@ Strategy = Literal["pack", "spread"]
 Resource = Literal["labels", "GPU", "CPU", "memory"]
 ORDER: tuple[Resource, ...] = ("labels", "GPU", "CPU", "memory")
 ROUNDING = 1e-6
+UNIT = 10_000  # parts of a GPU that Ray counts in
+SEARCHED = 16  # fractions whose packing is searched for
 SHOWN_NODES = 8
 
 
@@ -77,12 +81,14 @@ class FreeNode:
         return [gpu for gpu, share in enumerate(self.gpus) if share == 1.0]
 
     def gpus_for(self, gpus: float) -> tuple[int, ...] | None:
-        """GPUs for one process, begun ones first for a fraction; None where there are too few."""
+        """GPUs for one process, for a fraction the begun one with the least room; None where there are too few."""
         if gpus >= 1:
             need = math.ceil(gpus)
             return tuple(self.whole[:need]) if len(self.whole) >= need else None
-        fitting = [gpu for gpu in sorted(self.begun) if self.gpus[gpu] + ROUNDING >= gpus] or self.whole[:1]
-        return tuple(fitting[:1]) or None if gpus else ()
+        if not gpus:
+            return ()
+        fitting = [gpu for gpu in sorted(self.begun) if self.gpus[gpu] + ROUNDING >= gpus]
+        return (min(fitting, key=lambda gpu: round(self.gpus[gpu], 6)),) if fitting else tuple(self.whole[:1]) or None
 
     def lacks(self, request: Request) -> Resource | None:
         """The first resource that this node has too little of for one process."""
@@ -120,6 +126,28 @@ class FreeNode:
         return shown[resource]
 
 
+def gpus_needed(fractions: Iterable[float]) -> int:
+    """The fewest GPUs that hold these parts of one, none of which spans two; for more than SEARCHED parts a bound from below.
+
+    >>> gpus_needed([0.4, 0.4, 0.1, 0.1]), gpus_needed([0.6, 0.6, 0.5]), gpus_needed([])
+    (1, 3, 0)
+    """
+    parts = sorted((max(1, round(fraction * UNIT)) for fraction in fractions), reverse=True)
+    # a GPU holds so many at most of those that are no smaller than this one
+    least = max([math.ceil(sum(parts) / UNIT), *(math.ceil((i + 1) / (UNIT // part)) for i, part in enumerate(parts))])
+    if len(parts) > SEARCHED:
+        return least
+
+    @cache
+    def fit(placed: int, room: tuple[int, ...]) -> bool:
+        if placed == len(parts):
+            return True
+        left = ((gpu, free - parts[placed]) for gpu, free in enumerate(room) if free >= parts[placed])
+        return any(fit(placed + 1, tuple(sorted((*room[:gpu], free, *room[gpu + 1 :])))) for gpu, free in left)
+
+    return next(count for count in range(least, len(parts) + 1) if fit(0, (UNIT,) * count))
+
+
 def assign(requests: Sequence[Request], nodes: Sequence[NodeResources], stage: str = "") -> tuple[Slot, ...]:
     """A slot for every process, in the order of `requests`.
 
@@ -136,14 +164,24 @@ def assign(requests: Sequence[Request], nodes: Sequence[NodeResources], stage: s
 
 
 def _packed_first(request: Request) -> tuple[bool, bool, bool, float]:
-    """Owners before those that share with them; whole GPUs before fractions; those that not every node will do for; then by what has
-    to lie together."""
+    """Owners before those that share with them; whole GPUs before fractions, which stay in their order; those that not every node will
+    do for; then by what has to lie together."""
+    if 0 < request.gpus < 1:
+        return request.shares is not None, True, True, 0.0
     gang = request.gpus * (request.count if request.strategy == "pack" else 1)
-    return request.shares is not None, 0 < request.gpus < 1, not request.labels, -gang
+    return request.shares is not None, False, not request.labels, -gang
 
 
 def _largest_first(request: Request) -> tuple[bool, bool, bool, float, float]:
-    return request.shares is not None, 0 < request.gpus < 1, not request.labels, -request.gpus, -request.cpus
+    if 0 < request.gpus < 1:
+        return request.shares is not None, True, True, 0.0, 0.0
+    return request.shares is not None, False, not request.labels, -request.gpus, -request.cpus
+
+
+def _with_sharers(request: Request, index: int, requests: Sequence[Request]) -> Request:
+    """What process `index` and those that sit on its GPUs take together."""
+    there = [request, *(other for other in requests if other.shares == request.role and index < other.count)]
+    return replace(request, cpus=sum(each.cpus for each in there), memory=sum(each.memory for each in there))
 
 
 def _assign(requests: Sequence[Request], order: Sequence[Request], nodes: Sequence[NodeResources], stage: str) -> tuple[Slot, ...]:
@@ -153,14 +191,16 @@ def _assign(requests: Sequence[Request], order: Sequence[Request], nodes: Sequen
         placed: list[Slot] = []
         slots[request.role] = placed
         for index in range(request.count):
-            owner = slots[request.shares][index % len(slots[request.shares])] if request.shares else None
-            candidates = free if owner is None else [free[owner.node]]
-            able = [node for node in candidates if node.lacks(request) is None]
+            if request.shares:
+                owner = slots[request.shares][index]
+                placed.append(Slot(request.role, index, owner.node, owner.gpus))
+                continue
+            together = _with_sharers(request, index, requests)
+            able = [node for node in free if node.lacks(together) is None]
             if not able:
-                raise PlacementError(_shortage(request, index, candidates, stage))
-            node = _choose(request, able, [slot.node for slot in placed])
-            gpus = node.take(request)
-            placed.append(Slot(request.role, index, node.index, gpus if owner is None else owner.gpus))
+                raise PlacementError(_shortage(together, index, free, stage))
+            node = _choose(together, able, [slot.node for slot in placed])
+            placed.append(Slot(request.role, index, node.index, node.take(together)))
     return tuple(slot for request in requests for slot in slots[request.role])
 
 

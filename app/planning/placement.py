@@ -13,11 +13,14 @@ from typing import Any
 from app.config.loading import with_values
 from app.config.recipe import Recipe
 from app.errors import PlacementError
-from app.planning.memory import GIB, trained_model
-from app.planning.packing import NodeResources, Slot, assign
+from app.planning.memory import GIB
+from app.planning.packing import NodeResources, Slot, assign, gpus_needed
 from app.planning.roles import FLOAT32, Role, Roles
 from app.planning.shapes import shape_of
+from app.planning.trained import trained_model
 
+STARTED = (("rollout", "training", "scoring"), ("scoring", "training", "rollout"))
+"""The order in which processes start, by what they do: of any stage, and of a search, whose trials come to a service that is there."""
 _OBJECT_STORE_SHARE = 0.3  # Ray's default part of a node's memory; what does not fit there goes to the disk
 
 
@@ -50,11 +53,18 @@ class StagePlacement:
     trials: int = 1
 
     def need(self, resource: str) -> float:
-        return sum(role.need(resource) for role in self.roles)
+        """Of `CPU`, `memory` (bytes) or `GPU`: whole ones, for no process spans fractions of two."""
+        if resource != "GPU":
+            return sum(role.need(resource) for role in self.roles)
+        own = [(role.count, role.request.own_gpus) for role in self.roles]
+        fractions = [gpus for count, gpus in own if 0 < gpus < 1 for _ in range(count)]
+        return float(sum(count * gpus for count, gpus in own if gpus >= 1) + gpus_needed(fractions))
 
     def slots(self, nodes: tuple[NodeResources, ...]) -> tuple[Slot, ...]:
         """Where every process goes. Raises PlacementError."""
-        return assign([role.request for role in self.roles], nodes, self.name)
+        starting = sorted(self.roles, key=lambda role: STARTED[self.name == "tune"].index(role.turn))
+        placed = assign([role.request for role in starting], nodes, self.name)
+        return tuple(slot for role in self.roles for slot in placed if slot.role == role.name)
 
     def object_store(self, there: Iterable[Slot], node_memory: float) -> int:
         """Bytes of Ray's object store on a node with these processes: the first rank of a learner puts weights there, and the store of

@@ -5,7 +5,6 @@ Sizes come from the `config.json` of a local model, or from a model's name.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from app.config.ppo import PpoConfig
 from app.config.recipe import Recipe
 from app.config.shared import WorkersConfig
 from app.config.training import TrainingConfig
+from app.planning.learner import learner_models
 from app.planning.memory import (
     GIB,
     WIDTHS,
@@ -21,17 +21,18 @@ from app.planning.memory import (
     Parts,
     Trained,
     TrainingMemory,
-    activations,
+    add,
     cpu_engine_memory,
     engine_memory,
+    inspection,
+    largest_pass,
     scoring_memory,
     total,
-    trained_model,
     training_memory,
-    value_head,
 )
 from app.planning.packing import Request, Strategy
 from app.planning.shapes import shape_of
+from app.planning.trained import trained_model
 
 FLOAT32 = 4
 _PROCESS_BYTES = GIB // 2  # a Python process with torch and Ray loaded
@@ -45,8 +46,9 @@ Turn = Literal["training", "rollout", "scoring"]
 class Role:
     """Processes of one kind.
 
-    working: bytes of each on its device at its peak (a GPU; host memory where it has none); resting: while others work;
-    host: in host memory beside that. As far as the recipe tells: parts are empty for a model of unknown size.
+    working: bytes of each on its device at its peak (a GPU; host memory where it has none); resting: while others work; judging: while
+    reward model and reference do; host: in host memory beside that. As far as the recipe tells: parts are empty for a model of unknown
+    size.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Role:
     labels: Mapping[str, str]
     working: Parts
     resting: Parts
+    judging: Parts
     host: Parts
     turn: Turn
     strategy: Strategy = "spread"
@@ -69,12 +72,8 @@ class Role:
         return total(self.host) + (0 if self.gpus else total(self.working))
 
     def need(self, resource: str) -> float:
-        """Of `CPU`, `GPU` (a process never spans two fractions of GPUs) or `memory` (bytes), over all processes."""
-        if resource == "GPU" and self.shares:
-            return 0.0
-        if resource == "GPU" and 0 < self.gpus < 1:
-            return self.count / math.floor(1 / self.gpus)
-        each: float = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory}[resource]
+        """Of `CPU`, `GPU` (parts of them as they are reserved) or `memory` (bytes), over all processes."""
+        each: float = {"CPU": self.cpus, "GPU": self.request.own_gpus, "memory": self.memory}[resource]
         return self.count * each
 
     @property
@@ -98,10 +97,11 @@ class Roles:
         """SFT's or the reward model's workers."""
         shape = shape_of(self.recipe.model.path)
         reward_model = name == "rm"
-        rows = config.micro_batch_size * (self.recipe.rm.max_replies if reward_model else 1)
-        length = self.recipe.data.max_length
-        if config.micro_batch_tokens:
-            rows = max(1, config.micro_batch_tokens // length)
+        replies = self.recipe.rm.max_replies if reward_model else 1
+        most = replies * config.batch_size // config.workers.count
+        rows, length = largest_pass(
+            replies * config.micro_batch_size, self.recipe.data.max_length, tokens=config.micro_batch_tokens, most=most, least=replies
+        )
         models, loaded = [], 0
         if shape is not None:
             parameters = shape.trunk if reward_model else shape.parameters
@@ -111,31 +111,12 @@ class Roles:
         return self._training_role(name, f"{name}.workers", config.workers, self._memory(models, config), loaded)
 
     def learner(self) -> Role:
-        """Policy and critic of PPO, in one process per rank; a value head is a part of the policy."""
-        recipe, ppo = self.recipe, self.recipe.ppo
-        policy, critic = shape_of(recipe.model.path), shape_of(recipe.reward.path or recipe.model.path)
-        rows = min(ppo.micro_batch_size, ppo.rows_per_step)
-        length = recipe.data.max_prompt_length + recipe.rollout.max_new_tokens
-        if ppo.micro_batch_tokens:
-            rows = max(1, ppo.micro_batch_tokens // length)
-        passes = ppo.accumulation if ppo.reuse_forward else 1
-        models = []
-        if policy is not None:
-            batches, mix = [Batch(rows, length, rows * recipe.rollout.max_new_tokens)], ppo.pretraining
-            if mix.coef:
-                texts, longest = min(mix.micro_batch_size, mix.batch_size), recipe.data.max_length
-                if ppo.micro_batch_tokens:
-                    texts = max(1, ppo.micro_batch_tokens // longest)
-                batches.append(Batch(texts, longest, texts * (longest - 1)))
-                passes += ppo.reuse_forward  # the held ones are still open
-            head = value_head(policy) if ppo.has_value_head else 0
-            trained = [trained_model(policy, ppo, policy.parameters, batch, passes) for batch in batches]
-            largest = max(trained, key=lambda model: total(activations(model, ppo.deepspeed, self.width)))
-            models.append(replace(largest, parameters=largest.parameters + head, trained=largest.trained + head))
-        if critic is not None and ppo.has_critic_model:
-            models.append(Trained(critic, critic.trunk, critic.trunk, Batch(rows, length), passes))
-        loaded = FLOAT32 * max((model.parameters for model in models), default=0)
-        return self._training_role("learner", "ppo.workers", ppo.workers, self._memory(models, ppo), loaded)
+        """Policy and critic of PPO, in one process per rank."""
+        ppo, models = self.recipe.ppo, learner_models(self.recipe, self.width)
+        loaded = FLOAT32 * max((model.parameters for model in models.learning), default=0)
+        learner = self._training_role("learner", "ppo.workers", ppo.workers, self._memory(models.learning, ppo), loaded)
+        passes = (inspection(model, ppo.deepspeed, self.width, kept=ppo.reuse_forward) for model in models.judging)
+        return replace(learner, judging=add(learner.resting, *passes))
 
     def _memory(self, models: Sequence[Trained], config: TrainingConfig | PpoConfig) -> TrainingMemory:
         workers = config.workers
@@ -153,20 +134,25 @@ class Roles:
         recipe, workers = self.recipe, self.recipe.rollout.engines
         shape = shape_of(recipe.model.path)
         sleeps = colocated and workers.gpus > 0
-        working, copy = Parts(), 0
-        if shape is not None:
-            longest = recipe.data.max_prompt_length + recipe.rollout.max_new_tokens
-            context = recipe.rollout.max_model_len or longest
-            reserved = None if self.gpu_memory is None else int(recipe.rollout.gpu_memory_utilization * self.gpu_memory)
-            parallel = max(1, int(workers.gpus))
-            on_gpu = engine_memory(shape, width=self.width, tensor_parallel=parallel, context=context, reserved=reserved)
-            on_cpu = cpu_engine_memory(shape, width=self.width, kv_cache=int(recipe.rollout.kv_cache_gib * GIB))
-            working, copy = (on_gpu if workers.gpus else on_cpu), self.width * shape.parameters
-        elif not workers.gpus:
-            working = {"kv_cache": int(recipe.rollout.kv_cache_gib * GIB)}
+        context = recipe.rollout.max_model_len or recipe.data.max_prompt_length + recipe.rollout.max_new_tokens
+        working = self._vllm(
+            recipe.model.path, workers, context, share=recipe.rollout.gpu_memory_utilization, kv_cache_gib=recipe.rollout.kv_cache_gib
+        )
+        copy = 0 if shape is None else self.width * shape.parameters
         host = {**_process(workers), **({"sleep_copy": copy} if sleeps else {})}
         shares = "learner" if sleeps else None
         return _role("engine", "rollout.engines", workers, working, {} if sleeps else working, host, turn="rollout", shares=shares)
+
+    def _vllm(self, path: str, workers: WorkersConfig, context: int, *, share: float, kv_cache_gib: float) -> Parts:
+        """An engine on each of its GPUs, which `share` of the memory is reserved of; in host memory without any."""
+        shape, cache = shape_of(path), int(kv_cache_gib * GIB)
+        if not workers.gpus:
+            return {"kv_cache": cache} if shape is None else cpu_engine_memory(shape, width=self.width, kv_cache=cache)
+        if shape is None:
+            return {}
+        reserved = None if self.gpu_memory is None else int(share * self.gpu_memory)
+        parallel = max(1, int(workers.gpus))
+        return engine_memory(shape, width=self.width, tensor_parallel=parallel, context=context, reserved=reserved)
 
     def scorers(self) -> tuple[Role, ...]:
         """The scoring service's replicas."""
@@ -198,9 +184,9 @@ class Roles:
             place = (name, f"serving.models.{name}.workers", model.workers, model.path, model.batching.max_batch_tokens)
             roles.append(self._scorer(*place, length, with_head=model.kind != "reward"))
         for name, chat in serving.chat.items():
-            working, shape = {"kv_cache": 0 if chat.workers.gpus else int(chat.kv_cache_gib * GIB)}, shape_of(chat.path)
-            if shape is not None:
-                working["weights"] = self.width * shape.parameters
+            working = self._vllm(
+                chat.path, chat.workers, chat.max_model_len, share=chat.gpu_memory_utilization, kv_cache_gib=chat.kv_cache_gib
+            )
             roles.append(
                 _role(name, f"serving.chat.{name}.workers", chat.workers, working, working, _process(chat.workers), turn="rollout")
             )
@@ -226,4 +212,7 @@ def _process(workers: WorkersConfig) -> Parts:
 
 
 def _role(name: str, key: str, workers: WorkersConfig, working: Parts, resting: Parts, host: Parts, **more: Any) -> Role:
-    return Role(name, key, workers.count, workers.cpus, workers.gpus, workers.threads, workers.labels, working, resting, host, **more)
+    judging = more.pop("judging", resting)
+    return Role(
+        name, key, workers.count, workers.cpus, workers.gpus, workers.threads, workers.labels, working, resting, judging, host, **more
+    )

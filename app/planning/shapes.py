@@ -16,6 +16,9 @@ Kind = Literal["neox", "llama", "gpt2"]
 KINDS: dict[str, Kind] = {"gpt_neox": "neox", "gpt2": "gpt2"}
 """`model_type` -> how its layers are built; every other decoder counts as one of Llama's kind (RMS norms, gated MLP)."""
 
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""Keys of a config.json that say how many experts a layer has: Mixtral, Qwen, DeepSeek."""
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -89,7 +92,8 @@ class ModelShape:
 
 
 def shape_from_config(config: Mapping[str, Any]) -> ModelShape | None:
-    """The shape that a `config.json` describes; None where it names no decoder sizes."""
+    """The shape that a `config.json` describes; None where it names no decoder sizes, and for mixtures of experts, whose layers are not
+    counted here."""
     inside = config.get("text_config")
     if isinstance(inside, Mapping):
         config = inside
@@ -99,7 +103,7 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape | None:
 
     hidden, layers, heads = find("hidden_size", "n_embd"), find("num_hidden_layers", "n_layer"), find("num_attention_heads", "n_head")
     vocabulary = find("vocab_size")
-    if not all(isinstance(size, int) for size in (hidden, layers, heads, vocabulary)):
+    if not all(isinstance(size, int) for size in (hidden, layers, heads, vocabulary)) or (find(*EXPERTS) or 0) > 1:
         return None
     kind = KINDS.get(config.get("model_type", ""), "llama")
     biased = find("attention_bias", "qkv_bias")

@@ -1,34 +1,33 @@
 """How long a step takes, from counted work and the rates of the hardware.
 
-FLOP are counted as 2 per weight and token forward, twice that backward (Kaplan et al., 2020, https://arxiv.org/abs/2001.08361), plus
-causal attention; what a device reaches of its peak is a constant below. These are estimates to choose machines by, good to about a
-factor of two: sequences count at their full length unless a mean length is given, and phases follow one another.
+The work is counted in `app.planning.work`; what a device reaches of its peak is a constant below. These are estimates to choose machines
+by, good to about a factor of two: sequences count at their full length unless a mean length is given, and phases follow one another.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from app.config.ppo import PpoConfig
 from app.config.recipe import Recipe
 from app.config.search_space import grid
-from app.config.shared import DeepSpeedConfig, Trainable, WorkersConfig
+from app.config.shared import WorkersConfig
 from app.config.training import TrainingConfig
 from app.planning.hardware import CPU_CORE, Accelerator, Cluster
-from app.planning.memory import MASTER, MOMENTS, WIDTHS, adapter_parameters, frozen_layers, trained_model, value_head
+from app.planning.memory import WIDTHS
 from app.planning.placement import StagePlacement
 from app.planning.roles import Role
 from app.planning.shapes import ModelShape, shape_of
+from app.planning.trained import trained_model, value_head
+from app.planning.work import backward_flop, communication, decode_flop, flop, host_adam, micro_batches
 
 COMPUTE_SHARE = 0.4  # of peak FLOP/s in training and prefill on GPUs; peers report 0.3 to 0.5
 CPU_COMPUTE_SHARE = 0.6  # docs/results/sft_speed.md
 BANDWIDTH_SHARE = 0.6  # of memory bandwidth while decoding
 DECODE_OVERHEAD = 0.004  # seconds of Python per decoding step
-HOST_ADAM_BANDWIDTH = 10e9  # bytes/s of one process that runs Adam on the host
 OBJECT_STORE_RATE = 0.6e9  # bytes/s of a push from gathering to loading: docs/results/smollm2.md
-FORWARD = 2
 
 
 @dataclass(frozen=True)
@@ -47,43 +46,6 @@ class Device:
             return cls(gpu.rate(width) * COMPUTE_SHARE * share, gpu.bandwidth * share, min(gpu.link, network))
         rate = CPU_CORE.rate(width) * CPU_COMPUTE_SHARE
         return cls(rate * workers.threads, CPU_CORE.bandwidth * workers.threads, min(CPU_CORE.link, network))
-
-
-def flop(shape: ModelShape, tokens: float, length: float, *, targets: float = 0.0) -> float:
-    """Of a forward pass over `tokens` in sequences of `length`, with the output head on `targets` of them."""
-    weights = shape.layers * shape.layer * tokens + shape.embedding * targets
-    attention = shape.layers * shape.queries * length * tokens
-    return FORWARD * (weights + attention)
-
-
-def backward_flop(shape: ModelShape, config: Trainable | None, tokens: float, length: float, *, targets: float, recomputed: bool) -> float:
-    """Of the backward pass to `flop`: gradients of the states above the frozen layers, and of the weights that `config` trains (None: all).
-    recomputed: those layers, not the head, run forward once more."""
-    lora = None if config is None else config.lora
-    frozen = 0 if config is None else frozen_layers(shape, config)
-    upper = replace(shape, layers=shape.layers - frozen)
-    attention = flop(upper, tokens, length) - FORWARD * upper.layers * shape.layer * tokens  # its gradients are of two products, not one
-    # adapters are weights that states pass through as well
-    weights = tokens * (2 * adapter_parameters(shape, lora) if lora else upper.layers * shape.layer)
-    head_learns = lora.embeddings if lora else not (frozen and shape.tied)
-    states = flop(upper, tokens, length, targets=targets)
-    learned = FORWARD * (weights + shape.embedding * targets * head_learns)
-    return states + attention + learned + (flop(upper, tokens, length) if recomputed else 0.0)
-
-
-def communication(parameters: int, trained: int, ds: DeepSpeedConfig, width: int, ranks: int, accumulation: int, link: float) -> float:
-    """Seconds of collectives in one optimizer step. Gradients of what is trained are reduced and scattered, then they (ZeRO 0: an
-    all-reduce is both) or the new weights are gathered; ZeRO 3 gathers all parameters for every forward and backward pass instead.
-
-    Each moves the share of the other ranks, (N - 1) / N (ZeRO, section 7: https://arxiv.org/abs/1910.02054)."""
-    reduced = trained * (accumulation if ds.zero_stage >= 2 else 1)
-    gathered = 2 * accumulation * parameters if ds.zero_stage == 3 else trained
-    return (reduced + gathered) * width * (ranks - 1) / ranks / link
-
-
-def host_adam(trained: int, ds: DeepSpeedConfig, ranks: int) -> float:
-    """Seconds of Adam on the host in one optimizer step: it reads and writes master weights and moments, and reads gradients."""
-    return (2 * (MASTER + MOMENTS) + 4) * trained / ranks / HOST_ADAM_BANDWIDTH if ds.offload_optimizer else 0.0
 
 
 @dataclass(frozen=True)
@@ -166,7 +128,9 @@ class Estimate:
         work += backward_flop(shape, config, tokens, length, targets=targets, recomputed=ds.gradient_checkpointing)
         phases = {
             "compute": work / device.rate,
-            "communication": communication(model.parameters, model.trained, ds, self.width, ranks, config.accumulation, device.link),
+            "communication": communication(
+                model.parameters, model.trained, ds, self.width, ranks, micro_batches(config, tokens), device.link
+            ),
             "host_adam": host_adam(model.trained, ds, ranks),
         }
         rows = self.workload.rows
@@ -200,13 +164,15 @@ class Estimate:
         forward = sum(flop(shape, tokens, length, targets=heads) for shape, _, heads in passes)
         backward = sum(backward_flop(shape, what, tokens, length, targets=heads, recomputed=recomputed) for shape, what, heads in passes)
 
-        scorers = {"reward": (recipe.scoring.reward, critic, 0), "reference": (recipe.scoring.reference, policy, tokens)}
+        judges = [("reward", recipe.scoring.reward, shape, 0) for path in recipe.reward.model_paths() if (shape := shape_of(path))]
+        judges += [("reward", recipe.scoring.reward, critic, 0), ("reference", recipe.scoring.reference, policy, tokens)]
         scoring = [
             stage.trials * flop(shape, tokens, length, targets=heads) / workers.count / self.device(workers, name).rate
-            for name, (workers, shape, heads) in scorers.items()
+            for name, workers, shape, heads in judges
         ]
         steps = ppo.epochs * ppo.minibatches
-        per_step = communication(parameters, trained, ds, self.width, ranks, ppo.accumulation, learner.link)
+        accumulation = micro_batches(ppo, ppo.rows_per_step * length)
+        per_step = communication(parameters, trained, ds, self.width, ranks, accumulation, learner.link)
         longest, mixed = recipe.data.max_length, ppo.pretraining.batch_size * recipe.data.max_length if ppo.pretraining.coef else 0
         texts = flop(policy, mixed, longest, targets=mixed)
         texts += backward_flop(policy, ppo, mixed, longest, targets=mixed, recomputed=recomputed)
@@ -233,7 +199,7 @@ class Estimate:
         running = max(1, min(mine, room))
         waves = math.ceil(mine / running)
         read = self.width * policy.parameters + running * (prompt + answer / 2) * policy.kv_bytes(self.width)
-        work = flop(policy, running, prompt + answer / 2, targets=running)
+        work = decode_flop(policy, running, prompt + answer / 2)
         per_token = max(read / (device.bandwidth * BANDWIDTH_SHARE), work / device.rate) + DECODE_OVERHEAD
         prefill = flop(policy, mine * prompt, prompt) / device.rate
         return prefill + waves * answer * per_token

@@ -75,6 +75,14 @@ def test_this_machine_and_the_command_from_the_name(capsys: pytest.CaptureFixtur
     assert out.startswith("corral serve on local") and "takes no steps" in out
 
 
+def test_what_a_plan_assumes_is_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--cluster", "1x8xA100-80GB", '--ppo.lora.targets=["query_key_value", "q_proj"]']
+    code, out = planned([PPO_12B, *words], capsys)
+    assert code == 0 and "\nassumed: ppo.lora.targets: no linear layer called q_proj" in out
+    code, out = planned([PPO_12B, "--cluster", "1x4xA100-80GB"], capsys)
+    assert code == 1 and "in all" not in out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -96,6 +104,7 @@ def test_bad_input_is_one_line(words: list[str], message: str, capsys: pytest.Ca
         (["--model.path=my-org/my-model"], "model.path = my-org/my-model: its size is unknown"),
         (["--model.path=./nowhere"], "model.path = ./nowhere: its size is unknown"),
         (["--reward.path=judge"], "reward.path = judge: its size is unknown"),
+        (["--reward.parts.own.type=reward_model", '--reward.parts.own.paths=["judge"]'], "reward.parts = judge: its size is unknown"),
         (["--rows", "0"], "--rows 0: give 1 or more"),
         (["--mean-length", "-5"], "--mean-length -5: give 1 or more"),
         (["--price", "-3"], "--price -3: give 0 or more"),

@@ -16,6 +16,7 @@ from app.config.training import SftConfig
 from app.models.trainable import choose_trainable
 from app.planning.memory import (
     GIB,
+    NOTHING,
     Batch,
     Parts,
     Trained,
@@ -26,11 +27,10 @@ from app.planning.memory import (
     layer_activations,
     scoring_memory,
     total,
-    trained_model,
-    trained_parameters,
     training_memory,
 )
 from app.planning.shapes import SHAPES, ModelShape
+from app.planning.trained import adapter_parameters, kept_more, trained_model, trained_parameters, unknown_targets
 
 WIDE, INNER, HEADS, VOCABULARY = 64, 160, 4, 96
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": WIDE, "intermediate_size": INNER, "num_attention_heads": HEADS}
@@ -78,6 +78,31 @@ def test_a_layers_activations_are_what_autograd_saves(kind: str, dtype: torch.dt
     assert per_token == pytest.approx(layer_activations(shape, dtype.itemsize), rel=0.06)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        ("neox", ()),
+        ("neox", ("query_key_value",)),
+        ("neox", ("dense_h_to_4h", "dense_4h_to_h")),
+        ("llama", ()),
+        ("llama", ("q_proj", "v_proj")),
+        ("llama", ("o_proj", "down_proj")),
+        ("llama", ("gate_proj", "up_proj", "down_proj")),
+    ],
+)
+def test_a_layer_with_adapters_keeps_what_they_read(kind: str, targets: tuple[str, ...], dtype: torch.dtype) -> None:
+    per_token = []
+    for config in (SftConfig(), SftConfig(lora=AdapterConfig(rank=4, targets=targets))):
+        sizes = []
+        for layers in (1, 2):
+            model, shape = build(kind, layers)
+            choose_trainable(model, config, seed=0)  # type: ignore[arg-type]
+            sizes.append(saved_bytes(model.to(dtype), rows=2, length=32))
+        per_token.append((sizes[1] - sizes[0]) / 64)
+    assert per_token[1] - per_token[0] == pytest.approx(kept_more(shape, config) * dtype.itemsize, abs=0.02 * per_token[0])
+
+
 @pytest.mark.parametrize("kind", ["neox", "llama", "gpt2"])
 def test_frozen_layers_keep_no_activations(kind: str) -> None:
     """But GPT-2's, whose position embeddings are trained below them."""
@@ -96,11 +121,12 @@ def test_frozen_layers_keep_no_activations(kind: str) -> None:
 
 
 def test_open_passes_keep_their_logits_and_share_the_room_for_a_gradient() -> None:
-    shape, ds = SHAPES["pythia-70m"], DeepSpeedConfig()
+    shape, ds, batch = SHAPES["pythia-70m"], DeepSpeedConfig(), Batch(2, 64, 64)
     one, three = (
-        activations(Trained(shape, shape.parameters, shape.parameters, Batch(2, 64, 64), passes), ds, 4)["logits"] for passes in (1, 3)
+        activations(Trained(shape, shape.parameters, shape.parameters, batch, held), ds, 4) for held in (NOTHING, Batch(4, 64, 128))
     )
-    assert (one, three) == (2 * 64 * shape.vocabulary * 4, 4 * 64 * shape.vocabulary * 4)
+    assert (one["logits"], three["logits"]) == (2 * 64 * shape.vocabulary * 4, 4 * 64 * shape.vocabulary * 4)
+    assert three["activations"] == 3 * one["activations"]
 
 
 def plan(shape: ModelShape, ds: DeepSpeedConfig, batch: Batch, *, width: int = 2, ranks: int = 1, on_gpu: bool = True) -> Parts:
@@ -208,6 +234,36 @@ def test_what_is_not_trained_has_no_gradients() -> None:
     assert everything == shape.parameters
     assert upper == 2 * shape.layer + shape.embedding + shape.hidden
     assert adapters == 39_976_960  # what peft counts for r = 16 on all linear layers of Llama-7B
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        ("neox", ()),
+        ("neox", ("query_key_value",)),
+        ("neox", ("dense", "dense_4h_to_h", "q_proj")),  # GPT-NeoX has no q_proj, and training passes over it
+        ("llama", ()),
+        ("llama", ("q_proj", "v_proj")),
+        ("llama", ("k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
+    ],
+)
+def test_adapters_are_as_large_as_the_layers_that_they_stand_beside(kind: str, targets: tuple[str, ...], embeddings: bool) -> None:
+    model, shape = build(kind, 3)
+    config = SftConfig(lora=AdapterConfig(rank=4, targets=targets, embeddings=embeddings))
+    choose_trainable(model, config, seed=0)  # type: ignore[arg-type]
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert trained_parameters(shape, config, shape.parameters) == trained
+
+
+def test_targets_of_unknown_names_count_as_all_layers() -> None:
+    """A Llama's layers are assumed of every model that is neither GPT-NeoX nor GPT-2; others may be called otherwise."""
+    llama, neox = SHAPES["llama-7b"], SHAPES["pythia-70m"]
+    everything = adapter_parameters(llama, AdapterConfig())
+    assert adapter_parameters(llama, AdapterConfig(targets=("qkv_proj", "o_proj"))) == everything
+    assert adapter_parameters(llama, AdapterConfig(targets=("q_proj", "o_proj"))) < everything / 3
+    assert unknown_targets(llama, AdapterConfig(targets=("qkv_proj", "o_proj"))) == ("qkv_proj",)
+    assert adapter_parameters(neox, AdapterConfig(targets=("q_proj",))) == adapter_parameters(neox, AdapterConfig())  # training refuses it
 
 
 @FEW

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.errors import PlacementError
-from app.planning.packing import NodeResources, Request, Slot, assign
+from app.planning.packing import NodeResources, Request, Slot, assign, gpus_needed
 
 MACHINE = NodeResources(cpus=96, gpus=8, memory=1e12)
 
@@ -36,6 +36,46 @@ def test_one_gpu_holds_everything_in_turns() -> None:
     ]
     slots = assign(requests, [NodeResources(8, 1)])
     assert {(slot.node, slot.gpus) for slot in slots} == {(0, (0,))}
+
+
+def test_a_fraction_takes_the_gpu_that_it_fills_most() -> None:
+    requests = [Request("a", 1, 1, 0.5), Request("b", 1, 1, 0.7), Request("c", 1, 1, 0.3), Request("d", 1, 1, 0.5)]
+    assert [slot.gpus for slot in assign(requests, [NodeResources(8, 2)])] == [(0,), (1,), (1,), (0,)]
+
+
+def test_a_pair_finds_a_node_with_room_for_both() -> None:
+    requests = [Request("learner", 8, 1, 1, strategy="pack"), Request("engine", 6, 1, 1, shares="learner")]
+    slots = assign(requests, [NodeResources(10, 8)] * 2)
+    assert Counter(slot.node for slot in slots if slot.role == "learner") == {0: 5, 1: 3}
+    assert gpus_of(slots, "engine") <= gpus_of(slots, "learner")
+    with pytest.raises(PlacementError, match="learner 5 of 8 needs 2 CPUs on one node"):
+        assign(requests, [NodeResources(8, 8)])
+
+
+FRACTIONS = st.lists(st.sampled_from([0.1, 0.2, 0.25, 0.3, 1 / 3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.9]), max_size=6)
+
+
+def fewest(parts: list[float], gpus: list[float]) -> int:
+    """By trying everything."""
+    if not parts:
+        return len(gpus)
+    first, *rest = parts
+    places = [gpu for gpu, used in enumerate(gpus) if used + first <= 1 + 1e-6]
+    beside = [fewest(rest, [used + first * (at == gpu) for at, used in enumerate(gpus)]) for gpu in places]
+    return min([*beside, fewest(rest, [*gpus, first])])
+
+
+@settings(max_examples=80, deadline=None)
+@given(FRACTIONS)
+def test_the_fewest_gpus_for_fractions(parts: list[float]) -> None:
+    assert gpus_needed(parts) == fewest(parts, [])
+    many = gpus_needed([*parts, *[0.5] * 20])
+    assert many <= gpus_needed(parts) + 10
+    try:
+        slots = assign([Request(str(i), 1, 0, part) for i, part in enumerate(parts)], [NodeResources(1, 3)])
+    except PlacementError:
+        return
+    assert gpus_needed(parts) <= len(gpus_of(slots, *map(str, range(len(parts)))))
 
 
 def test_two_gpus() -> None:

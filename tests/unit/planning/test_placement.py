@@ -98,7 +98,34 @@ def test_the_embedded_model_brings_the_stages_before() -> None:
 
 def test_a_process_never_spans_fractions_of_two_gpus() -> None:
     recipe = with_values(Recipe(), {"scoring.reward.gpus": 0.6, "scoring.reward.count": 2, "scoring.reference.gpus": 0.5})
-    assert describe(recipe, "serve")["needs"]["GPU"] == 2 + 0.5
+    assert describe(recipe, "serve")["needs"]["GPU"] == 3
+
+
+def fractions(learner: float, engine: float, reward: float, reference: float, count: int = 1) -> Recipe:
+    gpus = {"ppo.workers": learner, "rollout.engines": engine, "scoring.reward": reward, "scoring.reference": reference}
+    counts = {"ppo.workers.count": count, "rollout.engines.count": count, "rollout.colocate": False}
+    return with_values(EIGHT_GPUS, {**counts, **{f"{key}.gpus": value for key, value in gpus.items()}})
+
+
+def test_fractions_that_fit_on_one_gpu_need_one() -> None:
+    recipe = fractions(0.4, 0.4, 0.1, 0.1)
+    assert describe(recipe, "ppo")["needs"]["GPU"] == 1
+    check_feasible(recipe, "ppo", {"CPU": 16, "GPU": 1}, (NodeResources(16, 1),))
+    with pytest.raises(PlacementError, match=r"needs 2 GPUs \(learner 1 x 0.5, engine 1 x 0.4,"):
+        check_feasible(fractions(0.5, 0.4, 0.1, 0.1), "ppo", {"CPU": 16, "GPU": 1})
+
+
+def test_fractions_are_packed_in_the_order_in_which_processes_start() -> None:
+    """Engines come first, and Ray gives both the same GPU: of two GPUs that leaves one that a learner fits on."""
+    recipe = fractions(0.8, 0.2, 0.1, 0.1, count=2)
+    with pytest.raises(PlacementError, match=r"learner 2 of 2 needs 0.8 GPU"):
+        check_feasible(
+            with_values(recipe, {"scoring.reward.gpus": 0, "scoring.reference.gpus": 0}),
+            "ppo",
+            {"CPU": 16, "GPU": 2},
+            (NodeResources(16, 2),),
+        )
+    check_feasible(recipe, "ppo", {"CPU": 16, "GPU": 3}, (NodeResources(16, 3),))
 
 
 def test_too_few_gpus_name_role_need_have_and_remedy() -> None:

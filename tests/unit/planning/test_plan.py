@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 
 import pytest
@@ -14,15 +12,14 @@ from hypothesis import strategies as st
 
 from app.config.loading import load_recipe, with_values
 from app.config.recipe import Recipe
-from app.errors import ConfigError
 from app.models.heads import ValueHead
-from app.planning.cluster_file import cluster_from_file
 from app.planning.hardware import GPUS, MACHINES, Cluster, Machine, cluster_from_spec
-from app.planning.memory import Parts, total, value_head
+from app.planning.memory import Parts, total
 from app.planning.plan import Plan, make_plan
 from app.planning.roles import Roles
 from app.planning.shapes import SHAPES
 from app.planning.timing import Workload
+from app.planning.trained import value_head
 
 ROOT = Path(__file__).resolve().parents[3]
 PYTHIA = ROOT / "jobs" / "recipes" / "pythia"
@@ -48,64 +45,17 @@ def test_no_share_of_a_40_gb_gpu_holds_learner_and_engine_in_turns() -> None:
     assert not any(plan(recipe, "1x8xA100-40GB").fits for recipe in shares)
 
 
-def test_too_few_gpus_are_named() -> None:
-    (shortage,) = plan(PPO_12B, "1x4xA100-80GB").as_dict()["shortages"]
-    for part in ("stage ppo", "learner 5 of 6", "GPUs", "node 0: 0 whole GPUs"):
-        assert part in shortage
+def test_what_is_assumed_of_adapters_is_said() -> None:
+    targets = with_values(PPO_12B, {"ppo.lora": {"targets": ["query_key_value", "q_proj"]}})
+    (text,) = plan(targets, "1x8xA100-80GB").as_dict()["assumed"]
+    assert "ppo.lora.targets" in text and "q_proj" in text and "query_key_value" not in text
+    assert plan(targets, "1x8xA100-80GB", "serve").assumed == plan(PPO_12B, "1x8xA100-80GB").assumed == ()
 
 
-def test_what_fills_a_gpu_is_named_with_what_would_help() -> None:
-    big = with_values(load_recipe(PYTHIA / "sft-6.9b.toml"), {"sft.micro_batch_size": 8})
-    (shortage,) = plan(big, "1x8xA100-80GB", "sft").as_dict()["shortages"]
-    assert "activations" in shortage and "sft.deepspeed.gradient_checkpointing = true" in shortage
-    assert plan(with_values(big, {"sft.deepspeed.gradient_checkpointing": True}), "1x8xA100-80GB", "sft").fits
-
-
-def test_an_engine_too_large_for_its_share_is_named() -> None:
-    small_share = with_values(PPO_12B, {"rollout.gpu_memory_utilization": 0.2})
-    (shortage,) = plan(small_share, "1x8xA100-80GB").as_dict()["shortages"]
-    assert "rollout.gpu_memory_utilization = 0.2" in shortage and "raise it" in shortage
-
-
-def test_a_small_host_is_named() -> None:
-    machine = MACHINES["p4de.24xlarge"]
-    small = Cluster("small", (Machine("small", machine.cpus, 128 * 2**30, 8, machine.gpu),))
-    (shortage,) = make_plan(PPO_12B, "ppo", small).as_dict()["shortages"]
-    assert "node 0 host memory" in shortage and "more memory" in shortage
-
-
-def test_overlapping_roles_do_not_take_turns() -> None:
-    """Engine and scorers that are a batch ahead work while the learner does: the GPU that they share holds what all of them work with."""
-    shares = {"ppo.workers.gpus": 0.4, "rollout.engines.gpus": 0.4, "scoring.reward.gpus": 0.1, "scoring.reference.gpus": 0.1}
-    values = {"model.precision": "bf16", "rollout.gpu_memory_utilization": 0.4, "rollout.transfer": "object_store", **shares}
-    recipe = with_values(load_recipe(ROOT / "jobs" / "recipes" / "smollm2" / "ppo.toml"), values)
-
-    def at_work(max_lag: int) -> set[str]:
-        (stage,) = plan(with_values(recipe, {"ppo.max_lag": max_lag}), "1x1xL4-24GB").stages
-        assert stage.fits
-        return {role for role, parts in stage.devices[0].parts.items() if "activations" in parts}
-
-    assert at_work(0) == {"learner", "engine"}  # whose memory is reserved at all times
-    assert at_work(1) == {"learner", "engine", "reward", "reference"}
-
-
-def test_everything_on_one_gpu_in_turns() -> None:
-    values = {
-        "model.precision": "bf16",
-        "ppo.workers.gpus": 0.4,
-        "rollout.engines.gpus": 0.4,
-        "rollout.colocate": True,
-        "rollout.gpu_memory_utilization": 0.4,
-        "scoring.reward.gpus": 0.1,
-        "scoring.reference.gpus": 0.1,
-    }
-    recipe = with_values(load_recipe(ROOT / "jobs" / "recipes" / "smollm2" / "ppo.toml"), values)
-    (stage,) = plan(recipe, "1x1xL4-24GB").stages
-    assert {slot.gpus for slot in stage.slots} == {(0,)}
-    assert stage.fits and [device.name for device in stage.devices] == ["node 0 GPU 0", "node 0 host memory"]
-    greedy = with_values(recipe, {"scoring.reward.gpus": 0.2})
-    (shortage,) = plan(greedy, "1x1xL4-24GB").stages[0].shortages
-    assert "reference 1 of 1 needs 0.1 GPU" in shortage
+def test_without_places_there_is_no_end() -> None:
+    recipe = with_values(PPO_12B, {"sft.max_steps": 10, "rm.max_steps": 10, "sft.workers.gpus": 1, "rm.workers.gpus": 1})
+    assert plan(recipe, "1x4xA100-80GB", "pipeline").seconds is None
+    assert plan(recipe, "1x8xA100-80GB", "pipeline").seconds is not None
 
 
 def test_a_value_head_takes_the_place_of_a_second_model() -> None:
@@ -246,40 +196,6 @@ def test_a_model_of_unknown_size_gets_places_but_no_times() -> None:
     assert found.fits and found.as_dict()["seconds_per_step"] is None
 
 
-def test_cluster_specs() -> None:
-    cluster = cluster_from_spec("4x8xH100-80GB")
-    assert len(cluster.nodes) == 4 and cluster.nodes[0].gpus == 8 and cluster.nodes[0].name == "p5.48xlarge"
-    half = cluster_from_spec("1x4xA100-80GB").nodes[0]
-    assert (half.cpus, half.memory, half.price) == (48, 576 * 2**30, pytest.approx(13.7235, abs=1e-3))
-    assert math.isclose(cluster.price(()) or 0, 4 * 55.04)
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [("8xA100", "NODES x GPUS x KIND"), ("1x8xA100", "unknown GPU A100: known are A100-40GB"), ("0x8xA100-40GB", "at least one node")],
-)
-def test_bad_specs(spec: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        cluster_from_spec(spec)
-
-
-def test_prices_have_a_day() -> None:
-    assert all((machine.price is None) == (machine.read is None) for machine in MACHINES.values())
-    assert all(machine.read is None or machine.read > date(2025, 1, 1) for machine in MACHINES.values())
-
-
-def test_cluster_files(tmp_path: Path) -> None:
-    file = tmp_path / "cluster.yaml"
-    file.write_text(
-        "max_workers: 3\nhead_node_type: head\navailable_node_types:\n"
-        "  worker: {max_workers: 2, node_config: {InstanceType: p4de.24xlarge}}\n"
-        "  spot: {max_workers: 4, node_config: {InstanceType: p4d.24xlarge}}\n"
-        "  head: {node_config: {InstanceType: m6i.4xlarge}}\n"
-    )
-    cluster = cluster_from_file(file)
-    assert [node.name for node in cluster.nodes] == ["m6i.4xlarge", "p4de.24xlarge", "p4de.24xlarge", "p4d.24xlarge"]
-
-
 def test_a_cluster_that_grows_grows_no_further_than_it_has_to() -> None:
     machines = [MACHINES[name] for name in ("m6i.4xlarge", *["p4de.24xlarge"] * 4)]
     one = make_plan(PPO_12B, "ppo", Cluster("file", tuple(machines), elastic=True))
@@ -287,20 +203,6 @@ def test_a_cluster_that_grows_grows_no_further_than_it_has_to() -> None:
     apart = make_plan(with_values(PPO_12B, {"rollout.colocate": False}), "ppo", Cluster("file", tuple(machines), elastic=True))
     assert len(apart.cluster.nodes) == 3 and apart.fits
     assert not make_plan(PPO_12B, "ppo", Cluster("file", tuple(machines[:1]), elastic=True)).fits
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a: [", "cannot be read as YAML"),
-        ("provider: {type: local}", "no available_node_types"),
-        ("available_node_types: {x: {max_workers: 1, node_config: {InstanceType: z9.large}}}", "unknown machine z9.large"),
-    ],
-)
-def test_bad_cluster_files(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=message):
-        cluster_from_file(tmp_path / "c.yaml")
 
 
 def test_bytes_are_those_of_one_process_at_its_peak() -> None:

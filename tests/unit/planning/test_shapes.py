@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig, PretrainedConfig, Qwen2Config
 
 from app.models.embedded import EMBEDDED_CONTEXT, HEADS, HIDDEN, LAYERS, VOCABULARY
 from app.planning.shapes import EMBEDDED, SHAPES, ModelShape, shape_from_config, shape_of, size_in_name
@@ -83,6 +83,13 @@ def test_the_embedded_model() -> None:
 def test_multimodal_configs_hold_the_decoder_inside() -> None:
     inside = json.loads(CONFIGS["llama"].to_json_string(use_diff=False))
     assert shape_from_config({"model_type": "x", "text_config": inside}) == shape_from_config(inside)
+
+
+def test_mixtures_of_experts_are_of_unknown_size() -> None:
+    """Counted as one expert, a model of 47B parameters would pass for 7B."""
+    config = json.loads(MixtralConfig(**COMMON).to_json_string(use_diff=False))
+    assert shape_from_config(config) is None
+    assert shape_from_config(config | {"num_local_experts": 1}) is not None
 
 
 def test_kv_bytes_of_grouped_queries() -> None:

@@ -17,10 +17,11 @@ from app.config.shared import AdapterConfig, DeepSpeedConfig
 from app.config.training import SftConfig
 from app.models.trainable import choose_trainable
 from app.planning.hardware import Cluster, Machine, cluster_from_spec
-from app.planning.memory import adapter_parameters
 from app.planning.plan import Plan, make_plan
 from app.planning.shapes import SHAPES, ModelShape
-from app.planning.timing import OBJECT_STORE_RATE, Timing, Workload, backward_flop, communication, flop
+from app.planning.timing import OBJECT_STORE_RATE, Timing, Workload
+from app.planning.trained import adapter_parameters
+from app.planning.work import backward_flop, communication, decode_flop, flop
 
 ROOT = Path(__file__).resolve().parents[3]
 PPO_12B = load_recipe(ROOT / "jobs" / "recipes" / "pythia" / "ppo-12b.toml")
@@ -55,6 +56,29 @@ def test_a_backward_pass_takes_what_torch_counts(name: str) -> None:
     lora = CONFIGS[name].lora
     beside = 2 * tokens * adapter_parameters(shape, lora) if lora else 0  # of real sizes they are a hundredth, which the plan leaves out
     assert forward == pytest.approx(flop(shape, tokens, length, targets=tokens) + beside, rel=0.08)
+
+
+def test_token_by_token_a_sequence_takes_what_one_pass_does() -> None:
+    shape, prompt, answer = SHAPES["pythia-70m"], 100, 200
+    whole = flop(shape, prompt + answer, prompt + answer, targets=answer)
+    stepwise = flop(shape, prompt, prompt) + sum(decode_flop(shape, 1, prompt + done) for done in range(answer))
+    assert stepwise == pytest.approx(whole, rel=0.001)
+
+
+def test_gradients_are_reduced_as_often_as_there_are_passes() -> None:
+    """Bounded by tokens there are fewer passes than rows."""
+    base = {"ppo.deepspeed.zero_stage": 2, "ppo.deepspeed.offload_optimizer": False, "ppo.batch_size": 96, "ppo.minibatches": 1}
+    length = PPO_12B.data.max_prompt_length + PPO_12B.rollout.max_new_tokens
+    by_rows = timing(with_values(PPO_12B, {**base, "ppo.micro_batch_size": 4})).phases["communication"]
+    by_tokens = timing(with_values(PPO_12B, {**base, "ppo.micro_batch_tokens": 4 * length})).phases["communication"]
+    assert by_tokens == pytest.approx(by_rows)
+
+
+def test_the_largest_reward_model_decides_how_long_scoring_takes() -> None:
+    part = {"type": "reward_model", "paths": ["runs/pythia/rm-12b/rm/model"]}
+    shared = {"scoring.reward.gpus": 0.1, "scoring.reference.gpus": 0.8}
+    mixed = with_values(PPO_12B, {"reward.parts": {"own": {"type": "reward_model"}, "large": part}, **shared})
+    assert timing(mixed).phases["score"] > 2 * timing(with_values(PPO_12B, shared)).phases["score"]
 
 
 def test_the_head_is_not_run_again_where_activations_are_recomputed() -> None:
