@@ -96,7 +96,8 @@ class Mirror:
     def push(self) -> None:
         """Send every change, manifests and what a search goes on from last, then delete there what is gone here. Raises OSError."""
         with self._pushing:
-            if self.lost_to is None:
+            # looked at anew: a machine that slept may find what another run has left since
+            if self.lost_to is None and (self._lease is None or self._lease.is_held()):
                 self._push()
                 self._pushed = time.monotonic()
 

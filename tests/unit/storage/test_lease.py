@@ -79,6 +79,23 @@ def test_the_holder_hears_that_it_was_replaced_and_leaves_the_new_lease_alone(pl
     assert json.loads(place.read(NAME) or b"")["token"] == "theirs"
 
 
+def test_a_lease_that_is_gone_was_taken_over_and_given_back(place: Place) -> None:
+    """The run of another machine has ended meanwhile: to send what this one has would undo that."""
+    heard, event = [], threading.Event()
+
+    def lost(holder: str) -> None:
+        heard.append(holder)
+        event.set()
+
+    held = acquire(place, lost)
+    place.delete(NAME)
+    assert event.wait(5)
+    assert not held.is_held()
+    held.release()
+    assert heard == ["another process, which has ended since,"]
+    assert place.files() == {}
+
+
 def test_of_two_that_write_at_once_one_gives_up(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.time, "sleep", lambda seconds: write(place, host="elsewhere", pid=7))
     with pytest.raises(CheckpointError, match="in use by process 7 on elsewhere"):

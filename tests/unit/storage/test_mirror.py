@@ -20,6 +20,7 @@ from app.durable import tree_hash
 from app.errors import CheckpointError, StorageError
 from app.run_folder import RunFolder
 from app.storage import mirror as module
+from app.storage.lease import NAME, Lease
 from app.storage.mirror import INDEX, Mirror
 from app.storage.place import Place, open_place
 
@@ -444,3 +445,20 @@ def test_what_a_search_goes_on_from_is_sent_as_it_was_before_the_rest_was_listed
     monkeypatch.setattr(Place, "put", put)
     session.mirror.push()
     assert session.mirror.place.read("tune/experiment_state-1.json") == b'{"step": 2}'
+
+
+def test_nothing_is_sent_once_another_run_has_taken_the_url_over(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that slept finds out by its next push: the lease is not looked at for a quarter of a minute."""
+    monkeypatch.setattr("app.storage.lease.SETTLE_SECONDS", 0.0)
+    session = Session(url, tmp_path / "run")
+    session.run.record_data("0" * 64)
+    place = session.mirror.place
+    session.mirror._lease = Lease.acquire(place, session.mirror.lose)
+    session.mirror.push()
+    place.write(NAME, json.dumps({"token": "theirs", "host": "elsewhere", "pid": 7}).encode())
+    session.save(1)
+    session.mirror.push()
+    assert session.mirror.lost_to == "process 7 on elsewhere"
+    assert not place.folders()
+    with pytest.raises(StorageError, match=r"process 7 on elsewhere took .*over"):
+        session.mirror.close()
