@@ -183,7 +183,7 @@ class Mirror:
                 continue
             folder = str(PurePosixPath(name).parent)
             torn = folder != "." and any(other.startswith(f"{folder}/") for other in gone)
-            if not torn and (rank(name) == 1 or manifests.get(name) == files[name]) and self._send(name, files[name]):
+            if not torn and (rank(name) == 1 or manifests.get(name) == files[name]) and self._commit(name, files[name]):
                 committed.append(name)
         self._forget(files, committed)
         write_json(self._path / INDEX, {"url": self.place.url, "files": self._sent})
@@ -199,9 +199,22 @@ class Mirror:
             if source.is_file():
                 raise
         if stamp_or_none(source) != stamp:
-            if rank(name):
-                self.place.delete(name)  # it may not describe what has been sent before it
             return False
+        self._sent[name] = stamp
+        return True
+
+    def _commit(self, name: str, stamp: Stamp) -> bool:
+        """`_send` of a small file that describes others: as it was when it was listed, or not at all, and till then the URL keeps its own.
+
+        Without the run's manifest it would hold no run, and the next start elsewhere would begin anew.
+        """
+        try:
+            content = (self._path / name).read_bytes()
+        except FileNotFoundError:
+            return False
+        if stamp_or_none(self._path / name) != stamp:
+            return False
+        self.place.write(name, content)
         self._sent[name] = stamp
         return True
 

@@ -214,8 +214,8 @@ def test_only_changes_are_sent_and_deletions_follow(url: str, tmp_path: Path, mo
     again = Session(url, path)
     again.mirror._sent = again.mirror._read_index()
     sent: list[str] = []
-    put = Place.put
-    monkeypatch.setattr(Place, "put", lambda self, source, name: (sent.append(name), put(self, source, name)))
+    replacing = Place._replacing
+    monkeypatch.setattr(Place, "_replacing", lambda self, name: (sent.append(name), replacing(self, name))[1])
     again.mirror.push()
     assert sent == ["new.txt", "manifest.json"]
     assert set(again.mirror.place.files()) == {"manifest.json", "kept.txt", "new.txt", "logs/worker.err"}
@@ -293,20 +293,20 @@ def test_an_outage_is_told_once_and_at_the_end_an_error(tmp_path: Path, monkeypa
     session.mirror._tell = told.append
     session.mirror.start(session.path)
 
-    def broken(self: Place, source: Path, name: str) -> None:
+    def broken(self: Place, name: str) -> None:
         raise OSError(28, "No space left on device")
 
-    put = Place.put
-    monkeypatch.setattr(Place, "put", broken)
+    replacing = Place._replacing
+    monkeypatch.setattr(Place, "_replacing", broken)
     session.run.record_data("0" * 64)
     wait_for(lambda: told)
     time.sleep(0.05)
     assert len(told) == 1
     assert "No space left" in told[0]
-    monkeypatch.setattr(Place, "put", put)
+    monkeypatch.setattr(Place, "_replacing", replacing)
     wait_for(lambda: len(told) == 2)
     assert "is written again" in told[1]
-    monkeypatch.setattr(Place, "put", broken)
+    monkeypatch.setattr(Place, "_replacing", broken)
     (session.path / "summary.json").write_text("{}")
     with pytest.raises(StorageError, match=r"lacks the last changes of .*No space left.*the same command sends them"):
         session.mirror.close()
@@ -462,3 +462,30 @@ def test_nothing_is_sent_once_another_run_has_taken_the_url_over(url: str, tmp_p
     assert not place.folders()
     with pytest.raises(StorageError, match=r"process 7 on elsewhere took .*over"):
         session.mirror.close()
+
+
+def test_the_manifest_of_the_run_stays_at_the_url_while_it_is_written_anew(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it the URL holds no run: the next start elsewhere would begin anew and delete the checkpoints."""
+    session = Session(url, tmp_path / "run")
+    session.run.record_data("0" * 64)
+    session.mirror.push()
+    session.run.record_data("0" * 64, rows=1)
+
+    def changing(send: Any) -> Any:
+        def sent(self: Place, *arguments: Any) -> None:
+            send(self, *arguments)
+            if "manifest.json" in arguments:
+                session.run.record_data("0" * 64, rows=2, sets=["a"])
+
+        return sent
+
+    with monkeypatch.context() as patch:
+        for name in ("put", "write"):
+            patch.setattr(Place, name, changing(getattr(Place, name)))
+        session.mirror.push()
+    kept = json.loads(session.mirror.place.read("manifest.json") or b"null")
+    assert kept is not None and kept["data"]["rows"] == 1
+    session.mirror.push()
+    assert json.loads(session.mirror.place.read("manifest.json") or b"null")["data"]["rows"] == 2
