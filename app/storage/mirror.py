@@ -22,6 +22,7 @@ from app.storage.mirrored_files import (
     BEST,
     BEST_LAST,
     CHECKPOINT_FOLDERS,
+    SENT_ONLY,
     Stamp,
     checkpoint_of,
     is_search_record,
@@ -83,6 +84,8 @@ class Mirror:
                 f"run folder {path} and {self.place.url} hold two different runs: choose another --run.dir or another --run.storage"
             )
         if relation == "behind":
+            if here is None or is_blank(here):
+                self._require_own()
             self._fetch()
         else:
             self._sent = self._read_index()
@@ -238,10 +241,22 @@ class Mirror:
                     self.place.delete(f"{checkpoints}/{checkpoint}/{MANIFEST}")
                     self.place.delete_folder(f"{checkpoints}/{checkpoint}")
 
+    def _require_own(self) -> None:
+        """CheckpointError where the folder, which holds no run yet, holds files of someone else: a fetch would delete them."""
+        if self._index()["url"] == self.place.url:
+            return  # what a fetch left that was cut short, or a run that ended before it had read its data
+        others = (name for name, _ in tracked(self._path) if name != MANIFEST and PurePosixPath(name).parts[0] != SENT_ONLY)
+        if (other := next(others, None)) is not None:
+            raise CheckpointError(
+                f"run folder {self._path} holds no run but other files, such as {other}, and a run would be fetched into it from "
+                f"{self.place.url}: choose another --run.dir"
+            )
+
     def _fetch(self) -> None:
         """Make the folder what the URL holds."""
         there = self.place.files()
         self._tell(f"storage: fetching the run from {self.place.url}")
+        write_json(self._path / INDEX, {"url": self.place.url, "files": {}})  # if it is cut short, the next one knows what it finds
         for folder in [folder for pattern in CHECKPOINT_FOLDERS for folder in self._path.glob(pattern)]:
             shutil.rmtree(folder)
         for name, _ in list(tracked(self._path)):
@@ -299,10 +314,12 @@ class Mirror:
 
     def _read_index(self) -> dict[str, Stamp]:
         """What an earlier session has sent from this folder to this URL; without the file, or for another URL, everything goes again."""
-        if not (self._path / INDEX).is_file():
-            return {}
-        index = read_json(self._path / INDEX)
+        index = self._index()
         return {name: (size, changed) for name, (size, changed) in index["files"].items()} if index["url"] == self.place.url else {}
+
+    def _index(self) -> dict[str, Any]:
+        """As `_push` and `_fetch` write it."""
+        return read_json(self._path / INDEX) if (self._path / INDEX).is_file() else {"url": None, "files": {}}
 
 
 def lineage(here: Sequence[Mapping[str, Any]], there: Sequence[Mapping[str, Any]]) -> str:

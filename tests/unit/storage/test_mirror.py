@@ -489,3 +489,21 @@ def test_the_manifest_of_the_run_stays_at_the_url_while_it_is_written_anew(
     assert kept is not None and kept["data"]["rows"] == 1
     session.mirror.push()
     assert json.loads(session.mirror.place.read("manifest.json") or b"null")["data"]["rows"] == 2
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["nothing", "a run that read no data"])
+def test_a_folder_with_files_of_someone_else_is_refused_and_left_alone(url: str, tmp_path: Path, begun: bool) -> None:
+    first = Session(url, tmp_path / "run")
+    first.run.record_data("0" * 64)
+    first.save(1)
+    first.mirror.push()
+    folder = tmp_path / "mine"
+    if begun:
+        RunFolder.open(Recipe.model_validate({"run": {"dir": str(folder)}}), "sft").end_session("failed")
+    for name in ("thesis/draft.txt", "other/checkpoints/step-7/weights"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("months of work")
+    with pytest.raises(CheckpointError, match=r"run folder .*mine holds no run but other files, such as .*: choose another --run\.dir"):
+        Session(url, folder)
+    for name in ("thesis/draft.txt", "other/checkpoints/step-7/weights"):
+        assert (folder / name).read_text() == "months of work"
