@@ -145,12 +145,12 @@ class Mirror:
             self._tell(f"storage: {self.place.url} stays marked as in use for a minute ({first_line(error)})")
 
     def _follow(self) -> None:
-        known = self._manifests()
+        known: dict[str, Stamp] = {}
         while not self._stop.wait(POLL_SECONDS):
-            now = self._manifests()
-            if now == known and time.monotonic() - self._pushed < FLUSH_SECONDS:
-                continue
             try:
+                now = self._manifests()
+                if now == known and time.monotonic() - self._pushed < FLUSH_SECONDS:
+                    continue
                 self.push()
                 known = now
                 self._say(failing=False)

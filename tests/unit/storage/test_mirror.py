@@ -507,3 +507,24 @@ def test_a_folder_with_files_of_someone_else_is_refused_and_left_alone(url: str,
         Session(url, folder)
     for name in ("thesis/draft.txt", "other/checkpoints/step-7/weights"):
         assert (folder / name).read_text() == "months of work"
+
+
+def test_a_folder_that_vanishes_while_it_is_looked_at_does_not_end_the_following(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(url, tmp_path / "run")
+    manifests, looks = Mirror._manifests, [0]
+
+    def vanishing(self: Mirror) -> Any:
+        looks[0] += 1
+        if looks[0] == 5:
+            raise FileNotFoundError(2, "No such file or directory", "sft/checkpoints")
+        return manifests(self)
+
+    monkeypatch.setattr(Mirror, "_manifests", vanishing)
+    session.mirror.start(session.path)
+    wait_for(lambda: looks[0] >= 5)
+    session.run.record_data("0" * 64)
+    session.save(1)
+    wait_for(lambda: session.mirror.place.read("sft/checkpoints/step-00000001/manifest.json"))
+    session.mirror.close()
