@@ -135,10 +135,11 @@ def stop(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return 0
     from app.process_record import host_name
 
-    if status.host != host_name():
+    if status.alive is None:  # its number may be that of another process here
         if status.job is not None:
             return _stop_job(status.job, arguments.address, arguments.wait)
-        raise ConfigError(f"{status.run}: is run by process {status.pid} on {status.host}: stop it there, with the same command")
+        where = status.host if status.host != host_name() else f"another machine or container of the name {status.host}"
+        raise ConfigError(f"{status.run}: is run by process {status.pid} on {where}: stop it there, with the same command")
     return _stop_process(found.run, status, arguments.wait)
 
 

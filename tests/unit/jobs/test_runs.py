@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,7 @@ def test_a_run_that_does_not_stop_in_time_is_told(
         (["logs", "{}"], "holds no run"),
         (["stop", "{}"], "holds no run"),
         (["stop", "{}/far"], "is run by process 7 on elsewhere: stop it there"),
+        (["stop", "{}/contained"], "is run by process 7 on another machine or container of the name"),
         (["stop", "{}/root"], "belongs to another user"),
         (["runs", "nothing://x/y"], "DIR = nothing://x/y: cannot be opened"),
         (["runs", "{}/broken"], "is no valid JSON"),
@@ -167,6 +169,7 @@ def test_bad_input_is_told_in_one_line(
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setattr(run_control.os, "kill", denied)
     write_run(tmp_path / "far", host="elsewhere", pid=7)
+    write_run(tmp_path / "contained", pid_namespace="pid:[1]", pid=7, started=time.time())
     write_run(tmp_path / "root")
     (write_run(tmp_path / "broken") / "manifest.json").write_text("{")
     assert main([word.format(tmp_path) for word in words]) == 2

@@ -105,5 +105,15 @@ def test_of_two_that_write_at_once_one_gives_up(place: Place, monkeypatch: pytes
 def test_a_process_is_known_by_more_than_its_number() -> None:
     assert runs_here(me()) is True
     assert runs_here(me() | {"process_started": 1.0}) is False
-    assert runs_here(me() | {"host": "elsewhere"}) is None
+    for elsewhere in ("host", "machine", "pid_namespace"):  # machines of one name, and containers with their machine's name
+        assert runs_here(me() | {elsewhere: "another"}) is None
+    assert runs_here({key: value for key, value in me().items() if key in ("host", "pid", "process_started")}) is True
     assert runs_here({}) is None
+
+
+def test_a_run_in_another_container_of_this_host_is_not_taken_for_dead(place: Place) -> None:
+    """`docker run --network=host` gives a container its machine's name, and process numbers of its own."""
+    write(place, pid_namespace="pid:[1]", process_started=1.0)
+    began = time.monotonic()
+    acquire(place).release()
+    assert time.monotonic() - began >= module.EXPIRY_SECONDS
