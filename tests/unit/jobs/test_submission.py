@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -159,6 +160,25 @@ def test_following_goes_on_after_a_broken_connection(monkeypatch: pytest.MonkeyP
     info = job_server.follow(Broken("one\n", "two\n", "three\n"), "job", written.append)  # type: ignore[arg-type]
     assert "".join(written) == "one\ntwo\nthree\n"
     assert info.status == JobStatus.SUCCEEDED
+
+
+def test_a_job_that_was_silent_for_long_is_not_lost_with_the_first_broken_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Quiet(Broken):
+        async def tail_job_logs(self, job: str) -> Any:
+            if not self.looks:
+                await asyncio.sleep(0.3)  # a step of a large model: many minutes without a line
+                raise RuntimeError("closed unexpectedly")
+            yield "done\n"
+
+        def get_job_info(self, job: str) -> Job:
+            self.looks += 1
+            if self.looks == 1:
+                raise ConnectionError("refused")
+            return Job(JobStatus.SUCCEEDED)
+
+    monkeypatch.setattr(job_server, "RECONNECT_SECONDS", 0.0)
+    monkeypatch.setattr(job_server, "LOST_SECONDS", 0.2)
+    assert job_server.follow(Quiet(), "job", lambda text: None).status == JobStatus.SUCCEEDED  # type: ignore[arg-type]
 
 
 def test_following_ends_when_nothing_answers(monkeypatch: pytest.MonkeyPatch) -> None:
