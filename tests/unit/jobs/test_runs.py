@@ -8,15 +8,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.job_submission import JobStatus
 
 from app.process_record import me
 from app.tracking import LOG_FILE
 from jobs import run_control
 from jobs.main import main
-from jobs.run_control import command_of, waits
+from jobs.run_control import command_of, stop_seconds
 from jobs.runs import job_row
 
 # a run that stops as ours do: SIGTERM, then a note in its manifest
@@ -143,6 +145,34 @@ def test_a_run_that_does_not_stop_in_time_is_told(
 
 
 @pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RAY_JOB_STOP_WAIT_TIME_S": "7200"}, "Ray kills it 7200 s after it was first asked"),
+        ({}, "Ray kills it 3 s after it was first asked"),
+    ],
+)
+def test_a_job_that_does_not_stop_in_time_is_not_told_to_be_asked_again(
+    out: Output, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], variables: dict[str, str], said: str
+) -> None:
+    """Ray passes on the first request alone."""
+    from jobs import job_server
+
+    class Server:
+        def get_job_info(self, job: str) -> Any:
+            environment = {"env_vars": variables}
+            return SimpleNamespace(status=JobStatus.RUNNING, runtime_env=environment, entrypoint="python -m jobs ppo recipe.toml")
+
+        def stop_job(self, job: str) -> None:
+            pass
+
+    monkeypatch.setattr(job_server, "connect", lambda address: Server())
+    assert main(["stop", "raysubmit_1", "--wait", "0.05"]) == 1
+    error = capfd.readouterr().err
+    assert "job raysubmit_1 has not ended after 0.05 s" in error and said in error
+    assert "once more" not in error
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (["logs", "{}/nowhere/run"], "no such folder"),
@@ -183,9 +213,9 @@ def test_a_job_in_the_words_of_a_run() -> None:
     row = job_row({**job, "start_time": 5000, "end_time": None, "driver_exit_code": None})
     assert (row["state"], row["run"], row["started"], row["ended"]) == ("interrupted", "/shared/a", 5.0, None)
     assert job_row({**job, "metadata": None})["run"] is None
-    assert waits({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "1800"}})
-    assert not waits({"working_dir": "gcs://x"})
-    assert not waits(None)
+    assert stop_seconds({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "1800"}}) == "1800"
+    assert stop_seconds({"working_dir": "gcs://x"}) is None
+    assert stop_seconds(None) is None
 
 
 def test_nodes_that_do_not_see_the_run_folder_are_named() -> None:
