@@ -118,10 +118,18 @@ class Mirror:
         finally:
             self._release()
         if self.lost_to is not None:
-            raise StorageError(
-                f"{self.lost_to} took {self.place.url} over, so this run was stopped: what it did since is only in {self._path}; "
-                "make sure that one run at a time uses a run.storage"
-            )
+            raise self.taken_over()
+
+    def taken_over(self) -> StorageError:
+        """What to raise once the URL is another's."""
+        return StorageError(
+            f"{self.lost_to} took {self.place.url} over, so this run was stopped: what it did since is only in {self._path}; "
+            "make sure that one run at a time uses a run.storage"
+        )
+
+    def lacking(self, reason: str) -> str:
+        """What to say where the last changes could not be sent."""
+        return f"{self.place.url} lacks the last changes of {self._path} ({reason}): the same command sends them"
 
     def _push_at_last(self) -> None:
         for pause in (*RETRY_SECONDS, None):
@@ -130,10 +138,7 @@ class Mirror:
                 return
             except OSError as error:
                 if pause is None:
-                    raise StorageError(
-                        f"{self.place.url} lacks the last changes of {self._path} ({first_line(error)}): "
-                        "the same command sends them when it works again"
-                    ) from error
+                    raise StorageError(f"{self.lacking(first_line(error))} when it works again") from error
                 time.sleep(pause)
 
     def _release(self) -> None:
