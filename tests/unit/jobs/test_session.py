@@ -3,18 +3,48 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 
 from app.config.recipe import Recipe
-from app.errors import Interrupted
+from app.errors import DiskError, Interrupted
+from app.run_folder import RunFolder
 from app.storage.mirror import Mirror
+from jobs import local_ray
 from jobs.run_storage import mirrored
+from jobs.session import _ended
 
 
 def recipe(tmp_path: Path, **run: Any) -> Recipe:
     return Recipe.model_validate({"run": {"dir": str(tmp_path / "run"), **run}})
+
+
+def full(*arguments: Any, **options: Any) -> Any:
+    raise OSError(28, "No space left on device")
+
+
+def test_on_a_full_disk_the_first_error_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the one that its record in the run folder meets."""
+    run = RunFolder.open(recipe(tmp_path), "sft")
+    monkeypatch.setattr("app.run_folder.write_json", full)
+    with pytest.raises(DiskError, match="the checkpoint of step 3"):
+        with _ended(run):
+            raise DiskError("the checkpoint of step 3 cannot be written")
+
+
+def test_logs_that_cannot_be_kept_leave_no_ray_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[bool] = []
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", lambda **options: SimpleNamespace(address_info={"session_dir": str(tmp_path)}))
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
+    monkeypatch.setattr(local_ray, "keep_logs", full)
+    with pytest.raises(DiskError, match="the checkpoint of step 3"):
+        with local_ray.running_ray(tmp_path / "logs"):
+            raise DiskError("the checkpoint of step 3 cannot be written")
+    assert ended
 
 
 @pytest.mark.parametrize("failed", [False, True])
