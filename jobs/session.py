@@ -47,9 +47,9 @@ def session(recipe: Recipe, command: str) -> Iterator[Session]:
     require_packages(recipe.tracking)
     with mirrored(recipe) as mirror:
         run = RunFolder.open(recipe, command, fill=None if mirror is None else mirror.fill)
-        if mirror is not None:
-            mirror.start(run.path)
         with _ended(run):
+            if mirror is not None:
+                mirror.start(run.path)
             corpus = read_data(recipe, command, run)
             services = open_services(recipe, run.path)
             with (

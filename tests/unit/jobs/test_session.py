@@ -10,12 +10,13 @@ import pytest
 import ray
 
 from app.config.recipe import Recipe
-from app.errors import DiskError, Interrupted
+from app.durable import read_json
+from app.errors import DiskError, Interrupted, StorageError
 from app.run_folder import RunFolder
 from app.storage.mirror import Mirror
 from jobs import local_ray
 from jobs.run_storage import mirrored
-from jobs.session import _ended
+from jobs.session import _ended, session
 
 
 def recipe(tmp_path: Path, **run: Any) -> Recipe:
@@ -45,6 +46,20 @@ def test_logs_that_cannot_be_kept_leave_no_ray_behind(tmp_path: Path, monkeypatc
         with local_ray.running_ray(tmp_path / "logs"):
             raise DiskError("the checkpoint of step 3 cannot be written")
     assert ended
+
+
+def test_a_run_whose_storage_fails_at_the_start_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(self: Mirror, path: Path) -> None:
+        raise StorageError("the URL lacks the last changes")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("app.storage.lease.SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(Mirror, "start", unreachable)
+    with pytest.raises(StorageError, match="lacks the last changes"):
+        with session(recipe(tmp_path, storage=f"file://{tmp_path}/kept"), "sft"):
+            pass
+    (last,) = read_json(tmp_path / "run" / "manifest.json")["sessions"]
+    assert (last["outcome"], last["reason"]) == ("failed", "the URL lacks the last changes")
 
 
 @pytest.mark.parametrize("failed", [False, True])
