@@ -175,6 +175,12 @@ def test_an_apptainer_image_takes_no_packages_from_the_users_home() -> None:
     assert "PYTHONNOUSERSITE=1" in environment  # Apptainer mounts it, and ~/.local comes before the image's own
 
 
+def test_no_process_of_an_apptainer_cluster_outlives_its_command() -> None:
+    """Apptainer takes an image that is mounted without root away when the command that it was started for ends."""
+    starts = re.findall(r"apptainer exec .* ray start .*", (DEPLOY / "corral.def").read_text())
+    assert len(starts) == 2 and all("--block" in start for start in starts)
+
+
 def test_prometheus_reads_the_file_that_ray_writes() -> None:
     constants = importlib.import_module("ray._private.ray_constants")
     config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
