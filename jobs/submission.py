@@ -42,12 +42,13 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Submit, follow, and return the job's exit code; raises ConfigError for bad input or when no cluster answers, CorralError when the
     cluster is lost."""
     command, path = _command_and_recipe(arguments.words)
-    from app.config.loading import load_recipe
+    from app.config.loading import load_recipe, recipe_files
     from jobs.packing import pack
 
     recipe = load_recipe(path, overrides)
     package = pack(Path.cwd())
-    words = ["python", "-m", "jobs", command, _inside(package, path), *overrides, *located(recipe, package)]
+    inside, *_ = [_inside(package, file) for file in recipe_files(path)]
+    words = ["python", "-m", "jobs", command, inside, *overrides, *located(recipe, package)]
     entrypoint = shlex.join(words)
     environment = runtime_environment(recipe, package, arguments.install)
     if arguments.dry_run:

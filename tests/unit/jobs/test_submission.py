@@ -331,6 +331,23 @@ def test_a_recipe_that_stays_behind_is_refused(project: Path, capsys: pytest.Cap
     (project / recipe).unlink()
 
 
+@pytest.mark.parametrize("base", ["notes/base.toml", "../base.toml"])
+def test_a_recipe_that_extends_one_that_stays_behind_is_refused(project: Path, capsys: pytest.CaptureFixture[str], base: str) -> None:
+    (project / base).write_text("")
+    (project / "middle.toml").write_text(f'extends = ["{base}"]\n')
+    (project / "b.toml").write_text('extends = ["a.toml", "middle.toml"]\n')
+    assert main(["submit", "b.toml", "--dry-run"]) == 2
+    assert f"{base} does not go along" in capsys.readouterr().err
+    (project / base).unlink()
+
+
+def test_what_git_ignores_goes_along_where_ray_is_told_to_send_it(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project / ".gitignore").write_text("small.jsonl\n")
+    assert not pack(project).holds("small.jsonl")
+    monkeypatch.setenv("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "1")
+    assert pack(project).holds("small.jsonl") and not pack(project).holds("notes")
+
+
 def test_a_lock_becomes_a_runtime_environment(project: Path) -> None:
     found = packages_of(ROOT / "requirements" / "cuda.txt", "2.13.0")
     packages: Any = found["packages"]
