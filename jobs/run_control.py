@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from app.errors import ConfigError, CorralError, first_line
 from jobs.command import Tool
-from jobs.submission import ADDRESS_HELP, followed
+from jobs.submission import ADDRESS_HELP, followed, names_cluster
 
 if TYPE_CHECKING:
     from app.run_status import RunStatus
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 JOB_PREFIX = "raysubmit_"
 """What Ray begins the id of a job with that was given none."""
-ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 LOOK_SECONDS = 1.0
 STOP_SECONDS = 1800.0
 
@@ -47,7 +46,7 @@ def target(word: str, address: str | None) -> Target:
         return Target(run=open_place(word, "RUN"))
     if "/" in word or word.startswith("."):
         raise ConfigError(f"{word}: no such folder; `corral runs DIR` lists the runs in a folder")
-    given = address or any(os.environ.get(name) for name in ADDRESS_VARIABLES)
+    given = address or names_cluster()
     if not given and not word.startswith(JOB_PREFIX):
         raise ConfigError(
             f"{word}: no such folder, and no job id as `corral submit` prints it ({JOB_PREFIX}...); `corral runs DIR` lists the runs in "

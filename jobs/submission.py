@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -21,6 +22,13 @@ COMMANDS = ("pipeline", "sft", "rm", "ppo", "tune", "serve", "evaluate")
 RUN_KEY = "corral_run"
 """In a job's metadata: the run folder."""
 ADDRESS_HELP = "URL of the Ray dashboard, such as http://head:8265 (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or this machine)"
+
+ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+
+
+def names_cluster() -> bool:
+    """Whether the environment names a cluster; `local` is a Ray of a command's own."""
+    return any(os.environ.get(name, "") not in ("", "local") for name in ADDRESS_VARIABLES)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

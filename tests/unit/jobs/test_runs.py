@@ -94,6 +94,24 @@ def test_runs_are_listed_with_their_state(tmp_path: Path, out: Output) -> None:
     assert "no runs there" in out()
 
 
+@pytest.mark.parametrize("address", ["local", ""])
+def test_a_ray_of_a_commands_own_is_no_cluster_to_ask(
+    tmp_path: Path, out: Output, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], address: str
+) -> None:
+    """`RAY_ADDRESS=local` starts one; Ray's client would ask whatever runs on this machine."""
+
+    def asked(address: str | None) -> None:
+        raise AssertionError("no cluster is named")
+
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr("jobs.job_server.connect", asked)
+    write_run(tmp_path / "a", outcome="finished")
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "finished" in out()
+    assert main(["logs", "mistyped"]) == 2
+    assert "no such folder" in capfd.readouterr().err
+
+
 def test_a_log_is_shown_and_followed_to_the_end_of_its_run(tmp_path: Path, out: Output) -> None:
     folder = write_run(tmp_path / "a", outcome="failed", reason="loss is nan")
     assert main(["logs", str(folder)]) == 0
