@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -194,7 +195,8 @@ class Mirror:
             if not torn and (rank(name) == 1 or manifests.get(name) == files[name]) and self._commit(name, files[name]):
                 committed.append(name)
         self._forget(files, committed)
-        write_json(self._path / INDEX, {"url": self.place.url, "files": self._sent})
+        with suppress(OSError):  # a full disk here; an old index only has more sent again
+            write_json(self._path / INDEX, {"url": self.place.url, "files": self._sent})
 
     def _send(self, name: str, stamp: Stamp) -> bool:
         """False where the file has changed or gone since it was listed; the next push sees what took its place."""

@@ -528,3 +528,17 @@ def test_a_folder_that_vanishes_while_it_is_looked_at_does_not_end_the_following
     session.save(1)
     wait_for(lambda: session.mirror.place.read("sft/checkpoints/step-00000001/manifest.json"))
     session.mirror.close()
+
+
+def test_a_full_local_disk_is_no_fault_of_the_url(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All has arrived there; only the note of that, which spares a restart some sending, has not been written."""
+    session = Session(url, tmp_path / "run")
+    session.run.record_data("0" * 64)
+    session.save(1)
+
+    def full(path: Path, value: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_json", full)
+    session.mirror.push()
+    assert session.mirror.place.read("sft/checkpoints/step-00000001/manifest.json")
