@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -16,13 +19,14 @@ def host_name() -> str:
 
 
 def me() -> dict[str, Any]:
-    """Host and process that a record belongs to; `process_started` tells it from a later process with the same number."""
-    return {"host": host_name(), "pid": os.getpid(), "process_started": psutil.Process().create_time()}
+    """Where a process is that a record belongs to, and which; `process_started` tells it from a later process with the same number."""
+    return _here() | {"pid": os.getpid(), "process_started": psutil.Process().create_time()}
 
 
 def runs_here(record: Mapping[str, Any]) -> bool | None:
-    """Whether the process of a record of `me` still runs; None where it was on another host."""
-    if record.get("host") != host_name() or "pid" not in record:
+    """Whether the process of a record of `me` still runs; None where it was on another host, or in another container of this one."""
+    known = {"host": None} | dict(record)
+    if "pid" not in known or any(known[key] != value for key, value in _here().items() if key in known):
         return None
     try:
         process = psutil.Process(int(record["pid"]))
@@ -30,3 +34,17 @@ def runs_here(record: Mapping[str, Any]) -> bool | None:
         return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def _here() -> dict[str, Any]:
+    """What a number of a process is good for: names of hosts are given twice, and a container may have its machine's name."""
+    return {"host": host_name(), "machine": _machine(), "pid_namespace": str(Path("/proc/self/ns/pid").readlink())}
+
+
+@cache
+def _machine() -> str | None:
+    """The same as long as this system is installed, over restarts. Hashed, as the file itself should not be shown to others."""
+    try:
+        return hashlib.sha256(b"corral" + Path("/etc/machine-id").read_bytes().strip()).hexdigest()[:16]
+    except OSError:
+        return None

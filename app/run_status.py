@@ -23,7 +23,7 @@ PATIENCE_SECONDS = 1800.0
 class RunStatus:
     """state: `running`, `finished`, `interrupted` (stopped on request), `failed`, `killed` (ended without a word) or `unknown` (on a host
     that this one cannot look at, and silent for longer than any wait of the run); active: when something last happened, unix seconds;
-    step of steps: of the stage that began last."""
+    step of steps: of the stage that began last; alive: whether its process is there, None where that cannot be seen from here."""
 
     run: str
     state: str
@@ -36,6 +36,7 @@ class RunStatus:
     active: float
     host: str | None
     pid: int | None
+    alive: bool | None
     job: str | None
     reason: str | None
 
@@ -76,6 +77,7 @@ def read_status(place: Place) -> RunStatus | None:
         active=active,
         host=session.get("host"),
         pid=session.get("pid"),
+        alive=runs_here(session),
         job=session.get("job"),
         reason=session.get("reason"),
     )

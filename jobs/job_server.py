@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import aiohttp
@@ -109,38 +109,37 @@ def follow(server: JobServer, job: str, write: Callable[[str], object]) -> JobDe
 
     Raises CorralError when nothing has answered for LOST_SECONDS; the job may go on nevertheless.
     """
-    written, heard = 0, time.monotonic()
+    written = 0
+    silent_since: float | None = None
 
     async def stream() -> None:
-        nonlocal written, heard
+        nonlocal written, silent_since
         position = 0
         async for text in server.tail_job_logs(job):
             new = text[max(0, written - position) :]
             position += len(text)
             written = max(written, position)
-            heard = time.monotonic()
+            silent_since = None
             write(new)
 
     while True:
-        problem: BaseException | None = None
-        try:
+        with suppress(aiohttp.ClientError, RuntimeError, OSError):
             asyncio.run(stream())
-        except (aiohttp.ClientError, RuntimeError, OSError) as error:
-            problem = error
         try:
             info = server.get_job_info(job)
-            heard = time.monotonic()
+            silent_since = None
             if info.status.is_terminal():
                 return info
         except AuthenticationError as error:
             raise ConfigError(f"the cluster {_token_refused(error)}") from error
         except (requests.RequestException, ConnectionError, RuntimeError) as error:
-            problem = error
-        if time.monotonic() - heard > LOST_SECONDS:
-            raise CorralError(
-                f"the cluster has not answered for {LOST_SECONDS:g} s ({first_line(problem) if problem else 'no reason given'}); job {job} "
-                f"may go on: `corral logs {job} --follow` looks again"
-            )
+            now = time.monotonic()
+            silent_since = silent_since or now  # not since the last output: a job may say nothing for hours
+            if now - silent_since >= LOST_SECONDS:
+                raise CorralError(
+                    f"the cluster has not answered for {LOST_SECONDS:g} s ({first_line(error)}); job {job} may go on: "
+                    f"`corral logs {job} --follow` looks again"
+                ) from error
         time.sleep(RECONNECT_SECONDS)
 
 

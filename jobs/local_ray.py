@@ -6,6 +6,7 @@ import importlib
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,9 +104,13 @@ def running_ray(logs: Path) -> Iterator[None]:
         yield
     finally:
         with interrupts.shielded():
-            if session_logs is not None:
-                keep_logs(session_logs, logs)
-            ray.shutdown()
+            try:
+                if session_logs is not None:
+                    keep_logs(session_logs, logs)
+            except OSError as error:  # on a full disk, whose own error is more worth telling
+                sys.stderr.write(f"the workers' logs could not be kept in {logs} ({first_line(error)})\n")
+            finally:
+                ray.shutdown()
 
 
 def join_cluster() -> None:

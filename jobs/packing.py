@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE
 from ray._private.runtime_env import packaging
 
 from app.durable import MANIFEST
@@ -77,6 +79,7 @@ def run_folders(root: Path, excludes: Sequence[str]) -> list[str]:
 
 def _files(root: Path, excludes: Sequence[str]) -> list[Path]:
     """As Ray will find them, so that what is counted is what is sent."""
+    ignores = os.environ.get(RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"  # as Ray's client reads it
     found: list[Path] = []
     quiet = logging.getLogger(f"{__name__}.ray")
     quiet.setLevel(logging.ERROR)
@@ -84,7 +87,7 @@ def _files(root: Path, excludes: Sequence[str]) -> list[Path]:
         root,
         [packaging._get_excludes(root, list(excludes))],
         lambda path: found.append(path) if path.is_file() else None,
-        include_gitignore=True,
+        include_gitignore=ignores,
         logger=quiet,
     )
     return found

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from app.errors import ConfigError, CorralError, first_line
 from jobs.command import Tool
-from jobs.submission import ADDRESS_HELP, followed
+from jobs.submission import ADDRESS_HELP, followed, names_cluster
 
 if TYPE_CHECKING:
     from app.run_status import RunStatus
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 JOB_PREFIX = "raysubmit_"
 """What Ray begins the id of a job with that was given none."""
-ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 LOOK_SECONDS = 1.0
 STOP_SECONDS = 1800.0
 
@@ -47,7 +46,7 @@ def target(word: str, address: str | None) -> Target:
         return Target(run=open_place(word, "RUN"))
     if "/" in word or word.startswith("."):
         raise ConfigError(f"{word}: no such folder; `corral runs DIR` lists the runs in a folder")
-    given = address or any(os.environ.get(name) for name in ADDRESS_VARIABLES)
+    given = address or names_cluster()
     if not given and not word.startswith(JOB_PREFIX):
         raise ConfigError(
             f"{word}: no such folder, and no job id as `corral submit` prints it ({JOB_PREFIX}...); `corral runs DIR` lists the runs in "
@@ -135,10 +134,11 @@ def stop(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return 0
     from app.process_record import host_name
 
-    if status.host != host_name():
+    if status.alive is None:  # its number may be that of another process here
         if status.job is not None:
             return _stop_job(status.job, arguments.address, arguments.wait)
-        raise ConfigError(f"{status.run}: is run by process {status.pid} on {status.host}: stop it there, with the same command")
+        where = status.host if status.host != host_name() else f"another machine or container of the name {status.host}"
+        raise ConfigError(f"{status.run}: is run by process {status.pid} on {where}: stop it there, with the same command")
     return _stop_process(found.run, status, arguments.wait)
 
 
@@ -151,7 +151,8 @@ def _stop_process(place: Place, status: RunStatus, seconds: float) -> int:
         raise ConfigError(f"{status.run}: process {status.pid} belongs to another user: stop it as that user") from error
     sys.stdout.write(f"{status.run}: process {status.pid} stops {how(status.command)}\n")
     sys.stdout.flush()
-    _wait(lambda: status_of(place).state != "running", f"process {status.pid} of {status.run}", seconds)
+    again = "`corral stop` once more interrupts it at once, without a checkpoint"
+    _wait(lambda: status_of(place).state != "running", f"process {status.pid} of {status.run}", seconds, again)
     sys.stdout.write(f"{status.run}: {status_of(place).state}; the command that started it goes on from there\n")
     return 0
 
@@ -163,10 +164,12 @@ def _stop_job(job: str, address: str | None, seconds: float) -> int:
     before = ask(lambda: server.get_job_info(job))
     if not before.status.is_terminal():
         ask(lambda: server.stop_job(job))
-        hard = "" if waits(before.runtime_env) else HARD
+        given = stop_seconds(before.runtime_env)
+        hard = "" if given is not None else HARD
         sys.stdout.write(f"job {job} stops {how(command_of(before.entrypoint))}{hard}\n")
         sys.stdout.flush()
-        _wait(lambda: ask(lambda: server.get_job_info(job)).status.is_terminal(), f"job {job}", seconds)
+        kills = f"Ray kills it {given or RAY_STOP_SECONDS} s after it was first asked to; it does not pass on a second request"
+        _wait(lambda: ask(lambda: server.get_job_info(job)).status.is_terminal(), f"job {job}", seconds, kills)
     sys.stdout.write(f"{outcome(job, ask(lambda: server.get_job_info(job)))}\n")
     return 0
 
@@ -184,22 +187,23 @@ def command_of(entrypoint: str | None) -> str | None:
     return words[3] if words[:3] == ["python", "-m", "jobs"] and len(words) > 3 else None
 
 
-HARD = "; it was submitted without RAY_JOB_STOP_WAIT_TIME_S, so Ray kills it after 3 s, and it goes on from its last checkpoint"
+RAY_STOP_SECONDS = "3"
+HARD = (
+    f"; it was submitted without RAY_JOB_STOP_WAIT_TIME_S: Ray kills it after {RAY_STOP_SECONDS} s, and it goes on from its last checkpoint"
+)
 
 
-def waits(runtime_env: object) -> bool:
-    """Whether Ray gives a job of this runtime environment time to stop."""
+def stop_seconds(runtime_env: object) -> str | None:
+    """The time that Ray gives a job of this runtime environment to stop; None where it says nothing of that."""
     variables = runtime_env.get("env_vars") if isinstance(runtime_env, dict) else None
-    return isinstance(variables, dict) and "RAY_JOB_STOP_WAIT_TIME_S" in variables
+    return variables.get("RAY_JOB_STOP_WAIT_TIME_S") if isinstance(variables, dict) else None
 
 
-def _wait(done: Callable[[], bool], what: str, seconds: float) -> None:
+def _wait(done: Callable[[], bool], what: str, seconds: float, remedy: str) -> None:
     end = time.monotonic() + seconds
     while not done():
         if time.monotonic() > end:
-            raise CorralError(
-                f"{what} has not ended after {seconds:g} s; `corral stop` once more interrupts it at once, without a checkpoint"
-            )
+            raise CorralError(f"{what} has not ended after {seconds:g} s; {remedy}")
         time.sleep(LOOK_SECONDS)
 
 

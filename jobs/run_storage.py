@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from app.errors import ConfigError, StorageError, first_line
+from app.errors import ConfigError, Interrupted, StorageError, first_line
 
 if TYPE_CHECKING:
     from app.config.recipe import Recipe
@@ -22,7 +22,7 @@ def mirrored(recipe: Recipe) -> Iterator[Mirror | None]:
     """The mirror of the run folder, closed with the last changes sent; None without `run.storage`.
 
     Before anything is started: raises ConfigError where the URL cannot be written, CheckpointError where another run uses it. At the
-    end: StorageError where it lacks something, unless the run itself failed, whose error goes first.
+    end: StorageError where it lacks something, unless the run itself failed, whose error goes first; Interrupted for Ctrl-C meanwhile.
     """
     if recipe.run.storage is None:
         yield None
@@ -32,13 +32,22 @@ def mirrored(recipe: Recipe) -> Iterator[Mirror | None]:
         yield mirror
     except BaseException as error:
         try:
-            mirror.close()
+            _close(mirror)
         except StorageError as problem:
             if mirror.lost_to is not None:
                 raise problem from error  # the reason why the run was stopped
             _tell(f"storage: {problem}")
         raise
-    mirror.close()
+    _close(mirror)
+
+
+def _close(mirror: Mirror) -> None:
+    try:
+        mirror.close()
+    except KeyboardInterrupt as error:
+        if mirror.lost_to is not None:  # it was found out by the last look, which asks this process to stop
+            raise mirror.taken_over() from error
+        raise Interrupted(mirror.lacking("stopped")) from error
 
 
 def _open(url: str, folder: Path) -> Mirror:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,12 +13,11 @@ from rich.table import Column, Table
 
 from app.errors import ConfigError, first_line
 from jobs.command import Tool, console
-from jobs.submission import ADDRESS_HELP, RUN_KEY
+from jobs.submission import ADDRESS_HELP, RUN_KEY, names_cluster
 
 JOB_STATES = {"PENDING": "pending", "RUNNING": "running", "SUCCEEDED": "finished", "FAILED": "failed", "STOPPED": "interrupted"}
 FILE_WIDTH = 240
 """Characters that a line of a table may take where it goes to no terminal."""
-ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +32,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Print the runs, and the jobs where a cluster is named. Raises ConfigError."""
     if overrides:
         raise ConfigError(f"corral runs takes no recipe keys, got {overrides[0]}")
-    asked = arguments.address is not None or any(os.environ.get(name) for name in ADDRESS_VARIABLES)
+    asked = arguments.address is not None or names_cluster()
     runs = list_runs(arguments.place)
     jobs = list_jobs(arguments.address) if asked else []
     if arguments.json:

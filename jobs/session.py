@@ -47,9 +47,9 @@ def session(recipe: Recipe, command: str) -> Iterator[Session]:
     require_packages(recipe.tracking)
     with mirrored(recipe) as mirror:
         run = RunFolder.open(recipe, command, fill=None if mirror is None else mirror.fill)
-        if mirror is not None:
-            mirror.start(run.path)
         with _ended(run):
+            if mirror is not None:
+                mirror.start(run.path)
             corpus = read_data(recipe, command, run)
             services = open_services(recipe, run.path)
             with (
@@ -75,20 +75,27 @@ def _ended(run: RunFolder) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        run.end_session("interrupted")
+        _note(run, "interrupted")
         raise Interrupted(f"stopped; {_kept(run)} The same command goes on from there") from error
     except CorralError as error:
         interrupted = isinstance(error, Interrupted)
-        run.end_session("interrupted" if interrupted else "failed", None if interrupted else str(error))
+        _note(run, "interrupted" if interrupted else "failed", None if interrupted else str(error))
         if error.exit_code == CorralError.exit_code:  # a failed run, no input to mend
-            trace = run.path / TRACE
-            trace.parent.mkdir(exist_ok=True)
-            trace.write_text(traceback.format_exc())
+            with suppress(OSError):
+                trace = run.path / TRACE
+                trace.parent.mkdir(exist_ok=True)
+                trace.write_text(traceback.format_exc())
         raise
     except BaseException as error:
-        run.end_session("failed", f"{type(error).__name__}: {first_line(error)}")
+        _note(run, "failed", f"{type(error).__name__}: {first_line(error)}")
         raise
     run.end_session("finished")
+
+
+def _note(run: RunFolder, outcome: str, reason: str | None = None) -> None:
+    """`end_session` where there is room for it: on a full disk the error that is told must not be this one's."""
+    with suppress(OSError):
+        run.end_session(outcome, reason)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -21,6 +22,13 @@ COMMANDS = ("pipeline", "sft", "rm", "ppo", "tune", "serve", "evaluate")
 RUN_KEY = "corral_run"
 """In a job's metadata: the run folder."""
 ADDRESS_HELP = "URL of the Ray dashboard, such as http://head:8265 (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or this machine)"
+
+ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+
+
+def names_cluster() -> bool:
+    """Whether the environment names a cluster; `local` is a Ray of a command's own."""
+    return any(os.environ.get(name, "") not in ("", "local") for name in ADDRESS_VARIABLES)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,12 +50,13 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Submit, follow, and return the job's exit code; raises ConfigError for bad input or when no cluster answers, CorralError when the
     cluster is lost."""
     command, path = _command_and_recipe(arguments.words)
-    from app.config.loading import load_recipe
+    from app.config.loading import load_recipe, recipe_files
     from jobs.packing import pack
 
     recipe = load_recipe(path, overrides)
     package = pack(Path.cwd())
-    words = ["python", "-m", "jobs", command, _inside(package, path), *overrides, *located(recipe, package)]
+    inside, *_ = [_inside(package, file) for file in recipe_files(path)]
+    words = ["python", "-m", "jobs", command, inside, *overrides, *located(recipe, package)]
     entrypoint = shlex.join(words)
     environment = runtime_environment(recipe, package, arguments.install)
     if arguments.dry_run:

@@ -96,6 +96,14 @@ def toml_value(value: Any) -> str:
     return json.dumps(_NULL if value is None else value)
 
 
+def recipe_files(path: str | Path) -> list[str]:
+    """A recipe and all that it extends, at any depth, by the paths that name them. Raises ConfigError for one that cannot be read."""
+    files = [str(path)]
+    for name in _parse_file(Path(path)).get("extends", []):
+        files += recipe_files(Path(path).parent / name)
+    return files
+
+
 def _read(path: Path, parents: tuple[Path, ...]) -> Settings:
     """The settings of a recipe file, those of the files it extends underneath."""
     document = _parse_file(path)

@@ -24,11 +24,12 @@ LOOK_SECONDS = 2.0
 
 
 class Lease:
-    """Make one with `acquire`. `lost` is called once, in a thread, when another process has taken the lease over."""
+    """Make one with `acquire`. `lost` is called once, in any thread, when another process has taken the lease over."""
 
     def __init__(self, place: Place, record: dict[str, Any], lost: Callable[[str], None]) -> None:
         self._place, self._record, self._lost = place, record, lost
         self._stop = threading.Event()
+        self._looking, self._taken = threading.RLock(), False
         self._thread = threading.Thread(target=self._keep, name="corral-lease", daemon=True)
 
     @classmethod
@@ -51,15 +52,29 @@ class Lease:
         lease._thread.start()
         return lease
 
+    def is_held(self) -> bool:
+        """Whether the lease is still this process's. One that is gone is not: only a run that has taken it over gives it back.
+
+        Raises OSError.
+        """
+        with self._looking:
+            if self._taken:
+                return False
+            content = self._place.read(NAME)
+            now = _parsed(content)
+            self._taken = content is None or (now is not None and now["token"] != self._record["token"])
+            if self._taken:
+                self._lost("another process, which has ended since," if now is None else _holder(now))
+            return not self._taken
+
     def renew(self) -> bool:
-        """Write the lease again; False, with nothing written, where it is another's now."""
-        now = _read(self._place)
-        if now is not None and now["token"] != self._record["token"]:
-            self._lost(_holder(now))
-            return False
-        self._record["count"] += 1
-        self._place.write(NAME, json.dumps(self._record).encode())
-        return True
+        """Write the lease again; False, with nothing written, where it is another's now. Raises OSError."""
+        with self._looking:
+            if not self.is_held():
+                return False
+            self._record["count"] += 1
+            self._place.write(NAME, json.dumps(self._record).encode())
+            return True
 
     def release(self) -> None:
         """Give the lease back, where it is still held. Raises OSError."""
@@ -104,8 +119,12 @@ def _holder(record: dict[str, Any]) -> str:
 
 
 def _read(place: Place) -> dict[str, Any] | None:
+    """The lease, or None."""
+    return _parsed(place.read(NAME))
+
+
+def _parsed(content: bytes | None) -> dict[str, Any] | None:
     """The lease, or None. One that was cut short counts as nobody's."""
-    content = place.read(NAME)
     try:
         record = json.loads(content or b"null")
     except ValueError:

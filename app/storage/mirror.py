@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,6 +23,7 @@ from app.storage.mirrored_files import (
     BEST,
     BEST_LAST,
     CHECKPOINT_FOLDERS,
+    SENT_ONLY,
     Stamp,
     checkpoint_of,
     is_search_record,
@@ -83,6 +85,8 @@ class Mirror:
                 f"run folder {path} and {self.place.url} hold two different runs: choose another --run.dir or another --run.storage"
             )
         if relation == "behind":
+            if here is None or is_blank(here):
+                self._require_own()
             self._fetch()
         else:
             self._sent = self._read_index()
@@ -96,7 +100,8 @@ class Mirror:
     def push(self) -> None:
         """Send every change, manifests and what a search goes on from last, then delete there what is gone here. Raises OSError."""
         with self._pushing:
-            if self.lost_to is None:
+            # looked at anew: a machine that slept may find what another run has left since
+            if self.lost_to is None and (self._lease is None or self._lease.is_held()):
                 self._push()
                 self._pushed = time.monotonic()
 
@@ -114,10 +119,18 @@ class Mirror:
         finally:
             self._release()
         if self.lost_to is not None:
-            raise StorageError(
-                f"{self.lost_to} took {self.place.url} over, so this run was stopped: what it did since is only in {self._path}; "
-                "make sure that one run at a time uses a run.storage"
-            )
+            raise self.taken_over()
+
+    def taken_over(self) -> StorageError:
+        """What to raise once the URL is another's."""
+        return StorageError(
+            f"{self.lost_to} took {self.place.url} over, so this run was stopped: what it did since is only in {self._path}; "
+            "make sure that one run at a time uses a run.storage"
+        )
+
+    def lacking(self, reason: str) -> str:
+        """What to say where the last changes could not be sent."""
+        return f"{self.place.url} lacks the last changes of {self._path} ({reason}): the same command sends them"
 
     def _push_at_last(self) -> None:
         for pause in (*RETRY_SECONDS, None):
@@ -126,10 +139,7 @@ class Mirror:
                 return
             except OSError as error:
                 if pause is None:
-                    raise StorageError(
-                        f"{self.place.url} lacks the last changes of {self._path} ({first_line(error)}): "
-                        "the same command sends them when it works again"
-                    ) from error
+                    raise StorageError(f"{self.lacking(first_line(error))} when it works again") from error
                 time.sleep(pause)
 
     def _release(self) -> None:
@@ -141,12 +151,12 @@ class Mirror:
             self._tell(f"storage: {self.place.url} stays marked as in use for a minute ({first_line(error)})")
 
     def _follow(self) -> None:
-        known = self._manifests()
+        known: dict[str, Stamp] = {}
         while not self._stop.wait(POLL_SECONDS):
-            now = self._manifests()
-            if now == known and time.monotonic() - self._pushed < FLUSH_SECONDS:
-                continue
             try:
+                now = self._manifests()
+                if now == known and time.monotonic() - self._pushed < FLUSH_SECONDS:
+                    continue
                 self.push()
                 known = now
                 self._say(failing=False)
@@ -182,10 +192,11 @@ class Mirror:
                 continue
             folder = str(PurePosixPath(name).parent)
             torn = folder != "." and any(other.startswith(f"{folder}/") for other in gone)
-            if not torn and (rank(name) == 1 or manifests.get(name) == files[name]) and self._send(name, files[name]):
+            if not torn and (rank(name) == 1 or manifests.get(name) == files[name]) and self._commit(name, files[name]):
                 committed.append(name)
         self._forget(files, committed)
-        write_json(self._path / INDEX, {"url": self.place.url, "files": self._sent})
+        with suppress(OSError):  # a full disk here; an old index only has more sent again
+            write_json(self._path / INDEX, {"url": self.place.url, "files": self._sent})
 
     def _send(self, name: str, stamp: Stamp) -> bool:
         """False where the file has changed or gone since it was listed; the next push sees what took its place."""
@@ -198,9 +209,22 @@ class Mirror:
             if source.is_file():
                 raise
         if stamp_or_none(source) != stamp:
-            if rank(name):
-                self.place.delete(name)  # it may not describe what has been sent before it
             return False
+        self._sent[name] = stamp
+        return True
+
+    def _commit(self, name: str, stamp: Stamp) -> bool:
+        """`_send` of a small file that describes others: as it was when it was listed, or not at all, and till then the URL keeps its own.
+
+        Without the run's manifest it would hold no run, and the next start elsewhere would begin anew.
+        """
+        try:
+            content = (self._path / name).read_bytes()
+        except FileNotFoundError:
+            return False
+        if stamp_or_none(self._path / name) != stamp:
+            return False
+        self.place.write(name, content)
         self._sent[name] = stamp
         return True
 
@@ -224,10 +248,22 @@ class Mirror:
                     self.place.delete(f"{checkpoints}/{checkpoint}/{MANIFEST}")
                     self.place.delete_folder(f"{checkpoints}/{checkpoint}")
 
+    def _require_own(self) -> None:
+        """CheckpointError where the folder, which holds no run yet, holds files of someone else: a fetch would delete them."""
+        if self._index()["url"] == self.place.url:
+            return  # what a fetch left that was cut short, or a run that ended before it had read its data
+        others = (name for name, _ in tracked(self._path) if name != MANIFEST and PurePosixPath(name).parts[0] != SENT_ONLY)
+        if (other := next(others, None)) is not None:
+            raise CheckpointError(
+                f"run folder {self._path} holds no run but other files, such as {other}, and a run would be fetched into it from "
+                f"{self.place.url}: choose another --run.dir"
+            )
+
     def _fetch(self) -> None:
         """Make the folder what the URL holds."""
         there = self.place.files()
         self._tell(f"storage: fetching the run from {self.place.url}")
+        write_json(self._path / INDEX, {"url": self.place.url, "files": {}})  # if it is cut short, the next one knows what it finds
         for folder in [folder for pattern in CHECKPOINT_FOLDERS for folder in self._path.glob(pattern)]:
             shutil.rmtree(folder)
         for name, _ in list(tracked(self._path)):
@@ -285,10 +321,12 @@ class Mirror:
 
     def _read_index(self) -> dict[str, Stamp]:
         """What an earlier session has sent from this folder to this URL; without the file, or for another URL, everything goes again."""
-        if not (self._path / INDEX).is_file():
-            return {}
-        index = read_json(self._path / INDEX)
+        index = self._index()
         return {name: (size, changed) for name, (size, changed) in index["files"].items()} if index["url"] == self.place.url else {}
+
+    def _index(self) -> dict[str, Any]:
+        """As `_push` and `_fetch` write it."""
+        return read_json(self._path / INDEX) if (self._path / INDEX).is_file() else {"url": None, "files": {}}
 
 
 def lineage(here: Sequence[Mapping[str, Any]], there: Sequence[Mapping[str, Any]]) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import fsspec
 import pyarrow
@@ -18,6 +20,24 @@ from app.errors import CheckpointError, ConfigError, first_line
 NATIVE = ("s3", "gs", "gcs", "hdfs")
 """Schemes that pyarrow brings along; the rest goes through fsspec and its packages."""
 BUFFER_BYTES = 8 * 2**20
+
+Given = ParamSpec("Given")
+Answer = TypeVar("Answer")
+
+
+def _raising_os_errors(method: Callable[Given, Answer]) -> Callable[Given, Answer]:
+    """The method with every error as an OSError: clients of object stores have errors of their own."""
+
+    @functools.wraps(method)
+    def asked(*arguments: Given.args, **options: Given.kwargs) -> Answer:
+        try:
+            return method(*arguments, **options)
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(first_line(error)) from error
+
+    return asked
 
 
 @dataclass(frozen=True)
@@ -37,21 +57,30 @@ class Place:
         """A folder in this one."""
         return Place(f"{self.url.rstrip('/')}/{name}", self.system, self._path(name))
 
+    @_raising_os_errors
     def files(self) -> dict[str, int]:
         """Bytes of every file at any depth, by name; nothing where there is no such folder."""
+        if (client := self._client()) is not None:
+            levels = client.walk(self.root, detail=True, on_error=_unless_absent)
+            return {self._name(info["name"]): int(info["size"]) for _, _, files in levels for info in files.values()}
         found = self.system.get_file_info(arrow.FileSelector(self.root, allow_not_found=True, recursive=True))
         return {self._name(info.path): int(info.size) for info in found if info.type == arrow.FileType.File}
 
+    @_raising_os_errors
     def folders(self) -> list[str]:
         """Names of the folders right under this one."""
+        if (client := self._client()) is not None:
+            levels = client.walk(self.root, maxdepth=1, detail=True, on_error=_unless_absent)
+            return sorted(self._name(info["name"].rstrip("/")) for _, folders, _ in levels for info in folders.values())
         found = self.system.get_file_info(arrow.FileSelector(self.root, allow_not_found=True))
         return sorted(self._name(info.path) for info in found if info.type == arrow.FileType.Directory)
 
+    @_raising_os_errors
     def read(self, name: str, start: int = 0) -> bytes | None:
         """The content of a file, from a byte on (negative: so many from the end); None where there is none."""
         try:
-            with self.system.open_input_file(self._path(name)) as file:
-                size = int(file.size())
+            with self._opened(name) as file:
+                size = int(file.seek(0, 2))
                 file.seek(min(size, start) if start >= 0 else max(0, size + start))
                 return bytes(file.read())
         except FileNotFoundError:
@@ -64,35 +93,56 @@ class Place:
         except ValueError as error:
             raise CheckpointError(f"{self.url}/{name} is no valid JSON ({error}): {remedy}") from error
 
+    @_raising_os_errors
     def write(self, name: str, content: bytes) -> None:
         """Replace a file in one step."""
         with self._replacing(name) as path, self.system.open_output_stream(path) as stream:
             stream.write(content)
 
+    @_raising_os_errors
     def put(self, source: Path, name: str) -> None:
         """Copy a local file here, in one step where the file system can do it (object stores, local and shared ones)."""
         with source.open("rb") as file, self._replacing(name) as path, self.system.open_output_stream(path) as stream:
             while block := file.read(BUFFER_BYTES):
                 stream.write(block)
 
+    @_raising_os_errors
     def get(self, name: str, target: Path) -> None:
         """Copy a file from here to a local path, in one step."""
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.saving")
-        with self.system.open_input_stream(self._path(name)) as stream, partial.open("wb") as file:
+        with self._opened(name) as stream, partial.open("wb") as file:
             while block := stream.read(BUFFER_BYTES):
                 file.write(block)
         partial.rename(target)
 
+    @_raising_os_errors
     def delete(self, name: str) -> None:
         """Delete a file; one that is gone already is no error."""
         with contextlib.suppress(FileNotFoundError):
-            self.system.delete_file(self._path(name))
+            client = self._client()
+            (self.system.delete_file if client is None else client.rm_file)(self._path(name))
 
+    @_raising_os_errors
     def delete_folder(self, name: str) -> None:
         """Delete a folder with all that is in it; one that is gone already is no error."""
         with contextlib.suppress(FileNotFoundError):
             self.system.delete_dir(self._path(name))
+
+    def _client(self) -> Any | None:
+        """fsspec's file system, which has forgotten what it saw; None where pyarrow has its own.
+
+        It is asked itself where pyarrow would ask it whether something is there: it says no to that also when it gets no answer.
+        """
+        if not isinstance(self.system, arrow.PyFileSystem):
+            return None
+        client = self.system.handler.fs
+        client.invalidate_cache()
+        return client
+
+    def _opened(self, name: str) -> Any:
+        client = self._client()
+        return self.system.open_input_file(self._path(name)) if client is None else client.open(self._path(name), "rb")
 
     @contextlib.contextmanager
     def _replacing(self, name: str) -> Any:
@@ -114,6 +164,12 @@ class Place:
 
     def _name(self, path: str) -> str:
         return path.lstrip("/").removeprefix(self.root.strip("/")).lstrip("/")
+
+
+def _unless_absent(error: Exception) -> None:
+    """What is not there, or vanishes while it is listed, has no files; any other error is one."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def open_place(url: str, key: str = "run.storage") -> Place:

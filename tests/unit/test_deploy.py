@@ -175,6 +175,27 @@ def test_an_apptainer_image_takes_no_packages_from_the_users_home() -> None:
     assert "PYTHONNOUSERSITE=1" in environment  # Apptainer mounts it, and ~/.local comes before the image's own
 
 
+def test_no_process_of_an_apptainer_cluster_outlives_its_command() -> None:
+    """Apptainer takes an image that is mounted without root away when the command that it was started for ends."""
+    starts = re.findall(r"apptainer exec .* ray start .*", (DEPLOY / "corral.def").read_text())
+    assert len(starts) == 2 and all("--block" in start for start in starts)
+
+
+@pytest.mark.parametrize("name", ["cluster.yaml", "deploy/kuberay/raycluster.yaml"])
+def test_the_jobs_that_a_cluster_is_shown_with_find_what_they_read_on_its_nodes(name: str) -> None:
+    """Recipes name models by where the stages before leave them here, which no node has."""
+    lines = re.findall(r"^# +corral submit ((?:.*\\\n# +)*.*)$", (ROOT / name).read_text(), re.MULTILINE)
+    jobs = [shlex.split(re.sub(r"\\\n# +", "", line)) for line in lines]
+    left = set()
+    for command, path, *words in jobs:
+        recipe = load_recipe(ROOT / path, [word for word in words if "." in word.partition("=")[0]])
+        assert recipe.run.dir.startswith("/shared/")
+        needed = [each for each in (recipe.model.path, recipe.reward.path) if each is not None and (each.count("/") > 1 or each in left)]
+        assert set(needed) <= left, f"{command} {path}"
+        left.add(f"{recipe.run.dir}/{command}/model")
+    assert [job[0] for job in jobs] == ["sft", "rm", "ppo"]
+
+
 def test_prometheus_reads_the_file_that_ray_writes() -> None:
     constants = importlib.import_module("ray._private.ray_constants")
     config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.job_submission import JobStatus
 
 from app.process_record import me
 from app.tracking import LOG_FILE
 from jobs import run_control
 from jobs.main import main
-from jobs.run_control import command_of, waits
+from jobs.run_control import command_of, stop_seconds
 from jobs.runs import job_row
 
 # a run that stops as ours do: SIGTERM, then a note in its manifest
@@ -91,6 +94,24 @@ def test_runs_are_listed_with_their_state(tmp_path: Path, out: Output) -> None:
     assert "no runs there" in out()
 
 
+@pytest.mark.parametrize("address", ["local", ""])
+def test_a_ray_of_a_commands_own_is_no_cluster_to_ask(
+    tmp_path: Path, out: Output, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], address: str
+) -> None:
+    """`RAY_ADDRESS=local` starts one; Ray's client would ask whatever runs on this machine."""
+
+    def asked(address: str | None) -> None:
+        raise AssertionError("no cluster is named")
+
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr("jobs.job_server.connect", asked)
+    write_run(tmp_path / "a", outcome="finished")
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "finished" in out()
+    assert main(["logs", "mistyped"]) == 2
+    assert "no such folder" in capfd.readouterr().err
+
+
 def test_a_log_is_shown_and_followed_to_the_end_of_its_run(tmp_path: Path, out: Output) -> None:
     folder = write_run(tmp_path / "a", outcome="failed", reason="loss is nan")
     assert main(["logs", str(folder)]) == 0
@@ -142,12 +163,41 @@ def test_a_run_that_does_not_stop_in_time_is_told(
 
 
 @pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RAY_JOB_STOP_WAIT_TIME_S": "7200"}, "Ray kills it 7200 s after it was first asked"),
+        ({}, "Ray kills it 3 s after it was first asked"),
+    ],
+)
+def test_a_job_that_does_not_stop_in_time_is_not_told_to_be_asked_again(
+    out: Output, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], variables: dict[str, str], said: str
+) -> None:
+    """Ray passes on the first request alone."""
+    from jobs import job_server
+
+    class Server:
+        def get_job_info(self, job: str) -> Any:
+            environment = {"env_vars": variables}
+            return SimpleNamespace(status=JobStatus.RUNNING, runtime_env=environment, entrypoint="python -m jobs ppo recipe.toml")
+
+        def stop_job(self, job: str) -> None:
+            pass
+
+    monkeypatch.setattr(job_server, "connect", lambda address: Server())
+    assert main(["stop", "raysubmit_1", "--wait", "0.05"]) == 1
+    error = capfd.readouterr().err
+    assert "job raysubmit_1 has not ended after 0.05 s" in error and said in error
+    assert "once more" not in error
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (["logs", "{}/nowhere/run"], "no such folder"),
         (["logs", "{}"], "holds no run"),
         (["stop", "{}"], "holds no run"),
         (["stop", "{}/far"], "is run by process 7 on elsewhere: stop it there"),
+        (["stop", "{}/contained"], "is run by process 7 on another machine or container of the name"),
         (["stop", "{}/root"], "belongs to another user"),
         (["runs", "nothing://x/y"], "DIR = nothing://x/y: cannot be opened"),
         (["runs", "{}/broken"], "is no valid JSON"),
@@ -167,6 +217,7 @@ def test_bad_input_is_told_in_one_line(
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setattr(run_control.os, "kill", denied)
     write_run(tmp_path / "far", host="elsewhere", pid=7)
+    write_run(tmp_path / "contained", pid_namespace="pid:[1]", pid=7, started=time.time())
     write_run(tmp_path / "root")
     (write_run(tmp_path / "broken") / "manifest.json").write_text("{")
     assert main([word.format(tmp_path) for word in words]) == 2
@@ -180,9 +231,9 @@ def test_a_job_in_the_words_of_a_run() -> None:
     row = job_row({**job, "start_time": 5000, "end_time": None, "driver_exit_code": None})
     assert (row["state"], row["run"], row["started"], row["ended"]) == ("interrupted", "/shared/a", 5.0, None)
     assert job_row({**job, "metadata": None})["run"] is None
-    assert waits({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "1800"}})
-    assert not waits({"working_dir": "gcs://x"})
-    assert not waits(None)
+    assert stop_seconds({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "1800"}}) == "1800"
+    assert stop_seconds({"working_dir": "gcs://x"}) is None
+    assert stop_seconds(None) is None
 
 
 def test_nodes_that_do_not_see_the_run_folder_are_named() -> None:

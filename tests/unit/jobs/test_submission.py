@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -161,6 +162,25 @@ def test_following_goes_on_after_a_broken_connection(monkeypatch: pytest.MonkeyP
     assert info.status == JobStatus.SUCCEEDED
 
 
+def test_a_job_that_was_silent_for_long_is_not_lost_with_the_first_broken_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Quiet(Broken):
+        async def tail_job_logs(self, job: str) -> Any:
+            if not self.looks:
+                await asyncio.sleep(0.3)  # a step of a large model: many minutes without a line
+                raise RuntimeError("closed unexpectedly")
+            yield "done\n"
+
+        def get_job_info(self, job: str) -> Job:
+            self.looks += 1
+            if self.looks == 1:
+                raise ConnectionError("refused")
+            return Job(JobStatus.SUCCEEDED)
+
+    monkeypatch.setattr(job_server, "RECONNECT_SECONDS", 0.0)
+    monkeypatch.setattr(job_server, "LOST_SECONDS", 0.2)
+    assert job_server.follow(Quiet(), "job", lambda text: None).status == JobStatus.SUCCEEDED  # type: ignore[arg-type]
+
+
 def test_following_ends_when_nothing_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     class Silent(Broken):
         def get_job_info(self, job: str) -> Job:
@@ -309,6 +329,23 @@ def test_a_recipe_that_stays_behind_is_refused(project: Path, capsys: pytest.Cap
     assert main(["submit", recipe, "--dry-run"]) == 2
     assert f"{recipe} does not go along" in capsys.readouterr().err
     (project / recipe).unlink()
+
+
+@pytest.mark.parametrize("base", ["notes/base.toml", "../base.toml"])
+def test_a_recipe_that_extends_one_that_stays_behind_is_refused(project: Path, capsys: pytest.CaptureFixture[str], base: str) -> None:
+    (project / base).write_text("")
+    (project / "middle.toml").write_text(f'extends = ["{base}"]\n')
+    (project / "b.toml").write_text('extends = ["a.toml", "middle.toml"]\n')
+    assert main(["submit", "b.toml", "--dry-run"]) == 2
+    assert f"{base} does not go along" in capsys.readouterr().err
+    (project / base).unlink()
+
+
+def test_what_git_ignores_goes_along_where_ray_is_told_to_send_it(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project / ".gitignore").write_text("small.jsonl\n")
+    assert not pack(project).holds("small.jsonl")
+    monkeypatch.setenv("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "1")
+    assert pack(project).holds("small.jsonl") and not pack(project).holds("notes")
 
 
 def test_a_lock_becomes_a_runtime_environment(project: Path) -> None:

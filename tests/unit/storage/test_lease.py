@@ -79,6 +79,23 @@ def test_the_holder_hears_that_it_was_replaced_and_leaves_the_new_lease_alone(pl
     assert json.loads(place.read(NAME) or b"")["token"] == "theirs"
 
 
+def test_a_lease_that_is_gone_was_taken_over_and_given_back(place: Place) -> None:
+    """The run of another machine has ended meanwhile: to send what this one has would undo that."""
+    heard, event = [], threading.Event()
+
+    def lost(holder: str) -> None:
+        heard.append(holder)
+        event.set()
+
+    held = acquire(place, lost)
+    place.delete(NAME)
+    assert event.wait(5)
+    assert not held.is_held()
+    held.release()
+    assert heard == ["another process, which has ended since,"]
+    assert place.files() == {}
+
+
 def test_of_two_that_write_at_once_one_gives_up(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.time, "sleep", lambda seconds: write(place, host="elsewhere", pid=7))
     with pytest.raises(CheckpointError, match="in use by process 7 on elsewhere"):
@@ -88,5 +105,15 @@ def test_of_two_that_write_at_once_one_gives_up(place: Place, monkeypatch: pytes
 def test_a_process_is_known_by_more_than_its_number() -> None:
     assert runs_here(me()) is True
     assert runs_here(me() | {"process_started": 1.0}) is False
-    assert runs_here(me() | {"host": "elsewhere"}) is None
+    for elsewhere in ("host", "machine", "pid_namespace"):  # machines of one name, and containers with their machine's name
+        assert runs_here(me() | {elsewhere: "another"}) is None
+    assert runs_here({key: value for key, value in me().items() if key in ("host", "pid", "process_started")}) is True
     assert runs_here({}) is None
+
+
+def test_a_run_in_another_container_of_this_host_is_not_taken_for_dead(place: Place) -> None:
+    """`docker run --network=host` gives a container its machine's name, and process numbers of its own."""
+    write(place, pid_namespace="pid:[1]", process_started=1.0)
+    began = time.monotonic()
+    acquire(place).release()
+    assert time.monotonic() - began >= module.EXPIRY_SECONDS

@@ -20,6 +20,7 @@ from app.durable import tree_hash
 from app.errors import CheckpointError, StorageError
 from app.run_folder import RunFolder
 from app.storage import mirror as module
+from app.storage.lease import NAME, Lease
 from app.storage.mirror import INDEX, Mirror
 from app.storage.place import Place, open_place
 
@@ -213,8 +214,8 @@ def test_only_changes_are_sent_and_deletions_follow(url: str, tmp_path: Path, mo
     again = Session(url, path)
     again.mirror._sent = again.mirror._read_index()
     sent: list[str] = []
-    put = Place.put
-    monkeypatch.setattr(Place, "put", lambda self, source, name: (sent.append(name), put(self, source, name)))
+    replacing = Place._replacing
+    monkeypatch.setattr(Place, "_replacing", lambda self, name: (sent.append(name), replacing(self, name))[1])
     again.mirror.push()
     assert sent == ["new.txt", "manifest.json"]
     assert set(again.mirror.place.files()) == {"manifest.json", "kept.txt", "new.txt", "logs/worker.err"}
@@ -292,20 +293,20 @@ def test_an_outage_is_told_once_and_at_the_end_an_error(tmp_path: Path, monkeypa
     session.mirror._tell = told.append
     session.mirror.start(session.path)
 
-    def broken(self: Place, source: Path, name: str) -> None:
+    def broken(self: Place, name: str) -> None:
         raise OSError(28, "No space left on device")
 
-    put = Place.put
-    monkeypatch.setattr(Place, "put", broken)
+    replacing = Place._replacing
+    monkeypatch.setattr(Place, "_replacing", broken)
     session.run.record_data("0" * 64)
     wait_for(lambda: told)
     time.sleep(0.05)
     assert len(told) == 1
     assert "No space left" in told[0]
-    monkeypatch.setattr(Place, "put", put)
+    monkeypatch.setattr(Place, "_replacing", replacing)
     wait_for(lambda: len(told) == 2)
     assert "is written again" in told[1]
-    monkeypatch.setattr(Place, "put", broken)
+    monkeypatch.setattr(Place, "_replacing", broken)
     (session.path / "summary.json").write_text("{}")
     with pytest.raises(StorageError, match=r"lacks the last changes of .*No space left.*the same command sends them"):
         session.mirror.close()
@@ -444,3 +445,100 @@ def test_what_a_search_goes_on_from_is_sent_as_it_was_before_the_rest_was_listed
     monkeypatch.setattr(Place, "put", put)
     session.mirror.push()
     assert session.mirror.place.read("tune/experiment_state-1.json") == b'{"step": 2}'
+
+
+def test_nothing_is_sent_once_another_run_has_taken_the_url_over(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that slept finds out by its next push: the lease is not looked at for a quarter of a minute."""
+    monkeypatch.setattr("app.storage.lease.SETTLE_SECONDS", 0.0)
+    session = Session(url, tmp_path / "run")
+    session.run.record_data("0" * 64)
+    place = session.mirror.place
+    session.mirror._lease = Lease.acquire(place, session.mirror.lose)
+    session.mirror.push()
+    place.write(NAME, json.dumps({"token": "theirs", "host": "elsewhere", "pid": 7}).encode())
+    session.save(1)
+    session.mirror.push()
+    assert session.mirror.lost_to == "process 7 on elsewhere"
+    assert not place.folders()
+    with pytest.raises(StorageError, match=r"process 7 on elsewhere took .*over"):
+        session.mirror.close()
+
+
+def test_the_manifest_of_the_run_stays_at_the_url_while_it_is_written_anew(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it the URL holds no run: the next start elsewhere would begin anew and delete the checkpoints."""
+    session = Session(url, tmp_path / "run")
+    session.run.record_data("0" * 64)
+    session.mirror.push()
+    session.run.record_data("0" * 64, rows=1)
+
+    def changing(send: Any) -> Any:
+        def sent(self: Place, *arguments: Any) -> None:
+            send(self, *arguments)
+            if "manifest.json" in arguments:
+                session.run.record_data("0" * 64, rows=2, sets=["a"])
+
+        return sent
+
+    with monkeypatch.context() as patch:
+        for name in ("put", "write"):
+            patch.setattr(Place, name, changing(getattr(Place, name)))
+        session.mirror.push()
+    kept = json.loads(session.mirror.place.read("manifest.json") or b"null")
+    assert kept is not None and kept["data"]["rows"] == 1
+    session.mirror.push()
+    assert json.loads(session.mirror.place.read("manifest.json") or b"null")["data"]["rows"] == 2
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["nothing", "a run that read no data"])
+def test_a_folder_with_files_of_someone_else_is_refused_and_left_alone(url: str, tmp_path: Path, begun: bool) -> None:
+    first = Session(url, tmp_path / "run")
+    first.run.record_data("0" * 64)
+    first.save(1)
+    first.mirror.push()
+    folder = tmp_path / "mine"
+    if begun:
+        RunFolder.open(Recipe.model_validate({"run": {"dir": str(folder)}}), "sft").end_session("failed")
+    for name in ("thesis/draft.txt", "other/checkpoints/step-7/weights"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("months of work")
+    with pytest.raises(CheckpointError, match=r"run folder .*mine holds no run but other files, such as .*: choose another --run\.dir"):
+        Session(url, folder)
+    for name in ("thesis/draft.txt", "other/checkpoints/step-7/weights"):
+        assert (folder / name).read_text() == "months of work"
+
+
+def test_a_folder_that_vanishes_while_it_is_looked_at_does_not_end_the_following(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(url, tmp_path / "run")
+    manifests, looks = Mirror._manifests, [0]
+
+    def vanishing(self: Mirror) -> Any:
+        looks[0] += 1
+        if looks[0] == 5:
+            raise FileNotFoundError(2, "No such file or directory", "sft/checkpoints")
+        return manifests(self)
+
+    monkeypatch.setattr(Mirror, "_manifests", vanishing)
+    session.mirror.start(session.path)
+    wait_for(lambda: looks[0] >= 5)
+    session.run.record_data("0" * 64)
+    session.save(1)
+    wait_for(lambda: session.mirror.place.read("sft/checkpoints/step-00000001/manifest.json"))
+    session.mirror.close()
+
+
+def test_a_full_local_disk_is_no_fault_of_the_url(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All has arrived there; only the note of that, which spares a restart some sending, has not been written."""
+    session = Session(url, tmp_path / "run")
+    session.run.record_data("0" * 64)
+    session.save(1)
+
+    def full(path: Path, value: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_json", full)
+    session.mirror.push()
+    assert session.mirror.place.read("sft/checkpoints/step-00000001/manifest.json")
