@@ -162,7 +162,7 @@ def _check_lengths(recipe: Recipe, command: str) -> None:
 def _check_colocation(recipe: Recipe) -> None:
     """Engine k sits on the GPU of learner k, so it needs one, and no other."""
     learners, engines = recipe.ppo.workers, recipe.rollout.engines
-    if not recipe.rollout.colocate or not engines.gpus:
+    if not recipe.rollout.shares_gpus:
         return
     if engines.count > learners.count or not 0 < learners.gpus <= 1 or engines.gpus > 1:
         raise ConfigError(

@@ -152,21 +152,20 @@ class Roles:
         """vLLM's rollout engines; colocated: on the learners' GPUs, asleep while these work."""
         recipe, workers = self.recipe, self.recipe.rollout.engines
         shape = shape_of(recipe.model.path)
-        sleeps = colocated and workers.gpus > 0
         working, copy = Parts(), 0
         if shape is not None:
             longest = recipe.data.max_prompt_length + recipe.rollout.max_new_tokens
             context = recipe.rollout.max_model_len or longest
             reserved = None if self.gpu_memory is None else int(recipe.rollout.gpu_memory_utilization * self.gpu_memory)
-            parallel = max(1, int(workers.gpus))
+            parallel = workers.tensor_parallel
             on_gpu = engine_memory(shape, width=self.width, tensor_parallel=parallel, context=context, reserved=reserved)
             on_cpu = cpu_engine_memory(shape, width=self.width, kv_cache=int(recipe.rollout.kv_cache_gib * GIB))
             working, copy = (on_gpu if workers.gpus else on_cpu), self.width * shape.parameters
         elif not workers.gpus:
             working = {"kv_cache": int(recipe.rollout.kv_cache_gib * GIB)}
-        host = {**_process(workers), **({"sleep_copy": copy} if sleeps else {})}
-        shares = "learner" if sleeps else None
-        return _role("engine", "rollout.engines", workers, working, {} if sleeps else working, host, turn="rollout", shares=shares)
+        host = {**_process(workers), **({"sleep_copy": copy} if colocated else {})}
+        shares = "learner" if colocated else None
+        return _role("engine", "rollout.engines", workers, working, {} if colocated else working, host, turn="rollout", shares=shares)
 
     def scorers(self) -> tuple[Role, ...]:
         """The scoring service's replicas."""
@@ -208,7 +207,7 @@ class Roles:
 
     def ppo(self) -> tuple[Role, ...]:
         """Learners and engines, and the scoring service."""
-        learner, engine = self.learner(), self.engines(colocated=self.recipe.rollout.colocate)
+        learner, engine = self.learner(), self.engines(colocated=self.recipe.rollout.shares_gpus)
         if engine.shares:  # a pair reserves what both ask for, and a whole GPU at most
             learner = replace(learner, gpus=min(1.0, learner.gpus + engine.gpus))
         return (learner, engine, *self.scorers())

@@ -34,7 +34,6 @@ from app.tracking import METRICS_FILE, RunTracker
 from app.workers.learner import LearnerSpec
 from app.workers.learner_group import RayLearner, learner_group
 from app.workers.rollout import Note, VllmRolloutPool, rollout_pool
-from app.workers.rollout_engine import uses_nccl
 from app.workers.weight_transfer import WeightPublisher, canaries_of
 
 
@@ -210,7 +209,7 @@ def _resume_and_run(
 
 def weight_publisher(recipe: Recipe, learner: RayLearner, pool: VllmRolloutPool, canaries: Sequence[IntArray]) -> WeightPublisher:
     """Weights go over NCCL where the engines own their GPUs, else through the object store."""
-    tensor_parallel = max(1, int(recipe.rollout.engines.gpus)) if uses_nccl(recipe.rollout) else None
+    tensor_parallel = recipe.rollout.engines.tensor_parallel if recipe.rollout.over_nccl else None
     return WeightPublisher(learner, pool, canaries, limit=recipe.ppo.max_logprob_mismatch, nccl_tensor_parallel=tensor_parallel)
 
 
