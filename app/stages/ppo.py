@@ -34,7 +34,7 @@ from app.tracking import METRICS_FILE, RunTracker
 from app.workers.learner import LearnerSpec
 from app.workers.learner_group import RayLearner, learner_group
 from app.workers.rollout import Note, VllmRolloutPool, rollout_pool
-from app.workers.weight_transfer import WeightPublisher, canaries_of
+from app.workers.weight_publisher import WeightPublisher, canaries_of
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,7 @@ class RolloutEngine:
         from vllm import LLM
         from vllm.config import WeightTransferConfig
 
-        from app.workers.weight_transfer import BACKEND, register_object_store_backend
+        from app.workers.object_store_transfer import BACKEND, register_object_store_backend
 
         config = self._config
         register_object_store_backend()

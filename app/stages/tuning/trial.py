@@ -34,7 +34,7 @@ from app.stages.tuning.records import VALUES, read_ended, trial_name
 from app.stages.tuning.verdicts import Judge, Mark
 from app.workers.stacks import write_stacks_on_signal
 from app.workers.watchdog import watching
-from app.workers.weight_transfer import CANARIES
+from app.workers.weight_publisher import CANARIES
 
 logger = logging.getLogger(__name__)
 
