@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from app.durable import MANIFEST, damage, file_hashes, read_json, sync, sync_tree, write_json, writing
+from app.durable import damage, file_hashes, read_json, sync, sync_tree, write_json, writing
 from app.errors import CheckpointError
+from app.run_layout import MANIFEST
 
 logger = logging.getLogger(__name__)
 

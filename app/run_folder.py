@@ -21,14 +21,11 @@ from filelock import FileLock, Timeout
 
 from app.config.recipe import Recipe
 from app.config.tune import BY_ANSWERS
-from app.durable import MANIFEST, damage, file_hashes, hash_of, read_json, without_non_finite, write_json
+from app.durable import damage, file_hashes, hash_of, read_json, without_non_finite, write_json
 from app.errors import CheckpointError
 from app.process_record import me
+from app.run_layout import LOCK, MANIFEST, MODEL, SUMMARY_FILE
 
-MODEL = "model"
-SEARCH = "tune"
-"""The stage whose trials have folders of their own."""
-LOCK = ".lock"
 NOT_IDENTITY = re.compile(
     r"run\.(dir|storage|resume|deadline_seconds|stacks_after)|(sft|rm)\.keep_checkpoints|tracking\..*|alarms\..*|evaluation\..*"
     r"|ppo\.keep_rollouts|(ppo|rollout)\.max_restarts|tune\.(concurrent|max_failures)"
@@ -164,7 +161,7 @@ class RunFolder:
 
     def write_summary(self, summary: Mapping[str, Any]) -> Path:
         """Replace `summary.json`; numbers that are not finite become null."""
-        path = self.path / "summary.json"
+        path = self.path / SUMMARY_FILE
         write_json(path, without_non_finite(dict(summary)))
         return path
 

@@ -18,7 +18,8 @@ from app.models.load import seen_from_anywhere, writes_text
 from app.models.trainable import check_trainable
 from app.planning.placement import engines_load_early
 from app.report import write_report
-from app.run_folder import MODEL, RunFolder
+from app.run_folder import RunFolder
+from app.run_layout import DATA, EXAMPLES_FILE, MODEL
 from app.stages.evaluate import answer, compare, write_examples
 from app.stages.interruption import raise_unserved
 from app.stages.ppo import PromptSets, gold_of, open_pool, prompt_sets, train_ppo
@@ -127,7 +128,7 @@ class Pipeline:
     def pretraining(self) -> Path | None:
         """Token cache of the text that ppo.pretraining mixes in; None where it is off."""
         texts, template = self.prepared.corpus.pretraining, self.prepared.template
-        return None if texts is None else write_pretraining(texts, template, self.recipe, self.run.path / "data" / NAME)
+        return None if texts is None else write_pretraining(texts, template, self.recipe, self.run.path / DATA / NAME)
 
     def engines(self, sft_path: str) -> VllmRolloutPool:
         """The run's rollout engines, started with the SFT model; they may still be loading."""
@@ -164,7 +165,7 @@ class Pipeline:
             pool.ready()
             sequences = [rollout.sequence for rollout in pool.submit(prompts, seed=self.recipe.run.seed).result()]
         return set_reward_offset(
-            self.run.stage("rm") / "model",
+            self.run.stage("rm") / MODEL,
             sequences,
             self.recipe.rm.workers,
             deadline_seconds=self.recipe.run.deadline_seconds,
@@ -239,5 +240,5 @@ def run_evaluation(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunT
             pool.load_folder(ppo_path, 1)
             tracker.note(f"evaluate: the PPO model answers the same {len(held_out)} prompts")
             after = answer(pool, scorer, held_out, template, recipe.evaluation, gold)
-        write_examples(run.path / "examples.jsonl", held_out, before, after, recipe.evaluation.examples)
+        write_examples(run.path / EXAMPLES_FILE, held_out, before, after, recipe.evaluation.examples)
         return pipeline.summarise(evaluation=compare(before, after, recipe.evaluation))

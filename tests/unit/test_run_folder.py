@@ -12,7 +12,8 @@ import pytest
 from app.config.recipe import Recipe
 from app.durable import tree_hash
 from app.errors import CheckpointError
-from app.run_folder import LOCK, RunFolder
+from app.run_folder import RunFolder
+from app.run_layout import LOCK
 
 
 def recipe(path: Path, **sections: object) -> Recipe:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from app.process_record import me
-from app.tracking import LOG_FILE
+from app.run_layout import LOG_FILE
 from jobs import run_control
 from jobs.main import main
 from jobs.run_control import command_of, waits
