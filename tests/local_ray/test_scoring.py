@@ -32,8 +32,10 @@ from app.workers import scoring_client
 from app.workers.scoring_client import ServeScorer
 from serve.scoring import connect, start_scoring
 from tests.tiny_models import CONTEXT, VOCABULARY, make_llama, make_neox, make_reward_model
+from tests.waiting import wait_until
 
 TEMPERATURE, OFFSET = 0.7, 0.25
+DEADLINE = 300.0
 CONFIG = ScoringConfig(
     reward=WorkersConfig(count=2, cpus=0.25),
     reference=WorkersConfig(cpus=0.25),
@@ -208,8 +210,7 @@ def clients_at_work(folders: Folders, count: int = 8) -> Iterator[list[Call]]:
         patched.setattr(scoring_client, "as_failure", noted)
         clients = [pool.submit(work, number) for number in range(count)]
         try:
-            while len(calls) < count:
-                time.sleep(0.05)
+            wait_until(lambda: len(calls) >= count, "a call of every client", seconds=DEADLINE)
             yield calls
         finally:
             done.set()
@@ -230,8 +231,11 @@ def test_every_call_is_answered_while_the_only_replica_is_killed(scorer: ServeSc
     with clients_at_work(folders) as calls:
         os.kill(process, signal.SIGKILL)
         killed = time.monotonic()
-        while not any(call.output == "logprobs" and call.began > killed for call in list(calls)):
-            time.sleep(0.05)
+        wait_until(
+            lambda: any(call.output == "logprobs" and call.began > killed for call in list(calls)),
+            "log-probs of a new replica",
+            seconds=DEADLINE,
+        )
     assert scorer.stats()["reference"]["pid"] != process
 
 
@@ -243,10 +247,9 @@ def test_the_handle_path_answers_while_the_controller_is_down(scorer: ServeScore
     with clients_at_work(folders) as calls:
         os.kill(process, signal.SIGKILL)
         killed = time.monotonic()
-        while (alive := controllers()) in ([], [process]):
-            time.sleep(0.2)
+        wait_until(lambda: controllers() not in ([], [process]), "another controller", seconds=DEADLINE, pause=0.2)
         restarted = time.monotonic()
-    assert len(alive) == 1
+    assert len(controllers()) == 1
     down = [call for call in calls if call.began > killed and call.ended < restarted]
     assert {call.output for call in down} == {"scores", "logprobs"}
 
