@@ -124,15 +124,22 @@ def _hashes(folder: Path, names: Sequence[str]) -> dict[str, str]:
 
 def damage(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
     """What is wrong with the recorded `files` under `folder`: the first missing or changed one, or None. Sizes go first: they are cheap."""
+    if (misfit := wrong_size(folder, files)) is not None:
+        return misfit
+    for name, digest in _hashes(folder, list(files)).items():
+        if digest != files[name]["sha256"]:
+            return f"{name} has other content than when it was written"
+    return None
+
+
+def wrong_size(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """As `damage`, without looking at contents."""
     for name, record in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != record["size"]:
             return f"{name} has {path.stat().st_size} bytes instead of {record['size']}"
-    for name, digest in _hashes(folder, list(files)).items():
-        if digest != files[name]["sha256"]:
-            return f"{name} has other content than when it was written"
     return None
 
 

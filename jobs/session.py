@@ -110,5 +110,5 @@ def _imported_in_background(module: str) -> Iterator[None]:
 
 def _kept(run: RunFolder) -> str:
     """What is already on disk, for people."""
-    done = [stage for stage in ("sft", "rm", "ppo", "evaluation") if run.finished(stage) is not None]
+    done = [stage for stage in ("sft", "rm", "ppo", "evaluation") if run.results(stage) is not None]
     return f"{run.path} holds {'the finished stages ' + ', '.join(done) if done else 'no finished stage yet'} and the last checkpoint."

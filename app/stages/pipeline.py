@@ -147,7 +147,7 @@ class Pipeline:
 
     def summarise(self, **more: Any) -> dict[str, Any]:
         """Write `summary.json` and `report.html` from the finished stages; returns the summary."""
-        finished = {stage: results for stage in STAGES if (results := self.run.finished(stage)) is not None}
+        finished = {stage: results for stage in STAGES if (results := self.run.results(stage)) is not None}
         seconds = {stage: float((self.run.manifest(stage) or {})["seconds"]) for stage in finished}
         summary: dict[str, Any] = {**finished, "seconds": seconds, "peak_memory": self._memory.peak_bytes, **more}
         self.run.write_summary(summary)
