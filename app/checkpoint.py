@@ -20,8 +20,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from app.durable import MANIFEST, damage, file_hashes, read_json, sync, sync_tree, write_json, writing
+from app.durable import damage, file_hashes, read_json, sync, sync_tree, write_json, writing
 from app.errors import CheckpointError, DeadlineError
+from app.run_layout import MANIFEST
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import CheckpointError, CorralError, DiskError, first_line
+from app.run_layout import MANIFEST, REPLACED, SAVING
 
-MANIFEST = "manifest.json"
 TORCH_WRITER = "inline_container"
 """In the RuntimeError of `torch.save` where it could not write all."""
 
@@ -48,7 +48,7 @@ def without_non_finite(value: Any) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` in one step: temporary name, fsync, rename, fsync of the folder. NaN and infinity raise ValueError."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.saving")
+    temporary = path.with_name(f".{path.name}{SAVING}")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -103,7 +103,7 @@ def settle_folder(target: Path) -> None:
 
 
 def _replaced(target: Path) -> Path:
-    return target.with_name(f"{target.name}.replaced")
+    return target.with_name(f"{target.name}{REPLACED}")
 
 
 def file_hashes(folder: Path) -> dict[str, dict[str, Any]]:
@@ -124,15 +124,22 @@ def _hashes(folder: Path, names: Sequence[str]) -> dict[str, str]:
 
 def damage(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
     """What is wrong with the recorded `files` under `folder`: the first missing or changed one, or None. Sizes go first: they are cheap."""
+    if (misfit := wrong_size(folder, files)) is not None:
+        return misfit
+    for name, digest in _hashes(folder, list(files)).items():
+        if digest != files[name]["sha256"]:
+            return f"{name} has other content than when it was written"
+    return None
+
+
+def wrong_size(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """As `damage`, without looking at contents."""
     for name, record in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != record["size"]:
             return f"{name} has {path.stat().st_size} bytes instead of {record['size']}"
-    for name, digest in _hashes(folder, list(files)).items():
-        if digest != files[name]["sha256"]:
-            return f"{name} has other content than when it was written"
     return None
 
 

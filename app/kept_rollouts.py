@@ -22,6 +22,7 @@ from app.config.ppo import PpoConfig
 from app.durable import writing
 from app.errors import CheckpointError, ConfigError
 from app.experience import DoubleArray, Experience, FinishReason, IntArray, Prompt, Rollout, Scores, TokenBatch, pad_rows, prompt_groups
+from app.run_layout import SAVING
 
 FACTS = b"corral"
 """Key of the file's metadata that holds what is the same for all rows, as JSON."""
@@ -77,7 +78,7 @@ class RolloutRecorder:
     def _replace(self, step: int, table: pa.Table) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = step_path(self.folder, step)
-        partial = path.with_suffix(".saving")
+        partial = path.with_suffix(SAVING)
         try:
             pq.write_table(table, partial, compression="zstd")
         except OSError:

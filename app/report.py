@@ -14,10 +14,10 @@ from markupsafe import Markup
 
 from app.curves import Curve, draw, read_curves
 from app.display import duration
-from app.durable import MANIFEST, read_json
+from app.durable import read_json
 from app.headline import cards, comparison, facts, number, stage_seconds, stage_title
 from app.run_folder import leaves
-from app.tracking import EVENTS_FILE, METRICS_FILE
+from app.run_layout import EVENTS_FILE, EXAMPLES_FILE, MANIFEST, METRICS_FILE, REPORT_FILE, SUMMARY_FILE
 
 TEMPLATE = "report.html.jinja"
 METRICS = {
@@ -56,7 +56,7 @@ class Plot:
 
 def write_report(run_path: Path) -> Path:
     """Write `report.html` into a run folder and return its path. What is not there yet (summary, answers, curves) is left out."""
-    summary = _optional(run_path / "summary.json")
+    summary = _optional(run_path / SUMMARY_FILE)
     manifest = _optional(run_path / MANIFEST)
     curves = read_curves(run_path / METRICS_FILE)
     page = page_template(TEMPLATE).render(
@@ -69,13 +69,13 @@ def write_report(run_path: Path) -> Path:
         facts=facts(summary),
         seconds=stage_seconds(summary),
         events=[(stage_title(event["stage"]), event["step"], event["text"]) for event in read_lines(run_path / EVENTS_FILE)],
-        examples=read_lines(run_path / "examples.jsonl"),
+        examples=read_lines(run_path / EXAMPLES_FILE),
         stages=[(stage_title(stage), *plots(metrics)) for stage, metrics in curves.items()],
         chain=chain(manifest),
         config_text="\n".join(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in leaves(manifest.get("config", {}))),
         number=number,
     )
-    path = run_path / "report.html"
+    path = run_path / REPORT_FILE
     path.write_text(page, encoding="utf-8")
     return path
 

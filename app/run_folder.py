@@ -21,14 +21,11 @@ from filelock import FileLock, Timeout
 
 from app.config.recipe import Recipe
 from app.config.tune import BY_ANSWERS
-from app.durable import MANIFEST, damage, file_hashes, hash_of, read_json, without_non_finite, write_json
+from app.durable import damage, file_hashes, hash_of, read_json, without_non_finite, write_json, wrong_size
 from app.errors import CheckpointError
 from app.process_record import me
+from app.run_layout import LOCK, MANIFEST, MODEL, SUMMARY_FILE
 
-MODEL = "model"
-SEARCH = "tune"
-"""The stage whose trials have folders of their own."""
-LOCK = ".lock"
 NOT_IDENTITY = re.compile(
     r"run\.(dir|storage|resume|deadline_seconds|stacks_after)|(sft|rm)\.keep_checkpoints|tracking\..*|alarms\..*|evaluation\..*"
     r"|ppo\.keep_rollouts|(ppo|rollout)\.max_restarts|tune\.(concurrent|max_failures)"
@@ -49,6 +46,7 @@ class RunFolder:
         self._identity = identity
         self._manifest = manifest
         self._started: dict[str, float] = {}
+        self._hashed: dict[str, str] = {}  # stage -> `sha256` of its manifest, where this process has hashed the files of that one
 
     @classmethod
     def open(cls, recipe: Recipe, command: str, fill: Callable[[Path, Mapping[str, Any]], None] | None = None) -> RunFolder:
@@ -135,18 +133,33 @@ class RunFolder:
         write_json(folder / MANIFEST, manifest)
         self._manifest["stages"][stage] = {key: manifest[key] for key in ("parents", "sha256", "seconds", "code_version", "finished")}
         write_json(self.path / MANIFEST, self._manifest)
-        return str(manifest["sha256"])
+        self._hashed[stage] = str(manifest["sha256"])
+        return self._hashed[stage]
 
     def finished(self, stage: str) -> dict[str, Any] | None:
         """The results of a finished stage; None where its manifest, one of its files or the parent it came from is missing or changed."""
         manifest = self.manifest(stage)
-        if manifest is None or saved_identity(manifest["config"]) != self._identity or damage(self.path / stage, manifest["files"]):
+        if manifest is None or not self._is_current(manifest) or damage(self.path / stage, manifest["files"]):
+            self._hashed.pop(stage, None)
             return None
-        for name, digest in manifest["parents"].items():
-            parent = self.manifest(name)
-            if parent is not None and parent["sha256"] != digest:
-                return None
+        self._hashed[stage] = manifest["sha256"]
         return dict(manifest["results"])
+
+    def results(self, stage: str) -> dict[str, Any] | None:
+        """As `finished`, for a process that is done with the stage: files that it has hashed already (in `finish` too, gigabytes of
+        weights) are looked at for their sizes alone."""
+        manifest = self.manifest(stage)
+        if manifest is None or self._hashed.get(stage) != manifest["sha256"]:
+            return self.finished(stage)
+        whole = self._is_current(manifest) and wrong_size(self.path / stage, manifest["files"]) is None
+        return dict(manifest["results"]) if whole else None
+
+    def _is_current(self, manifest: Mapping[str, Any]) -> bool:
+        """Whether a stage is one of this run, and came from the parents that are there now."""
+        parents = ((self.manifest(name), digest) for name, digest in manifest["parents"].items())
+        return saved_identity(manifest["config"]) == self._identity and all(
+            parent is None or parent["sha256"] == digest for parent, digest in parents
+        )
 
     def model(self, stage: str) -> str:
         """The model folder of a finished stage. Raises CheckpointError where the stage is not finished or its files have changed."""
@@ -164,7 +177,7 @@ class RunFolder:
 
     def write_summary(self, summary: Mapping[str, Any]) -> Path:
         """Replace `summary.json`; numbers that are not finite become null."""
-        path = self.path / "summary.json"
+        path = self.path / SUMMARY_FILE
         write_json(path, without_non_finite(dict(summary)))
         return path
 

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from app.durable import MANIFEST
 from app.process_record import runs_here
+from app.run_layout import MANIFEST, METRICS_FILE, PROGRESS_FILE
 from app.storage.place import Place
-from app.tracking import METRICS_FILE, PROGRESS_FILE
 
 TAIL_BYTES = 2**16
 """Of metrics.jsonl, which grows to many MiB; a line has a few KiB."""

@@ -18,15 +18,10 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from app.display import BothDisplays, Display, PlainDisplay, StageProgress, open_display
 from app.durable import without_non_finite, write_json
 from app.errors import first_line
+from app.run_layout import EVENTS_FILE, LOG_FILE, METRICS_FILE, PROGRESS_FILE
 from app.trackers.delivery import Delivery
 from app.trackers.service import Point, TrackingService
 
-METRICS_FILE = "metrics.jsonl"
-EVENTS_FILE = "events.jsonl"
-LOG_FILE = "run.log"
-"""What the run showed, with the times."""
-PROGRESS_FILE = "progress.json"
-"""The stage that began last, and how many steps it has."""
 TENSORBOARD_FOLDER = "tensorboard"
 HEADLINES = ("score_mean", "reward", "loss", "eval_loss")
 """The metric that stands for a stage on the display: the first of these that the stage has logged."""

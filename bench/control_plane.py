@@ -106,7 +106,7 @@ class FakeCluster:
         from app.stages.actor_learner import LoopState, Parts, actor_learner_loop
         from app.workers.learner_group import RayLearner
         from app.workers.rollout import VllmRolloutPool
-        from app.workers.weight_transfer import WeightPublisher
+        from app.workers.weight_publisher import WeightPublisher
 
         workers, recorder, scorer = self._learners[: size.learners], Recorder(), FakeScorer()
         rng = np.random.default_rng(0)

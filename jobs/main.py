@@ -7,7 +7,7 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from app.errors import ConfigError, CorralError
 from jobs import (
@@ -39,6 +39,9 @@ from jobs import (
 )
 from jobs.command import Command, Tool
 from jobs.resuming import require_unfinished
+
+if TYPE_CHECKING:
+    from app.config.keys import RecipeKey
 
 RECIPE_COMMANDS: dict[str, Command] = {
     "pipeline": pipeline.COMMAND,
@@ -202,12 +205,22 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 def _key_list(sections: tuple[str, ...]) -> str:
     """The recipe keys of some sections with defaults, the words that they are chosen from, and descriptions."""
-    import json
-
     from app.config.keys import section_keys
 
-    lines = ["recipe keys (default): words to choose from, and what they are"]
+    lines = ["recipe keys (default; what is not set is written null): words to choose from, and what they are"]
     for key in (leaf for outer in section_keys(sections) for leaf in (outer, *outer.inside())):
-        lines.append(f"  --{key.name} ({json.dumps(key.default, default=str)}){f': {key.choices}' if key.choices else ''}")
+        lines.append(f"  --{key.name} ({_default(key)}){f': {key.choices}' if key.choices else ''}")
         lines += [f"      {key.description}"] if key.description else []
     return "\n".join(lines) + "\n"
+
+
+def _default(key: RecipeKey) -> str:
+    import json
+
+    if key.required:
+        return "required"
+    return "not set" if key.default is None else json.dumps(key.default, default=str)
+
+
+if __name__ == "__main__":  # `python -m jobs.main`, which is tried where `python -m jobs` is meant
+    sys.exit(command())

@@ -12,9 +12,8 @@ from pathlib import Path
 from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE
 from ray._private.runtime_env import packaging
 
-from app.durable import MANIFEST
 from app.errors import ConfigError
-from app.run_folder import LOCK
+from app.run_layout import LOCK, MANIFEST
 
 LIMIT_BYTES = 100 * 2**20
 """The job server refuses larger packages; it gets them uncompressed."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app.errors import CheckpointError, ConfigError, first_line
+from app.run_layout import MANIFEST
 
 if TYPE_CHECKING:
     from app.config.recipe import Recipe
@@ -20,7 +21,7 @@ def require_unfinished(recipe: Recipe, command: str) -> None:
 
     With `run.storage` a finished run may still have changes to send there, and goes on.
     """
-    from app.durable import MANIFEST, read_json
+    from app.durable import read_json
     from app.run_folder import refuse_other_config, run_identity
 
     folder = Path(recipe.run.dir).absolute()
@@ -45,7 +46,6 @@ def require_unfinished(recipe: Recipe, command: str) -> None:
 
 def _is_kept(url: str) -> bool:
     """Whether a URL holds a run. Raises ConfigError where it cannot be read."""
-    from app.durable import MANIFEST
     from app.storage.place import open_place
 
     try:
@@ -56,6 +56,6 @@ def _is_kept(url: str) -> bool:
 
 def _is_whole(stage: Path) -> bool:
     """Whether a stage is finished, and its files are those that it left."""
-    from app.durable import MANIFEST, damage, read_json
+    from app.durable import damage, read_json
 
     return (stage / MANIFEST).is_file() and damage(stage, read_json(stage / MANIFEST)["files"]) is None

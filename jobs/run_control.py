@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app.errors import ConfigError, CorralError, first_line
+from app.run_layout import LOG_FILE
 from jobs.command import Tool
 from jobs.submission import ADDRESS_HELP, followed, names_cluster
 
@@ -94,7 +95,6 @@ def logs(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _run_log(place: Place, *, follow: bool) -> int:
     """Print `run.log`; to the run's end where asked. Returns 0, or with `follow` 1 for a run that failed and 130 for one that stopped."""
-    from app.tracking import LOG_FILE
 
     status_of(place)
     shown = 0

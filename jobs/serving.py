@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.errors import CorralError, ScoringError, first_line
+from app.run_layout import LOGS
 from jobs import serving_inputs
 from jobs.command import Tool
 
@@ -98,7 +99,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     service = check(recipe)
     from jobs import interrupts, local_ray
 
-    with local_ray.running_ray(Path(recipe.run.dir).absolute() / "logs"):
+    with local_ray.running_ray(Path(recipe.run.dir).absolute() / LOGS):
         from serve.deploying import deployed, http_door
 
         start = http_door(service.doors.host, service.doors.http_port)

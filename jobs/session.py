@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from app.errors import CorralError, Interrupted, first_line
+from app.run_layout import LOGS, REPORT_FILE, SUMMARY_FILE
 
 if TYPE_CHECKING:
     from app.config.recipe import Recipe
@@ -55,14 +56,14 @@ def session(recipe: Recipe, command: str) -> Iterator[Session]:
             with (
                 _imported_in_background("app.stages.pipeline"),  # seconds of imports while Ray's own processes start
                 RunTracker(run.path, services=services) as tracker,
-                local_ray.running_ray(run.path / "logs"),
-                watching(run.path / "logs", note=tracker.note, early_share=recipe.run.stacks_after),
+                local_ray.running_ray(run.path / LOGS),
+                watching(run.path / LOGS, note=tracker.note, early_share=recipe.run.stacks_after),
             ):
                 require_shared(run.path)
                 for text in doubts(recipe, command):
                     tracker.note(text)
                 yield Session(run, corpus, tracker)
-    for name in ("summary.json", "report.html"):
+    for name in (SUMMARY_FILE, REPORT_FILE):
         if (run.path / name).is_file():
             sys.stdout.write(f"{run.path / name}\n")
 
@@ -116,5 +117,5 @@ def _imported_in_background(module: str) -> Iterator[None]:
 
 def _kept(run: RunFolder) -> str:
     """What is already on disk, for people."""
-    done = [stage for stage in ("sft", "rm", "ppo", "evaluation") if run.finished(stage) is not None]
+    done = [stage for stage in ("sft", "rm", "ppo", "evaluation") if run.results(stage) is not None]
     return f"{run.path} holds {'the finished stages ' + ', '.join(done) if done else 'no finished stage yet'} and the last checkpoint."

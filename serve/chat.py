@@ -124,12 +124,11 @@ def _llm_config(name: str, model: ChatModelConfig, precision: Precision, trust_r
     from ray.serve.llm import LLMConfig
 
     workers, gpus, length = model.workers, model.workers.gpus, _length(model)
-    tensor_parallel = max(1, int(gpus))
     settings = {"gpu_memory_utilization": model.gpu_memory_utilization} if gpus else cpu_settings(model.kv_cache_gib, length)
     return LLMConfig(
         model_loading_config={"model_id": name, "model_source": seen_from_anywhere(model.path)},
         accelerator_config={"kind": "gpu" if gpus else "cpu"},
-        placement_group_config={"bundle_per_worker": {"CPU": 0.0, "GPU": gpus / tensor_parallel}},
+        placement_group_config={"bundle_per_worker": {"CPU": 0.0, "GPU": gpus / workers.tensor_parallel}},
         deployment_config={
             "num_replicas": workers.count,
             "max_ongoing_requests": MAX_ONGOING_REQUESTS,
@@ -141,7 +140,7 @@ def _llm_config(name: str, model: ChatModelConfig, precision: Precision, trust_r
             "dtype": DTYPES[precision],
             "max_model_len": length,
             "enforce_eager": not gpus,
-            "tensor_parallel_size": tensor_parallel,
+            "tensor_parallel_size": workers.tensor_parallel,
             "trust_remote_code": trust_remote_code,
             **settings,
         },

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from app.algorithms.algorithm import Algorithm
-from app.algorithms.grpo import Grpo, GrpoConfig
-from app.algorithms.ppo import Ppo, PpoConfig
-from app.algorithms.reinforce_pp import ReinforcePp, ReinforcePpConfig
-from app.algorithms.rloo import Rloo, RlooConfig
+from app.algorithms.grpo import Grpo, GrpoOptions
+from app.algorithms.ppo import Ppo, PpoOptions
+from app.algorithms.reinforce_pp import ReinforcePp, ReinforcePpOptions
+from app.algorithms.rloo import Rloo, RlooOptions
 from app.algorithms.surrogate import Surrogate, SurrogateConfig
 from app.experience import Experience, FinishReason, Loss, Minibatch, PolicyOutputs, Prompt, Rollout, TokenBatch, Totals
 from app.numerics import entropy, gather_response, token_logprobs
@@ -27,17 +27,17 @@ GROUPS = (0, 2, 0, 1, 2, 1, 0, 2)
 FULL_LOSS = Surrogate(SurrogateConfig(clip_high=0.28, dual_clip=3.0, entropy_coef=0.02), kl_in_reward=False, kl_in_loss="k2")
 K3_LOSS = Surrogate(kl_in_reward=False, kl_in_loss="k3")
 ALGORITHM_CASES: dict[str, Algorithm[Any]] = {
-    "ppo-0.9": Ppo(PpoConfig(lam=0.9)),
-    "ppo-0.95": Ppo(PpoConfig(lam=0.95)),
-    "ppo-1": Ppo(PpoConfig(lam=1.0, value_clip=None)),
-    "ppo-full-loss": Ppo(PpoConfig(lam=0.95, gamma=0.97, whiten_advantages=False), FULL_LOSS),
-    "grpo": Grpo(GrpoConfig(), K3_LOSS),
-    "grpo-full-loss": Grpo(GrpoConfig(), FULL_LOSS),
-    "grpo-tokens": Grpo(GrpoConfig(divide_by_std=False, mean_over="tokens"), Surrogate()),
-    "rloo": Rloo(RlooConfig()),
-    "reinforce_pp-0.9": ReinforcePp(ReinforcePpConfig(gamma=0.9)),
-    "reinforce_pp-0.95": ReinforcePp(ReinforcePpConfig(gamma=0.95, group_baseline=True), K3_LOSS),
-    "reinforce_pp-1": ReinforcePp(ReinforcePpConfig()),
+    "ppo-0.9": Ppo(PpoOptions(lam=0.9)),
+    "ppo-0.95": Ppo(PpoOptions(lam=0.95)),
+    "ppo-1": Ppo(PpoOptions(lam=1.0, value_clip=None)),
+    "ppo-full-loss": Ppo(PpoOptions(lam=0.95, gamma=0.97, whiten_advantages=False), FULL_LOSS),
+    "grpo": Grpo(GrpoOptions(), K3_LOSS),
+    "grpo-full-loss": Grpo(GrpoOptions(), FULL_LOSS),
+    "grpo-tokens": Grpo(GrpoOptions(divide_by_std=False, mean_over="tokens"), Surrogate()),
+    "rloo": Rloo(RlooOptions()),
+    "reinforce_pp-0.9": ReinforcePp(ReinforcePpOptions(gamma=0.9)),
+    "reinforce_pp-0.95": ReinforcePp(ReinforcePpOptions(gamma=0.95, group_baseline=True), K3_LOSS),
+    "reinforce_pp-1": ReinforcePp(ReinforcePpOptions()),
 }
 """PPO at several lambda, the others at several discounts or with another form of the loss."""
 

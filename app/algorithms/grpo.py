@@ -15,7 +15,7 @@ from app.numerics.groups import centred, standardised
 from app.schema import Config
 
 
-class GrpoConfig(Config):
+class GrpoOptions(Config):
     """Advantages relative to the group of samples of a prompt (Shao et al. 2024)."""
 
     divide_by_std: bool = True
@@ -25,13 +25,13 @@ class GrpoConfig(Config):
     """What the loss averages: each sequence's mean over its tokens, or all tokens alike (Yu et al. 2025)."""
 
 
-class Grpo(Algorithm[GrpoConfig]):
+class Grpo(Algorithm[GrpoOptions]):
     """GRPO of Shao et al. 2024, https://arxiv.org/abs/2402.03300: A = (R - mean of the group) / (its deviation + 1e-4) on every token.
 
     R is the sum of a response's rewards: its score, as the KL penalty stands in the loss unless ppo.kl.place says otherwise.
     """
 
-    options = GrpoConfig
+    options = GrpoOptions
     usual_kl_place: ClassVar[KlPlace] = "loss"
 
     @property

@@ -18,7 +18,7 @@ from app.numerics.policy_loss import clipped_value_loss
 from app.schema import Config
 
 
-class PpoConfig(Config):
+class PpoOptions(Config):
     """GAE on a critic's values, clipped value loss (Schulman et al. 2017; defaults of Huang et al. 2024)."""
 
     gamma: float = Field(1.0, gt=0, le=1)
@@ -33,10 +33,10 @@ class PpoConfig(Config):
     """Shift and scale advantages to mean 0 and variance 1 over all response tokens of the batch."""
 
 
-class Ppo(Algorithm[PpoConfig]):
+class Ppo(Algorithm[PpoOptions]):
     """PPO as Huang et al. 2024 (https://arxiv.org/abs/2403.17031) run it on language models."""
 
-    options = PpoConfig
+    options = PpoOptions
     has_critic: ClassVar[bool] = True
 
     def advantages(self, experience: Experience, rewards_BT: torch.Tensor) -> torch.Tensor:

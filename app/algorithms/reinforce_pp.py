@@ -17,7 +17,7 @@ from app.numerics.rewards import last_true
 from app.schema import Config
 
 
-class ReinforcePpConfig(Config):
+class ReinforcePpOptions(Config):
     """Rewards to go, whitened over the batch (Hu 2025)."""
 
     gamma: float = Field(1.0, gt=0, le=1)
@@ -26,13 +26,13 @@ class ReinforcePpConfig(Config):
     """Subtract from each score the mean over the samples of its prompt (needs ppo.samples_per_prompt of 2 or more)."""
 
 
-class ReinforcePp(Algorithm[ReinforcePpConfig]):
+class ReinforcePp(Algorithm[ReinforcePpOptions]):
     """REINFORCE++ of Hu 2025, https://arxiv.org/abs/2501.03262: A_t = sum_{k >= t} gamma^(k - t) r_k, then whitened.
 
     r is the score at the last token and -kl_coef * k1 on every token. One sample of a prompt is enough.
     """
 
-    options = ReinforcePpConfig
+    options = ReinforcePpOptions
 
     @property
     def compares_samples(self) -> bool:

@@ -13,18 +13,18 @@ from app.numerics.groups import leave_one_out
 from app.schema import Config
 
 
-class RlooConfig(Config):
+class RlooOptions(Config):
     """Each sample against the mean of the others (Ahmadian et al. 2024); nothing to set."""
 
 
-class Rloo(Algorithm[RlooConfig]):
+class Rloo(Algorithm[RlooOptions]):
     """RLOO of Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740: A = R - mean of the other samples' R, on every token.
 
     R is the sum of a response's rewards: score - kl_coef * summed k1. At the first optimizer step of a batch, where every ratio
     is 1, the gradient is theirs, sum_t A grad log p, divided by the step's tokens; later steps are held by the clip.
     """
 
-    options = RlooConfig
+    options = RlooOptions
 
     @property
     def compares_samples(self) -> bool:

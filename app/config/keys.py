@@ -18,12 +18,14 @@ from app.schema import Config
 
 @dataclass(frozen=True)
 class RecipeKey:
-    """One leaf of the config tree, for example `ppo.kl.coef`."""
+    """One leaf of the config tree, for example `ppo.kl.coef`. required: it has to be given where its section or entry is there, and
+    `default` is None."""
 
     name: str
     annotation: Any
     default: Any
     description: str
+    required: bool = False
 
     @property
     def is_table(self) -> bool:
@@ -53,8 +55,8 @@ class RecipeKey:
         return _choices(self.annotation)
 
     def inside(self, entry: str = "NAME") -> Iterator[RecipeKey]:
-        """The leaf keys of a section that may be absent, or of the `entry` of a free table, with the defaults (None: to be given) that
-        they have where it is there."""
+        """The leaf keys of a section that may be absent, or of the `entry` of a free table, with the defaults that they have where it is
+        there."""
         inside = self.entry or self.section
         path = (self.name, entry) if self.entry else (self.name,)
         for name, info in inside.model_fields.items() if inside else ():
@@ -110,7 +112,7 @@ def _leaf(info: FieldInfo, value: Any, path: tuple[str, ...]) -> Iterator[Recipe
     if isinstance(value, Config):
         yield from _leaves(value, path)
     else:
-        yield RecipeKey(".".join(path), info.annotation, value, " ".join((info.description or "").split()))
+        yield RecipeKey(".".join(path), info.annotation, value, " ".join((info.description or "").split()), info.is_required())
 
 
 def section_keys(sections: Iterable[str]) -> list[RecipeKey]:

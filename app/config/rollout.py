@@ -42,6 +42,18 @@ class RolloutConfig(Config):
     transfer: Literal["auto", "object_store", "nccl"] = "auto"
     """How weights reach the engines; `auto` takes nccl where engines own their GPUs, else the object store."""
 
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether engines sit on the learners' GPUs: on CPUs there are none to share."""
+        return self.colocate and self.engines.gpus > 0
+
+    @property
+    def over_nccl(self) -> bool:
+        """Whether weights reach the engines over NCCL, two processes of one group of which cannot share a GPU; else the object store."""
+        if self.transfer == "auto":
+            return self.engines.gpus > 0 and not self.colocate
+        return self.transfer == "nccl"
+
     @model_validator(mode="after")
     def _engines_may_come_later(self) -> RolloutConfig:
         if self.min_engines is None:
@@ -50,8 +62,7 @@ class RolloutConfig(Config):
             raise ValueError(
                 f"rollout.min_engines = {self.min_engines} is more than rollout.engines.count = {self.engines.count}: lower it"
             )
-        over_nccl = self.transfer == "nccl" or (self.transfer == "auto" and self.engines.gpus > 0)
-        if over_nccl or self.colocate:
+        if self.over_nccl or self.colocate:
             raise ValueError(
                 "rollout.min_engines lets engines join at any time, which neither an NCCL group nor a learner's GPU allows: "
                 'set rollout.transfer = "object_store" and rollout.colocate = false, or drop rollout.min_engines'

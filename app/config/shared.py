@@ -64,6 +64,11 @@ class WorkersConfig(Config):
     labels: dict[str, str] = Field(default_factory=dict)
     """Ray node labels that a node must have to get such a process, for example `market-type = "spot"` for rollout engines."""
 
+    @property
+    def tensor_parallel(self) -> int:
+        """GPUs that a vLLM engine of this role splits its model over; 1 on CPUs and on a part of a GPU."""
+        return max(1, int(self.gpus))
+
 
 class OptimizerConfig(Config):
     """AdamW and its schedule."""

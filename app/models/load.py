@@ -35,6 +35,7 @@ from app.models.gguf import PACKAGED, convert_gguf, packaged_gguf
 from app.models.logits import learn_logits
 from app.models.open_assistant import OpenAssistantConfig, load_open_assistant
 from app.models.saving import save_folder
+from app.run_layout import BASE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -61,7 +62,7 @@ def resolve_model(config: ModelConfig, *, texts: Iterable[str], seed: int, folde
     else:
         check_model_folder(config.path, chat_template=False)
         path = seen_from_anywhere(config.path)
-    return _complete(path, config, folder / "base", for_oasst)
+    return _complete(path, config, folder / BASE, for_oasst)
 
 
 def seen_from_anywhere(path: str) -> str:

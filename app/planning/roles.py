@@ -133,15 +133,14 @@ class Roles:
         """vLLM's rollout engines; colocated: on the learners' GPUs, asleep while these work."""
         recipe, workers = self.recipe, self.recipe.rollout.engines
         shape = shape_of(recipe.model.path)
-        sleeps = colocated and workers.gpus > 0
         context = recipe.rollout.max_model_len or recipe.data.max_prompt_length + recipe.rollout.max_new_tokens
         working = self._vllm(
             recipe.model.path, workers, context, share=recipe.rollout.gpu_memory_utilization, kv_cache_gib=recipe.rollout.kv_cache_gib
         )
         copy = 0 if shape is None else self.width * shape.parameters
-        host = {**_process(workers), **({"sleep_copy": copy} if sleeps else {})}
-        shares = "learner" if sleeps else None
-        return _role("engine", "rollout.engines", workers, working, {} if sleeps else working, host, turn="rollout", shares=shares)
+        host = {**_process(workers), **({"sleep_copy": copy} if colocated else {})}
+        shares = "learner" if colocated else None
+        return _role("engine", "rollout.engines", workers, working, {} if colocated else working, host, turn="rollout", shares=shares)
 
     def _vllm(self, path: str, workers: WorkersConfig, context: int, *, share: float, kv_cache_gib: float) -> Parts:
         """An engine on each of its GPUs, which `share` of the memory is reserved of; in host memory without any."""
@@ -151,7 +150,7 @@ class Roles:
         if shape is None:
             return {}
         reserved = None if self.gpu_memory is None else int(share * self.gpu_memory)
-        parallel = max(1, int(workers.gpus))
+        parallel = workers.tensor_parallel
         return engine_memory(shape, width=self.width, tensor_parallel=parallel, context=context, reserved=reserved)
 
     def scorers(self) -> tuple[Role, ...]:
@@ -194,7 +193,7 @@ class Roles:
 
     def ppo(self) -> tuple[Role, ...]:
         """Learners and engines, and the scoring service."""
-        learner, engine = self.learner(), self.engines(colocated=self.recipe.rollout.colocate)
+        learner, engine = self.learner(), self.engines(colocated=self.recipe.rollout.shares_gpus)
         if engine.shares:  # a pair reserves what both ask for, and a whole GPU at most
             learner = replace(learner, gpus=min(1.0, learner.gpus + engine.gpus))
         return (learner, engine, *self.scorers())

@@ -194,7 +194,7 @@ class Estimate:
         device = self.device(workers, "engine")
         prompt = recipe.data.max_prompt_length
         mine = math.ceil(recipe.ppo.batch_size / workers.count)
-        parallel = max(1, int(workers.gpus))
+        parallel = workers.tensor_parallel
         room = engine.working["kv_cache"] // ((prompt + answer) * policy.kv_bytes(self.width, parallel))
         running = max(1, min(mine, room))
         waves = math.ceil(mine / running)

@@ -11,10 +11,9 @@ from pydantic import ValidationError
 
 from app.config.loading import to_toml, with_values
 from app.config.recipe import Recipe
-from app.durable import MANIFEST, file_hashes, hash_of, read_json, write_json
+from app.durable import file_hashes, hash_of, read_json, write_json
 from app.errors import ConfigError
-from app.run_folder import MODEL
-from app.search.records import FOLDER
+from app.run_layout import MANIFEST, MODEL, SEARCH
 from app.search.results import Search, Trial, as_options
 
 BEST = "best"
@@ -43,7 +42,7 @@ def promote(path: Path, to: Path | None = None) -> Promotion:
         raise ConfigError(f"{path}: no trial of this search can be promoted ({ends}): search again, in another run.dir or a narrower space")
     manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else {}
     recipe = best_recipe(manifest.get("config"), winner, path)
-    file = to or path / FOLDER / f"{BEST}.toml"
+    file = to or path / SEARCH / f"{BEST}.toml"
     text = heading(search, winner) + to_toml(recipe)
     if file.exists() and file.read_text(encoding="utf-8") != text:
         raise ConfigError(f"{file}: is there already, with other content: give another file with --to, or remove it")
@@ -83,7 +82,7 @@ def heading(search: Search, winner: Trial) -> str:
 
 def kept_model(path: Path, winner: Trial) -> Path | None:
     """The Hugging Face folder of the winner's policy, or None where the search kept none."""
-    folders = (path / FOLDER / name / MODEL for name in (BEST, winner.name))
+    folders = (path / SEARCH / name / MODEL for name in (BEST, winner.name))
     return next((folder.absolute() for folder in folders if (folder / "config.json").is_file()), None)
 
 
@@ -96,6 +95,6 @@ def describe(winner: Trial, model: Path, manifest: dict[str, Any], path: Path, r
         "recipe": {"path": recipe.name, "sha256": hashlib.sha256(recipe.read_bytes()).hexdigest()},
         "trial": {"name": winner.name, "config": dict(winner.config), **numbers},
         "search": str(path.absolute()),
-        "parents": {stage: record["sha256"] for stage, record in manifest["stages"].items() if stage != FOLDER},
+        "parents": {stage: record["sha256"] for stage, record in manifest["stages"].items() if stage != SEARCH},
         "data": manifest["data"],
     }

@@ -1,13 +1,10 @@
-"""What a search leaves: its folder and files, and the words for how its trials end. Stages write it, pages and tables read it."""
+"""What a search leaves: its files, and the words for how its trials end. Stages write it, pages and tables read it."""
 
 from __future__ import annotations
 
 import math
 from typing import Any, Literal
 
-from app.run_folder import SEARCH
-
-FOLDER = SEARCH
 HISTORY = "history.parquet"
 CURVES = ("objective", "score_mean", "kl", "entropy", "response_length")
 """Columns of the history beside `trial` and `step`."""

@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from app.config.loading import toml_value
-from app.durable import MANIFEST, read_json
+from app.durable import read_json
 from app.errors import ConfigError
-from app.search.records import CURVES, FOLDER, HISTORY, MEASURED, finite
+from app.run_layout import MANIFEST, SEARCH, SUMMARY_FILE
+from app.search.records import CURVES, HISTORY, MEASURED, finite
 
 TRIALS = "trials.parquet"
 
@@ -71,13 +72,13 @@ class Search:
     @classmethod
     def read(cls, path: Path) -> Search:
         """The search in a run folder. Raises ConfigError where it holds none that has ended."""
-        file = path / "summary.json"
+        file = path / SUMMARY_FILE
         found = read_json(file).get("tune") if file.is_file() else None
         if found is None:
-            began = (path / FOLDER).is_dir()
+            began = (path / SEARCH).is_dir()
             reason = "its search has not ended: the same `corral tune` goes on with it" if began else "it holds no search"
             raise ConfigError(f"{path}: {reason}{'' if began else ': give the run.dir of a finished `corral tune`'}")
-        histories = read_histories(path / FOLDER / HISTORY)
+        histories = read_histories(path / SEARCH / HISTORY)
         trials = [Trial.of(row, histories.get(row["trial"], {})) for row in found["trials"]]
         best = found.get("best") or {}
         manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else {}
@@ -133,7 +134,7 @@ def write_trials(search: Search) -> Path:
         | {name: column([getattr(trial, name) for trial in search.trials]) for name in plain}
         | {key: column(search.column(key)) for key in search.keys}
     )
-    path = search.path / FOLDER / TRIALS
+    path = search.path / SEARCH / TRIALS
     path.parent.mkdir(exist_ok=True)
     pq.write_table(table, path)
     return path

@@ -19,7 +19,8 @@ from app.models.trainable import check_trainable
 from app.models.vocabulary import require_critic_vocabulary
 from app.planning.placement import engines_load_early
 from app.report import write_report
-from app.run_folder import MODEL, RunFolder
+from app.run_folder import RunFolder
+from app.run_layout import DATA, EXAMPLES_FILE, MODEL
 from app.stages.evaluate import answer, compare, write_examples
 from app.stages.interruption import raise_unserved
 from app.stages.ppo import PromptSets, gold_of, open_pool, prompt_sets, train_ppo
@@ -133,7 +134,7 @@ class Pipeline:
     def pretraining(self) -> Path | None:
         """Token cache of the text that ppo.pretraining mixes in; None where it is off."""
         texts, template = self.prepared.corpus.pretraining, self.prepared.template
-        return None if texts is None else write_pretraining(texts, template, self.recipe, self.run.path / "data" / NAME)
+        return None if texts is None else write_pretraining(texts, template, self.recipe, self.run.path / DATA / NAME)
 
     def engines(self, sft_path: str) -> VllmRolloutPool:
         """The run's rollout engines, started with the SFT model; they may still be loading."""
@@ -152,7 +153,7 @@ class Pipeline:
 
     def summarise(self, **more: Any) -> dict[str, Any]:
         """Write `summary.json` and `report.html` from the finished stages; returns the summary."""
-        finished = {stage: results for stage in STAGES if (results := self.run.finished(stage)) is not None}
+        finished = {stage: results for stage in STAGES if (results := self.run.results(stage)) is not None}
         seconds = {stage: float((self.run.manifest(stage) or {})["seconds"]) for stage in finished}
         summary: dict[str, Any] = {**finished, "seconds": seconds, "peak_memory": self._memory.peak_bytes, **more}
         self.run.write_summary(summary)
@@ -170,7 +171,7 @@ class Pipeline:
             pool.ready()
             sequences = [rollout.sequence for rollout in pool.submit(prompts, seed=self.recipe.run.seed).result()]
         return set_reward_offset(
-            self.run.stage("rm") / "model",
+            self.run.stage("rm") / MODEL,
             sequences,
             self.recipe.rm.workers,
             deadline_seconds=self.recipe.run.deadline_seconds,
@@ -246,5 +247,5 @@ def run_evaluation(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunT
             pool.load_folder(ppo_path, 1)
             tracker.note(f"evaluate: the PPO model answers the same {len(held_out)} prompts")
             after = answer(pool, judge, held_out, template, recipe.evaluation, gold)
-        write_examples(run.path / "examples.jsonl", held_out, before, after, recipe.evaluation.examples)
+        write_examples(run.path / EXAMPLES_FILE, held_out, before, after, recipe.evaluation.examples)
         return pipeline.summarise(evaluation=compare(before, after, recipe.evaluation))

@@ -24,18 +24,18 @@ from app.interfaces import Reward, Scorer
 from app.kept_rollouts import RolloutRecorder
 from app.report import write_report
 from app.run_folder import RunFolder
+from app.run_layout import CHECKPOINTS, EXAMPLES_FILE, METRICS_FILE, MODEL, ROLLOUTS
 from app.stages.actor_learner import LoopState, Parts, actor_learner_loop
 from app.stages.evaluate import Answers, Gold, answer, compare, write_examples
 from app.stages.healing import HealedLearner
 from app.stages.interruption import stop_requests
 from app.stages.preparation import Prepared
 from app.stages.rewards import MAIN, StartScoring, open_reward, rewriting_note, served_reward_models
-from app.tracking import METRICS_FILE, RunTracker
+from app.tracking import RunTracker
 from app.workers.learner import LearnerSpec
 from app.workers.learner_group import RayLearner, learner_group
 from app.workers.rollout import Note, VllmRolloutPool, rollout_pool
-from app.workers.rollout_engine import uses_nccl
-from app.workers.weight_transfer import WeightPublisher, canaries_of
+from app.workers.weight_publisher import WeightPublisher, canaries_of
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def train_ppo(
             state = _resume_and_run(
                 recipe, run, tracker, group, pool, reward, judge.scorer, prompts.train, template, canaries, stop_requested
             )
-            group.export(str(folder / "model"))
+            group.export(str(folder / MODEL))
             return state
 
         with stop_requests() as stop_requested:
@@ -177,7 +177,7 @@ def train_ppo(
         tracker.note(f"ppo: the policy answers the same {len(prompts.held_out)} prompts after {state.step} steps")
         after = answer(pool, judge, prompts.held_out, template, recipe.evaluation, gold)
     results = compare(before, after, recipe.evaluation) | loop_results(run, state) | {"truncated": prompts.truncated}
-    write_examples(run.path / "examples.jsonl", prompts.held_out, before, after, recipe.evaluation.examples)
+    write_examples(run.path / EXAMPLES_FILE, prompts.held_out, before, after, recipe.evaluation.examples)
     tracker.log("evaluation", state.step, _scalars(before, after))
     return results
 
@@ -196,7 +196,7 @@ def _resume_and_run(
     stop_requested: Callable[[], bool],
 ) -> LoopState:
     """The loop from the newest checkpoint, or from the start, to its last step."""
-    store = CheckpointStore(run.stage("ppo") / "checkpoints")
+    store = CheckpointStore(run.stage("ppo") / CHECKPOINTS)
     saved = store.latest()
     state = LoopState()
     if saved is not None:
@@ -205,7 +205,7 @@ def _resume_and_run(
         tracker.note(f"ppo: going on from step {state.step}")
     tracker.begin("ppo", recipe.ppo.steps, done=state.step)
     watch = AlarmWatch(recipe.alarms, steps_before(run.path / METRICS_FILE, state.step))
-    recorder = RolloutRecorder(run.stage("ppo") / "rollouts", recipe.ppo, template.decode, template.pad_id)
+    recorder = RolloutRecorder(run.stage("ppo") / ROLLOUTS, recipe.ppo, template.decode, template.pad_id)
     publisher = weight_publisher(recipe, learner, pool, canaries)
     try:
         with OverlappedCheckpoints(store, deadline_seconds=recipe.run.deadline_seconds) as checkpoints:
@@ -223,7 +223,7 @@ def _resume_and_run(
 
 def weight_publisher(recipe: Recipe, learner: RayLearner, pool: VllmRolloutPool, canaries: Sequence[IntArray]) -> WeightPublisher:
     """Weights go over NCCL where the engines own their GPUs, else through the object store."""
-    tensor_parallel = max(1, int(recipe.rollout.engines.gpus)) if uses_nccl(recipe.rollout) else None
+    tensor_parallel = recipe.rollout.engines.tensor_parallel if recipe.rollout.over_nccl else None
     return WeightPublisher(learner, pool, canaries, limit=recipe.ppo.max_logprob_mismatch, nccl_tensor_parallel=tensor_parallel)
 
 

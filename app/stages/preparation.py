@@ -10,6 +10,7 @@ from app.data.encoding import check_system_options
 from app.data.templates import Template, build_template
 from app.models.load import load_config, load_tokenizer, resolve_model
 from app.run_folder import RunFolder
+from app.run_layout import BASE
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ def prepare(recipe: Recipe, run: RunFolder, corpus: Corpus) -> Prepared:
     """Complete the base model (weights, tokenizer, chat template) under the run folder. Raises ModelError, or ConfigError where the
     template cannot write what `data` asks for."""
     model_path = resolve_model(
-        recipe.model, texts=corpus.train.texts(), seed=recipe.run.seed, folder=run.stage("base"), for_oasst=recipe.data.template == "oasst"
+        recipe.model, texts=corpus.train.texts(), seed=recipe.run.seed, folder=run.stage(BASE), for_oasst=recipe.data.template == "oasst"
     )
     template = build_template(recipe.data.template, load_tokenizer(model_path, recipe.model.trust_remote_code))
     check_system_options(template, recipe.data)

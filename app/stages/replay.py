@@ -10,8 +10,8 @@ from app.config.ppo import PpoConfig
 from app.curves import read_curves
 from app.errors import ConfigError, ReplayError
 from app.kept_rollouts import Batch, read_step
+from app.run_layout import METRICS_FILE, ROLLOUTS
 from app.stages.step_metrics import batch_metrics
-from app.tracking import METRICS_FILE
 
 RELATIVE, ABSOLUTE = 1e-5, 1e-6
 """Largest difference that counts as equal: sums over a batch may be added up in another order."""
@@ -38,7 +38,7 @@ def replay(run_path: Path, step: int) -> list[Comparison]:
     Log-probs, values and scores are taken as recorded. The losses are those before the first optimizer step, and where the step had
     no other, also the update's own. Raises ConfigError where rollouts or log lack the step, CheckpointError for a damaged file.
     """
-    batch, config = read_step(run_path / "ppo" / "rollouts", step)
+    batch, config = read_step(run_path / "ppo" / ROLLOUTS, step)
     curves = read_curves(run_path / METRICS_FILE).get("ppo", {})
     logged = {name: curve.points[step] for name, curve in curves.items() if step in curve.points}
     if not logged:

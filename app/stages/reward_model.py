@@ -23,6 +23,7 @@ from app.experience import IntArray
 from app.formats.records import RankedGroup
 from app.models.context import require_context
 from app.run_folder import RunFolder
+from app.run_layout import DATA
 from app.stages.preparation import Prepared
 from app.stages.supervised import require_rows, speed, train
 from app.tasks.reward_model import RewardModelTask, mean_raw_score
@@ -42,7 +43,7 @@ def train_reward_model(recipe: Recipe, run: RunFolder, tracker: RunTracker, prep
     Raises DataError without groups on either side of the split, and what `app.workers.training.fit` raises.
     """
     require_context(prepared.context, recipe.data.max_length, "data.max_length")
-    data, corpus = run.stage("rm") / "data", prepared.corpus
+    data, corpus = run.stage("rm") / DATA, prepared.corpus
     limit, seed, cuts = recipe.rm.max_replies, recipe.run.seed, Cuts()
     trained = (with_worst_reply(group, seed) for group in _best_replies(corpus.train.groups, limit))
     rows, held_out = (
@@ -98,7 +99,7 @@ def set_reward_offset(
 
 def training_replies(run: RunFolder, limit: int) -> list[IntArray]:
     """Prompt + reply, int32 [S] each, of the first `limit` groups that the reward model was trained on."""
-    return [sequence for group in read_groups(run.stage("rm") / "data" / TRAIN_FILE)[:limit] for sequence in group.sequences]
+    return [sequence for group in read_groups(run.stage("rm") / DATA / TRAIN_FILE)[:limit] for sequence in group.sequences]
 
 
 def _best_replies(groups: Iterable[RankedGroup], limit: int) -> Iterator[RankedGroup]:

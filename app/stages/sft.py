@@ -11,6 +11,7 @@ from app.data.reshaping import chained
 from app.data.token_cache import HELD_OUT_FILE, TRAIN_FILE, read_threads, write_threads
 from app.models.context import require_context
 from app.run_folder import RunFolder
+from app.run_layout import DATA
 from app.stages.preparation import Prepared
 from app.stages.supervised import require_rows, speed, train
 from app.tasks.sft import SftTask
@@ -27,7 +28,7 @@ def train_sft(recipe: Recipe, run: RunFolder, tracker: RunTracker, prepared: Pre
     Raises DataError without threads on either side of the split, and what `app.workers.training.fit` raises.
     """
     require_context(prepared.context, recipe.data.max_length, "data.max_length")
-    data, corpus = run.stage("sft") / "data", prepared.corpus
+    data, corpus = run.stage("sft") / DATA, prepared.corpus
     seed, cuts = recipe.run.seed, Cuts()
     rows, held_out = (
         write_threads(encode_threads(chained(threads, corpus.settings, seed), prepared.template, recipe.data, seed, cuts), data / file)

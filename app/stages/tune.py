@@ -11,8 +11,9 @@ from typing import Any
 from app.config.recipe import Recipe
 from app.data.corpus import Corpus
 from app.errors import CorralError
-from app.run_folder import MODEL, RunFolder
-from app.search.records import FAILED, FOLDER
+from app.run_folder import RunFolder
+from app.run_layout import CHECKPOINTS, MODEL, SEARCH
+from app.search.records import FAILED
 from app.stages.pipeline import Pipeline
 from app.stages.rewards import StartScoring, rewriting_note, served_reward_models
 from app.stages.tuning.records import trial_row, write_history
@@ -35,11 +36,11 @@ def run_tune(
         sft_path = pipeline.sft_model()
         reward_path = pipeline.given_reward_model(sft_path)
         pipeline.close_engines()  # trials bring their own, in their own placement groups
-        results = run.finished(FOLDER)
+        results = run.finished(SEARCH)
         if results is not None:
-            tracker.note(f"tune: already finished, taken from {run.path / FOLDER}")
+            tracker.note(f"tune: already finished, taken from {run.path / SEARCH}")
             return pipeline.summarise(tune=results)
-        folder = run.stage(FOLDER)
+        folder = run.stage(SEARCH)
         begin_or_resume(folder, pipeline.parents)
         template, trust = pipeline.prepared.template, recipe.model.trust_remote_code
         with served_reward_models(
@@ -56,13 +57,13 @@ def run_tune(
         best = best_row(rows)
         keep_model(folder, rows, best)
         results = {"trials": rows, "best": best, "best_config": None if best is None else best["config"], "metric": "objective"}
-        run.finish(FOLDER, results, pipeline.parents)
+        run.finish(SEARCH, results, pipeline.parents)
         return pipeline.summarise(tune=results)
 
 
 def keep_model(folder: Path, rows: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None) -> None:
     """Remove the models and checkpoints of all trials but the model of the best one."""
     for row in rows:
-        shutil.rmtree(folder / row["trial"] / "checkpoints", ignore_errors=True)
+        shutil.rmtree(folder / row["trial"] / CHECKPOINTS, ignore_errors=True)
         if best is None or row["trial"] != best["trial"]:
             shutil.rmtree(folder / row["trial"] / MODEL, ignore_errors=True)

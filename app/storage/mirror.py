@@ -15,15 +15,13 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from app.durable import MANIFEST, damage, read_json, write_json
+from app.durable import damage, read_json, write_json
 from app.errors import CheckpointError, StorageError, first_line
-from app.run_folder import SEARCH, is_blank, refuse_other_config
+from app.run_folder import is_blank, refuse_other_config
+from app.run_layout import BEST_MODEL, HELD_OUT_METRICS, LOGS, MANIFEST, SEARCH
 from app.storage.lease import Lease
 from app.storage.mirrored_files import (
-    BEST,
-    BEST_LAST,
     CHECKPOINT_FOLDERS,
-    SENT_ONLY,
     Stamp,
     checkpoint_of,
     is_search_record,
@@ -177,9 +175,9 @@ class Mirror:
         files = {name: stamp for name, stamp in tracked(self._path) if not is_search_record(name)}
         files |= {name: stamp for name, (stamp, _) in records.items()}
         changed = [name for name, stamp in files.items() if self._sent.get(name) != stamp]
-        best = [name for name in changed if PurePosixPath(name).parent.name == BEST]
+        best = [name for name in changed if PurePosixPath(name).parent.name == BEST_MODEL]
         for folder in sorted({str(PurePosixPath(name).parent) for name in best}):
-            self.place.delete(f"{folder}/{BEST_LAST}")  # without it a half-sent model does not count
+            self.place.delete(f"{folder}/{HELD_OUT_METRICS}")  # without it a half-sent model does not count
         parts = [name for name in changed if rank(name) == 0]
         with ThreadPoolExecutor(THREADS) as pool:
             arrived = dict(zip(parts, pool.map(lambda name: self._send(name, files[name]), parts), strict=True))
@@ -252,7 +250,7 @@ class Mirror:
         """CheckpointError where the folder, which holds no run yet, holds files of someone else: a fetch would delete them."""
         if self._index()["url"] == self.place.url:
             return  # what a fetch left that was cut short, or a run that ended before it had read its data
-        others = (name for name, _ in tracked(self._path) if name != MANIFEST and PurePosixPath(name).parts[0] != SENT_ONLY)
+        others = (name for name, _ in tracked(self._path) if name != MANIFEST and PurePosixPath(name).parts[0] != LOGS)
         if (other := next(others, None)) is not None:
             raise CheckpointError(
                 f"run folder {self._path} holds no run but other files, such as {other}, and a run would be fetched into it from "

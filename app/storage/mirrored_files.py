@@ -7,18 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from app.checkpoint import PREFIX
-from app.durable import MANIFEST
-from app.run_folder import SEARCH
+from app.run_layout import BEST_MODEL, CHECKPOINTS, DATA, HELD_OUT_METRICS, LOGS, MANIFEST, REPLACED, SAVING, SEARCH
 
-CHECKPOINTS, BEST = "checkpoints", ".model.best"
 CHECKPOINT_FOLDERS = (f"*/{CHECKPOINTS}/{PREFIX}*", f"{SEARCH}/*/{CHECKPOINTS}/{PREFIX}*")
 """Patterns of stages' and of trials' checkpoints in a run folder."""
-RECOMPUTED = "data"
-"""Folders of this name, of the run and of its stages, hold what is read again from the source of the data."""
-SENT_ONLY = "logs"
-BEST_LAST = "held_out.json"
-"""Of the best model so far, which has no manifest, the file that is sent last."""
-
 SEARCH_LAST = "experiment_state-"
 """Of what a search goes on from, how the file begins that says which trials there are."""
 
@@ -40,7 +32,7 @@ def rank(name: str) -> int:
         return 4 if len(path.parts) == 1 else 2
     if is_search_record(name):
         return 3
-    return int(path.name == BEST_LAST and path.parent.name == BEST)
+    return int(path.name == HELD_OUT_METRICS and path.parent.name == BEST_MODEL)
 
 
 def order(name: str) -> tuple[int, int, bool, str]:
@@ -71,9 +63,9 @@ def is_tracked(name: str) -> bool:
     [True, False, True]
     """
     parts = PurePosixPath(name).parts
-    if RECOMPUTED in parts[:-1][:2]:
+    if DATA in parts[:-1][:2]:
         return False
-    if any((part.startswith(".") and part != BEST) or part.endswith((".saving", ".replaced")) for part in parts):
+    if any((part.startswith(".") and part != BEST_MODEL) or part.endswith((SAVING, REPLACED)) for part in parts):
         return False
     inside = parts[_depth(parts) :]
     return len(inside) < 2 or inside[0] != CHECKPOINTS or inside[1].startswith(PREFIX)
@@ -95,7 +87,7 @@ def needed(there: Mapping[str, int]) -> list[str]:
     """What a run that goes on elsewhere needs at once: not its manifest, which comes last, nor logs, checkpoints and hidden files."""
 
     def later(folders: Sequence[str]) -> bool:
-        return bool({SENT_ONLY, CHECKPOINTS} & set(folders[: _depth(folders) + 1]))
+        return bool({LOGS, CHECKPOINTS} & set(folders[: _depth(folders) + 1]))
 
     return [name for name in there if is_tracked(name) and name != MANIFEST and not later(PurePosixPath(name).parts[:-1])]
 

@@ -16,6 +16,7 @@ import pyarrow
 from pyarrow import fs as arrow
 
 from app.errors import CheckpointError, ConfigError, first_line
+from app.run_layout import SAVING
 
 NATIVE = ("s3", "gs", "gcs", "hdfs")
 """Schemes that pyarrow brings along; the rest goes through fsspec and its packages."""
@@ -110,7 +111,7 @@ class Place:
     def get(self, name: str, target: Path) -> None:
         """Copy a file from here to a local path, in one step."""
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.saving")
+        partial = target.with_name(f".{target.name}{SAVING}")
         with self._opened(name) as stream, partial.open("wb") as file:
             while block := stream.read(BUFFER_BYTES):
                 file.write(block)
@@ -155,7 +156,7 @@ class Place:
             return
         parent, _, last = path.rpartition("/")
         self.system.create_dir(parent, recursive=True)
-        partial = f"{parent}/.{last}.saving"
+        partial = f"{parent}/.{last}{SAVING}"
         yield partial
         self.system.move(partial, path)
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from app.errors import first_line
+from app.run_layout import METRICS_FILE
 from app.trackers.service import Point, TrackingService
 
 RETRY_SECONDS = 60.0
@@ -42,7 +43,7 @@ class Delivery:
         if self._thread.is_alive():
             self._note(f"{self._name}: does not answer, the end of the run may be missing there")
         elif self._pending:
-            self._note(f"{self._name}: {len(self._pending)} logged points have not arrived there; metrics.jsonl has all of them")
+            self._note(f"{self._name}: {len(self._pending)} logged points have not arrived there; {METRICS_FILE} has all of them")
 
     def _work(self) -> None:
         retry_at = 0.0
@@ -71,7 +72,7 @@ class Delivery:
         except Exception as error:  # noqa: BLE001 - whatever the service's library raises; training goes on
             if not self._told:
                 self._told = True
-                self._note(f"{self._name}: not reached ({reason(error)}); training goes on, and metrics.jsonl has every metric")
+                self._note(f"{self._name}: not reached ({reason(error)}); training goes on, and {METRICS_FILE} has every metric")
             return False
         return True
 

@@ -9,9 +9,10 @@ import torch
 
 from app.checkpoint import CheckpointStore
 from app.config.shared import AdapterConfig
-from app.durable import MANIFEST, read_json, write_json
+from app.durable import read_json, write_json
 from app.errors import CheckpointError
 from app.models.adapters import merged_weights, scale_of
+from app.run_layout import BASE, MANIFEST, MODEL
 from app.workers.deepspeed_engine import saved_weights
 from app.workers.pushed_policy import LANGUAGE_MODEL
 
@@ -44,7 +45,7 @@ def policy_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 def starting_policy(checkpoint: Path) -> str:
     """The model that the run of a checkpoint began with, whose config and tokenizer are the policy's. Raises CheckpointError."""
     run = checkpoint.absolute().parents[2]
-    for folder in (run / "sft" / "model", run / "base" / "base"):
+    for folder in (run / "sft" / MODEL, run / BASE / BASE):
         if folder.is_dir():
             return str(folder)
     if not (run / MANIFEST).is_file():

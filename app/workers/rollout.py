@@ -18,7 +18,7 @@ from app.errors import EngineDiedError, RolloutError
 from app.experience import FinishReason, FloatArray, IntArray, Prompt, Rollout
 from app.workers.pending import collect
 from app.workers.pushed_policy import PushedPolicy
-from app.workers.rollout_engine import RolloutEngine, Sampled, engine_options, uses_nccl
+from app.workers.rollout_engine import RolloutEngine, Sampled, engine_options
 from app.workers.watchdog import late, patiently
 
 Note = Callable[[str], None]
@@ -46,7 +46,7 @@ class VllmRolloutPool:
         self._start = start
         self.exact = exact
         self._restarts_left = config.max_restarts
-        self._over_nccl = uses_nccl(config)
+        self._over_nccl = config.over_nccl
         self._deadline_seconds = deadline_seconds
         self._note = note
         self._current: tuple[str, tuple[Any, ...]] = ("pid", ())  # the call that gives a new engine the weights of now

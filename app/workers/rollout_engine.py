@@ -67,7 +67,7 @@ class RolloutEngine:
         use_node_address()
         self._config = config
         self._eos_ids = list(eos_ids)
-        self._sleeps = config.colocate and config.engines.gpus > 0
+        self._sleeps = config.shares_gpus
         self._flights: dict[str, _Flight] = {}
         self._numbers = count()
         self._updating = False
@@ -187,12 +187,11 @@ class RolloutEngine:
         from vllm import LLM
         from vllm.config import WeightTransferConfig
 
-        from app.workers.weight_transfer import BACKEND, register_object_store_backend
+        from app.workers.object_store_transfer import BACKEND, register_object_store_backend
 
         config = self._config
         register_object_store_backend()
         on_gpu = config.engines.gpus > 0
-        tensor_parallel = max(1, int(config.engines.gpus))
         self._llm = LLM(
             model=model_path,
             skip_tokenizer_init=True,
@@ -201,9 +200,9 @@ class RolloutEngine:
             enforce_eager=not on_gpu,
             enable_prefix_caching=False,  # a cached prefix would outlive the weights that computed it
             logprobs_mode="processed_logprobs",  # of the distribution that was sampled from: after temperature
-            distributed_executor_backend="uni" if tensor_parallel == 1 else "mp",
-            tensor_parallel_size=tensor_parallel,
-            weight_transfer_config=WeightTransferConfig(backend="nccl" if uses_nccl(config) else BACKEND),
+            distributed_executor_backend="uni" if config.engines.tensor_parallel == 1 else "mp",
+            tensor_parallel_size=config.engines.tensor_parallel,
+            weight_transfer_config=WeightTransferConfig(backend="nccl" if config.over_nccl else BACKEND),
             enable_sleep_mode=self._sleeps,
             seed=seed % 2**31,
             **(gpu_settings(config) if on_gpu else cpu_settings(config.kv_cache_gib, max_model_len)),
@@ -302,13 +301,6 @@ def cpu_settings(kv_cache_gib: float, max_model_len: int) -> dict[str, Any]:
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(BATCHED_TOKENS, max_model_len),
     }
-
-
-def uses_nccl(config: RolloutConfig) -> bool:
-    """NCCL needs engines that own their GPUs: two processes of one NCCL group cannot share one."""
-    if config.transfer == "auto":
-        return config.engines.gpus > 0 and not config.colocate
-    return config.transfer == "nccl"
 
 
 def engine_options(workers: WorkersConfig, placement: Any) -> dict[str, Any]:

@@ -30,11 +30,6 @@ class PlacedRecipe:
     engines: tuple[Any, ...] = ()
 
 
-def shares_gpus(recipe: Recipe) -> bool:
-    """Whether engines sit on the learners' GPUs."""
-    return recipe.rollout.colocate and recipe.rollout.engines.gpus > 0
-
-
 def bundles_of(recipe: Recipe) -> list[dict[str, float]]:
     """One per learner rank, with room for its engine. Both reserve a whole GPU in the recipe, or parts that add up to no more."""
     learner, engine = recipe.ppo.workers, recipe.rollout.engines
@@ -47,7 +42,7 @@ def bundles_of(recipe: Recipe) -> list[dict[str, float]]:
 @contextmanager
 def shared_gpus(recipe: Recipe) -> Iterator[PlacedRecipe]:
     """The placement group of a run, for the length of a block. Raises DeadlineError when its GPUs are not free in time."""
-    if not shares_gpus(recipe):
+    if not recipe.rollout.shares_gpus:
         yield PlacedRecipe(recipe)
         return
     bundles, workers = bundles_of(recipe), recipe.ppo.workers

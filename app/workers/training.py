@@ -19,6 +19,7 @@ from app.data.batch_order import total_steps
 from app.data.mixture import Mixture
 from app.errors import CorralError, Interrupted, first_line
 from app.interfaces import Tracker
+from app.run_layout import CHECKPOINTS, MODEL
 from app.workers.deepspeed_engine import deepspeed_config
 from app.workers.event_channel import EventChannel
 from app.workers.processes import process_environment
@@ -27,7 +28,6 @@ from app.workers.training_backend import NodesConfig
 from app.workers.training_loop import train_worker
 from app.workers.watchdog import late
 
-CHECKPOINTS = "checkpoints"
 MAX_FAILURES = 1
 """Times a run may lose a worker and go on by itself from its last checkpoint."""
 POLL_SECONDS = 0.2
@@ -70,7 +70,7 @@ def fit(
     deepspeed_config(config.deepspeed, optimizer, precision=precision, micro_batch_size=micro, accumulation=accumulation)  # refuses early
     folder = folder.absolute()  # Ray Train changes the workers' directory
     with EventChannel(tracker) as channel:
-        job = TrainingJob(task, config, precision, seed, steps, mixture, folder / "model", folder / CHECKPOINTS, channel.sender)
+        job = TrainingJob(task, config, precision, seed, steps, mixture, folder / MODEL, folder / CHECKPOINTS, channel.sender)
         trainer, phase = _trainer(job, folder), f"{task.stage} training"
         outcome = _wait_for(trainer, channel, stop_requested, phase=phase, deadline_seconds=deadline_seconds)
     if outcome.error is not None:

@@ -21,12 +21,12 @@ from app.data.batch_order import PassLimit, evaluation_batches, micro_batches, s
 from app.data.token_cache import TRAIN_FILE
 from app.durable import read_json, replace_folder, settle_folder, write_json
 from app.errors import CheckpointError, ConfigError, NonFiniteError
+from app.run_layout import BEST_MODEL, HELD_OUT_METRICS, SAVING
 from app.workers.deepspeed_engine import backward_scaled, begin_micro_batch, full_weights, load_engine, optimizer_step, start_engine
 from app.workers.shared_checkpoints import SharedCheckpoints
 from app.workers.stacks import write_stacks_on_signal
 from app.workers.supervised_task import TrainingJob, TrainingResult, WorkerOutcome
 
-HELD_OUT = "held_out.json"
 """In a trained model's folder: the step it is from, and its metrics on held-out data."""
 
 
@@ -248,16 +248,16 @@ class TrainingLoop:
     @property
     def best_folder(self) -> Path:
         """Where the best model so far waits for the end of training."""
-        return self.job.model_folder.with_name(f".{self.job.model_folder.name}.best")
+        return self.job.model_folder.with_name(BEST_MODEL)
 
     def export(self, target: Path) -> None:
         """Replace a model folder in one step, so that what is there is complete; held-out metrics go with it. Collective."""
-        unfinished = target.with_name(f"{target.name}.saving")
+        unfinished = target.with_name(f"{target.name}{SAVING}")
         with full_weights(self.engine):
             if self.rank == 0:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 self.task.export(self.engine.module, unfinished)
-                write_json(unfinished / HELD_OUT, {"step": self.progress.step, "metrics": self.progress.evaluated})
+                write_json(unfinished / HELD_OUT_METRICS, {"step": self.progress.step, "metrics": self.progress.evaluated})
                 replace_folder(target, unfinished)
         dist.barrier()
 
@@ -266,7 +266,7 @@ class TrainingLoop:
         if self.rank == 0:
             settle_folder(self.best_folder)
         dist.barrier()
-        if not any((folder / HELD_OUT).is_file() for folder in (self.best_folder, self.job.model_folder)):
+        if not any((folder / HELD_OUT_METRICS).is_file() for folder in (self.best_folder, self.job.model_folder)):
             self.progress.best_loss, self.progress.stale, self.progress.evaluated_step = math.inf, 0, -1
 
     def take_best(self) -> dict[str, float]:
@@ -278,7 +278,7 @@ class TrainingLoop:
             settle_folder(self.best_folder)
         dist.barrier()
         waits = self.best_folder.is_dir()
-        metrics: dict[str, float] = read_json((self.best_folder if waits else self.job.model_folder) / HELD_OUT)["metrics"]
+        metrics: dict[str, float] = read_json((self.best_folder if waits else self.job.model_folder) / HELD_OUT_METRICS)["metrics"]
         dist.barrier()
         if waits and self.rank == 0:
             replace_folder(self.job.model_folder, self.best_folder)

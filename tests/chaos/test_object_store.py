@@ -6,7 +6,6 @@ import json
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,9 @@ import pytest
 from pyarrow import fs as arrow
 
 from app.storage.place import Place, open_place, require_writable
-from tests.e2e.command import MINIMAL, kill_driver, run, start, wait_until
+from tests.e2e.command import MINIMAL, RUN_SECONDS, kill_driver, run, start
 from tests.local_ray.client_environments import client_python
+from tests.waiting import wait_until
 
 STEPS = 8
 
@@ -53,13 +53,11 @@ def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Bucket]:
 
 
 def _wait_for_server(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + 60
-    while True:
-        assert server.poll() is None and time.monotonic() < end, log.read_text()
+    def listens() -> bool:
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    wait_until(listens, "the server", pause=0.1, process=server, log=log)
 
 
 def test_objects_come_back(bucket: Bucket, tmp_path: Path) -> None:
@@ -97,7 +95,7 @@ def test_a_run_goes_on_elsewhere(bucket: Bucket, tmp_path: Path) -> None:
     def arrived() -> bool:
         return any(name.startswith("ppo/checkpoints/") and name.endswith("manifest.json") for name in place.files())
 
-    wait_until(arrived, "a checkpoint in the bucket", log, first)
+    wait_until(arrived, "a checkpoint in the bucket", seconds=RUN_SECONDS, pause=0.2, process=first, log=log)
     _, alive = psutil.wait_procs(kill_driver(first), timeout=60)
     assert not alive
     shutil.rmtree(here)

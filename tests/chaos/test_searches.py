@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from app.stages.tuning.records import read_ended, read_history, trial_row
 from app.stages.tuning.verdicts import best_row
 from tests.local_ray.conftest import cluster  # noqa: F401
 from tests.local_ray.pretend_trials import TOGETHER, begun, recipe, rows, run_search
+from tests.waiting import wait_until
 
 LR = {"type": "loguniform", "low": 0.01, "high": 1.0}
 
@@ -28,10 +28,8 @@ def test_a_killed_search_repeats_no_finished_trial(tmp_path: Path) -> None:
     env = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     command = [sys.executable, "-m", "tests.local_ray.pretend_trials", str(tmp_path), str(tmp_path / "recipe.json")]
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while len(before := read_ended(tmp_path / "tune")) < 2 or not list((tmp_path / "tune").glob("experiment_state-*")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+    search = tmp_path / "tune"
+    wait_until(lambda: len(read_ended(search)) >= 2 and list(search.glob("experiment_state-*")), "two ends of trials", process=process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = read_ended(tmp_path / "tune")

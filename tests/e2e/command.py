@@ -6,11 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
+
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 SHRUNKEN, MINIMAL = "tests/e2e/shrunken.toml", "tests/e2e/minimal.toml"
@@ -42,16 +43,7 @@ def run(arguments: Sequence[str], log: Path, env: Mapping[str, str] | None = Non
 
 def wait_for(text: str, log: Path, process: subprocess.Popen[bytes]) -> None:
     """Wait until the command has printed `text`; fails when it ends first."""
-    wait_until(lambda: text in log.read_text(), repr(text), log, process)
-
-
-def wait_until(happened: Callable[[], bool], what: str, log: Path, process: subprocess.Popen[bytes]) -> None:
-    """Wait for something that the command does; fails when it ends first."""
-    deadline = time.monotonic() + RUN_SECONDS
-    while not happened():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, f"{what} did not appear:\n{log.read_text()}"
-        time.sleep(0.2)
+    wait_until(lambda: text in log.read_text(), repr(text), seconds=RUN_SECONDS, pause=0.2, process=process, log=log)
 
 
 def interrupt(process: subprocess.Popen[bytes], number: signal.Signals) -> int:

@@ -19,8 +19,8 @@ from tests.e2e.command import (
     require_gone,
     start,
     wait_for,
-    wait_until,
 )
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +39,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = metrics.read_text().count('"stage": "ppo"')
     log = folder / "second.log"
     process = start(command, log, offline)
-    wait_until(lambda: metrics.read_text().count('"stage": "ppo"') > before, "another step", log, process)
+    wait_until(
+        lambda: metrics.read_text().count('"stage": "ppo"') > before,
+        "another step",
+        seconds=RUN_SECONDS,
+        pause=0.2,
+        process=process,
+        log=log,
+    )
     left_behind = kill_driver(process)
     log = folder / "third.log"
     process = start(command, log, offline)

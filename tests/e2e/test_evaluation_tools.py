@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ import pytest
 from app.config.data import DataConfig
 from app.data.corpus import Corpus, load_corpus
 from jobs.main import main
-from tests.e2e.command import start
+from tests.e2e.command import RUN_SECONDS, start
 from tests.tiny_models import CONTEXT, make_neox, make_reward_model
+from tests.waiting import wait_until
 
 CONFIG = {
     "default": {"generate_args": {"max_new_tokens": 10, "min_new_tokens": 3}},
@@ -123,9 +123,10 @@ def test_scoring_goes_on_where_it_was_killed(tmp_path: Path, capsys: pytest.Capt
     source.write_text("".join(json.dumps({"instruction": f"q{k}", "response": "so " * (k % 30) + "yes"}) + "\n" for k in range(900)))
     command = ["score", str(source), *models, LENGTH, "--part-rows=10", "--json"]
     process = start([*command, f"--output={output}"], tmp_path / "log")
-    while len(list(parts.glob("0-*.parquet"))) < 20:
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        time.sleep(0.01)
+    first = "0-*.parquet"
+    wait_until(
+        lambda: len(list(parts.glob(first))) >= 20, "20 parts", seconds=RUN_SECONDS, pause=0.01, process=process, log=tmp_path / "log"
+    )
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not output.exists()

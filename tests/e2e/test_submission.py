@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.command import MINIMAL, ROOT, RUN_SECONDS
+from tests.waiting import wait_until
 
 PORT_OPTIONS = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port", "metrics-export-port")
 
@@ -43,15 +43,15 @@ def free_ports(count: int) -> list[int]:
 
 def wait_for_dashboard(address: str, token: str, seconds: float) -> None:
     request = urllib.request.Request(f"{address}/api/version", headers={"Authorization": f"Bearer {token}"})
-    end = time.monotonic() + seconds
-    while True:
+
+    def answers() -> bool:
         try:
             with urllib.request.urlopen(request, timeout=5):
-                return
+                return True
         except (urllib.error.URLError, ConnectionError, TimeoutError):
-            if time.monotonic() > end:
-                raise
-            time.sleep(1.0)
+            return False
+
+    wait_until(answers, f"an answer of {address}", seconds=seconds, pause=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -141,10 +141,8 @@ def test_a_job_is_listed_stopped_and_left_with_a_checkpoint(head: Head, tmp_path
     wrong = corral(head, "stop", job, RAY_AUTH_TOKEN="wrong" * 8)
     assert wrong.returncode == 2
     assert "refuses the token" in wrong.stderr and wrong.stderr.count("\n") == 1
-    end = time.monotonic() + RUN_SECONDS
-    while not (folder / "metrics.jsonl").is_file() or '"loss"' not in (folder / "metrics.jsonl").read_text():
-        assert time.monotonic() < end
-        time.sleep(0.5)
+    metrics = folder / "metrics.jsonl"
+    wait_until(lambda: metrics.is_file() and '"loss"' in metrics.read_text(), "a loss", seconds=RUN_SECONDS, pause=0.5)
     stopped = corral(head, "stop", job)
     assert stopped.returncode == 0, stopped.stderr
     assert f"job {job}: STOPPED" in stopped.stdout

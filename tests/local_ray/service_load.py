@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from app.models.load import load_causal_lm
 from app.workers.scoring_messages import ScoringRequest
 from serve.protocol import open_inference_pb2 as pb
 from tests.tiny_models import make_neox
+from tests.waiting import wait_until
 
 IDS = np.arange(4, 24, dtype=np.int32)
 REQUEST = ScoringRequest(IDS, np.array([len(IDS)], dtype=np.int32), "logprobs")
@@ -138,14 +138,7 @@ class Load:
     def go_on(self, answers: int) -> None:
         """Wait for so many more of them."""
         seen = len(self.answers)
-        wait_for(lambda: len(self.answers) >= seen + answers)
-
-
-def wait_for(reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while not reached():
-        assert time.monotonic() < deadline, f"it did not happen within {DEADLINE:g} s"
-        time.sleep(PAUSE_SECONDS)
+        wait_until(lambda: len(self.answers) >= seen + answers, f"{answers} more answers", seconds=DEADLINE)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -36,6 +35,7 @@ from serve.scoring import scoring_application
 from tests.local_ray.client_environments import client_python
 from tests.local_ray.hostile_requests import GRPC_ATTACKS, HTTP_ATTACKS, MIB, infer_message, tensor
 from tests.tiny_models import CONTEXT, VOCABULARY, make_neox, make_reward_model
+from tests.waiting import wait_until
 
 SERVICE = "/inference.GRPCInferenceService"
 DEADLINE = 90.0
@@ -319,14 +319,14 @@ def test_deaths(service: Service) -> None:
         return float(answer.raise_for_status().json()["rewards"][0])
 
     def comes_back(way: Callable[[], float]) -> None:
-        deadline = time.monotonic() + DEADLINE
-        while True:
+        def answers() -> bool:
             try:
                 assert way() == pytest.approx(expected[0], abs=1e-5)
-                return
             except (grpc.RpcError, httpx.HTTPError):
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
+                return False
+            return True
+
+        wait_until(answers, "an answer", seconds=DEADLINE, pause=0.2)
 
     unharmed_by: dict[str, tuple[Callable[[], float], ...]] = {
         "ServeController": (over_grpc, over_http),

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +22,7 @@ from app.errors import ConfigError
 from app.workers.event_channel import EventChannel
 from app.workers.supervised_task import WorkerOutcome
 from tests.local_ray import supervised_runs as runs
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,10 +82,7 @@ def optimizer_state(checkpoint: Path) -> list[torch.Tensor]:
 
 
 def wait_until_gone(pid: int) -> None:
-    deadline = time.monotonic() + 60
-    while psutil.pid_exists(pid):
-        assert time.monotonic() < deadline, f"worker {pid} outlived its driver"
-        time.sleep(0.1)
+    wait_until(lambda: not psutil.pid_exists(pid), f"the end of worker {pid}, whose driver is gone")
 
 
 @pytest.mark.parametrize("stage", list(runs.CONFIGS))

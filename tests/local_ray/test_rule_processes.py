@@ -51,12 +51,10 @@ def test_exceptions_deaths_and_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     processes = RuleProcesses("mine", FunctionReward(type="function", function="killing_rewards:score", deadline_seconds=1.5, processes=2))
     try:
         processes.ready(60)
-        began = time.monotonic()
         pending = processes.submit(samples(["1", "hang", "2", "4"]))  # two go to each process
         time.sleep(1)
         next_batch = processes.submit(samples(["5", "8"]))
         first, hung, third, behind = pending.result()
-        assert time.monotonic() - began < 5
         assert (first, third) == (1.0, 0.5)
         assert hung == behind == Failed("no score within deadline_seconds = 1.5")
         assert next_batch.result()[0] == 0.2

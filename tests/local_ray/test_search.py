@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from app.config.loading import with_values
 from app.errors import Interrupted
 from app.stages.tuning.records import read_ended, read_history, write_history
 from tests.local_ray.pretend_trials import begun, recipe, rows, run_search
+from tests.waiting import wait_until
 
 
 def test_spoilt_trials_are_marked_and_a_killed_one_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
@@ -40,8 +40,7 @@ def test_a_stopped_search_says_so_and_goes_on(tmp_path: Path) -> None:
     searched = recipe(space, searcher="optuna", scheduler="none", trials=3, save_every=2)
 
     def stop_after_the_first() -> None:
-        while not read_ended(tmp_path / "tune"):
-            time.sleep(0.02)
+        wait_until(lambda: read_ended(tmp_path / "tune"), "the end of a trial", seconds=300)
         os.kill(os.getpid(), signal.SIGINT)
 
     stopping = threading.Thread(target=stop_after_the_first, daemon=True)

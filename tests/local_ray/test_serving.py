@@ -24,8 +24,9 @@ from app.config.serving import BatchingConfig, ServedModelConfig, ServingConfig
 from jobs.serving import APPLICATION, Service, close
 from jobs.serving_inputs import opened_doors
 from serve.deploying import Deployed, deployed, http_door, target
-from tests.local_ray.service_load import DEADLINE, Ask, Policies, by_grpc, by_handle, by_http, check_answers, load, wait_for
+from tests.local_ray.service_load import DEADLINE, Ask, Policies, by_grpc, by_handle, by_http, check_answers, load
 from tests.tiny_models import make_neox
+from tests.waiting import wait_until
 
 DASHBOARD = Path(__file__).resolve().parents[2] / "deploy" / "grafana" / "scoring.json"
 
@@ -141,9 +142,9 @@ def test_a_killed_door_or_controller_comes_back(service: Running, policies: Poli
     ways_in = service.ways_in
     with load(*ways_in) as under, load(by_handle(service.handle)) as inside:
         os.kill(killed, signal.SIGKILL)
-        wait_for(lambda: process_of(victim) not in (None, killed))
+        wait_until(lambda: process_of(victim) not in (None, killed), seconds=DEADLINE, pause=0.1)
         if victim != "ServeController":
-            wait_for(lambda: bool(under.failures) or not psutil.pid_exists(killed))
+            wait_until(lambda: bool(under.failures) or not psutil.pid_exists(killed), seconds=DEADLINE, pause=0.1)
     assert not inside.failures
     if victim == "ServeController":
         assert not under.failures
@@ -155,7 +156,7 @@ def test_what_the_dashboard_asks_for_is_exported(running: Running) -> None:
     silent = {"ray_corral_scoring_padding_tokens_total", "ray_corral_scoring_cached_sequences_total"}  # nothing was padded, no cache is on
     node = ray.nodes()[0]
     metrics = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    wait_for(lambda: asked - silent <= set(re.findall(r"^(\w+){", httpx.get(metrics).text, re.MULTILINE)))
+    wait_until(lambda: asked - silent <= set(re.findall(r"^(\w+){", httpx.get(metrics).text, re.MULTILINE)), seconds=DEADLINE, pause=0.1)
 
 
 def test_other_changes_replace_replicas_under_load_and_stopping_answers_what_is_in_flight(running: Running, policies: Policies) -> None:
@@ -164,7 +165,7 @@ def test_other_changes_replace_replicas_under_load_and_stopping_answers_what_is_
     process = running.process()
     with load(*running.ways_in) as under:
         running.update(policy=slow)
-        wait_for(lambda: under.answers[-1].version == "2")
+        wait_until(lambda: under.answers[-1].version == "2", seconds=DEADLINE, pause=0.1)
     assert not under.failures
     check_answers(under.answers, policies.logprobs)
     assert running.process() != process

@@ -22,7 +22,8 @@ from jobs.serving import APPLICATION
 from serve import deploying
 from serve.deploying import NO_DOORS, ServeGoneError, deploy, deployed, http_door, target
 from serve.scoring import model_options, scoring_application
-from tests.local_ray.service_load import DEADLINE, Policies, by_grpc, by_handle, by_http, check_answers, load, wait_for
+from tests.local_ray.service_load import DEADLINE, Policies, by_grpc, by_handle, by_http, check_answers, load
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +50,9 @@ def test_replicas_follow_the_load(shared_serve: None, policies: Policies) -> Non
     with deployed([target(scoring_application({"policy": config}), "scaled")], deadline_seconds=DEADLINE, stop_serve=True):
         assert replicas() == 1
         with load(*[by_handle(serve.get_deployment_handle("policy", "scaled"))] * 8) as under:
-            wait_for(lambda: replicas() == 2)
+            wait_until(lambda: replicas() == 2, seconds=DEADLINE, pause=0.1)
         assert not under.failures
-        wait_for(lambda: replicas() == 1)
+        wait_until(lambda: replicas() == 1, seconds=DEADLINE, pause=0.1)
 
 
 def test_scorers_share_no_gpu_with_learners_and_engines(shared_serve: None, policies: Policies) -> None:
@@ -122,7 +123,11 @@ def test_a_config_file_is_deployed_and_its_user_config_swaps_in_place(policies: 
             command = ["deploy", str(file), "--address", f"http://{ray._private.worker.get_dashboard_url()}"]
             result = CliRunner().invoke(serve_command, command)
             assert result.exit_code == 0, result.output
-            wait_for(lambda: APPLICATION in serve.status().applications and serve.status().applications[APPLICATION].status == "RUNNING")
+            wait_until(
+                lambda: APPLICATION in serve.status().applications and serve.status().applications[APPLICATION].status == "RUNNING",
+                seconds=DEADLINE,
+                pause=0.1,
+            )
             answers = [ask() for ask in ways_in]
             assert {answer.version for answer in answers} == {version}
             check_answers(answers, policies.logprobs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from app.config.shared import WorkersConfig
 from app.errors import DeadlineError
 from app.workers.processes import process_options
 from app.workers.shared_gpus import shared_gpus
+from tests.waiting import wait_until
 
 PAIRED = Recipe.model_validate(
     {
@@ -33,12 +33,9 @@ def start(workers: WorkersConfig, strategies: Sequence[Any]) -> list[Any]:
     return [actor.options(**process_options(workers), scheduling_strategy=strategy).remote() for strategy in strategies]
 
 
-def free_gpus(expected: float) -> float:
-    """GPUs that Ray would give now, once it has counted those of processes that just ended."""
-    deadline = time.monotonic() + 20
-    while ray.available_resources().get("GPU", 0.0) != expected and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return float(ray.available_resources().get("GPU", 0.0))
+def wait_for_free_gpus(expected: float) -> None:
+    """Until Ray has so many GPUs to give: it counts those of processes that just ended after a while."""
+    wait_until(lambda: ray.available_resources().get("GPU", 0.0) == expected, f"{expected:g} free GPUs", pause=0.05)
 
 
 def test_rank_and_engine_are_on_one_gpu_and_give_it_back() -> None:
@@ -48,17 +45,17 @@ def test_rank_and_engine_are_on_one_gpu_and_give_it_back() -> None:
         of_learners, of_engines = (
             ray.get([process.gpus.remote() for process in processes], timeout=60) for processes in (learners, engines)
         )
-        assert free_gpus(1.0) == 1.0
+        wait_for_free_gpus(1.0)
     assert of_engines == of_learners[:2]
     assert sorted(len(gpus) for gpus in of_learners) == [1, 1, 1] and len({gpus[0] for gpus in of_learners}) == 3
-    assert free_gpus(4.0) == 4.0
+    wait_for_free_gpus(4.0)
 
 
 def test_gpus_that_never_come_free_end_in_an_error() -> None:
     with shared_gpus(PAIRED), pytest.raises(DeadlineError, match=r"not free within 0\.2 s"):
         with shared_gpus(with_values(PAIRED, {"run.deadline_seconds": 0.2})):
             pass
-    assert free_gpus(4.0) == 4.0
+    wait_for_free_gpus(4.0)
 
 
 def test_without_colocation_nothing_is_reserved() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from app.errors import CorralError, DeadlineError
 from app.workers.pending import collect
 from app.workers.stacks import write_stacks_on_signal
 from app.workers.watchdog import watching
+from tests.waiting import wait_until
 
 
 def test_a_hung_process_is_shown_where_it_hangs(tmp_path: Path) -> None:
@@ -40,8 +40,7 @@ def test_a_hung_process_is_shown_where_it_hangs(tmp_path: Path) -> None:
         ray.get([worker.work.remote() for worker in (hung, idle, gone)])
         ray.kill(gone)
         calls = [hung.hang_in_c.remote(tmp_path / "begun", tmp_path / "enough"), idle.work.remote()]
-        while not (tmp_path / "begun").exists():  # a busy machine may take longer than the deadline to begin a call
-            time.sleep(0.02)
+        wait_until((tmp_path / "begun").exists, "a call")  # a busy machine may take longer than the deadline to begin one
         with (
             watching(tmp_path / "logs", note=notes.append, early_share=0.5),
             pytest.raises(

@@ -22,7 +22,7 @@ from app.models.load import load_causal_lm, load_tokenizer
 from app.workers.learner import LearnerSpec
 from app.workers.learner_group import RayLearner, learner_group
 from app.workers.rollout import VllmRolloutPool, rollout_pool
-from app.workers.weight_transfer import WeightPublisher, canaries_of, canary_mismatch
+from app.workers.weight_publisher import WeightPublisher, canaries_of, canary_mismatch
 from tests.tiny_models import VOCABULARY, make_llama, make_neox
 
 LIMIT = 1e-4

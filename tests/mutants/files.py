@@ -8,7 +8,7 @@ LOOP, LEARNER, ROLLOUT, PUSH = (
     "app/stages/actor_learner.py",
     "app/workers/learner.py",
     "app/workers/rollout.py",
-    "app/workers/weight_transfer.py",
+    "app/workers/weight_publisher.py",
 )
 ENGINE, STREAM = "app/workers/rollout_engine.py", "app/stages/rollout_stream.py"
 

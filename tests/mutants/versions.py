@@ -84,7 +84,7 @@ MUTANTS = (
         "if not mismatch <= self._limit:",
         "if mismatch > self._limit:",
         "an engine that answers NaN passes",
-        ("tests/unit/workers/test_weight_transfer.py",),
+        ("tests/unit/workers/test_weight_publisher.py",),
     ),
     Mutant(
         "version",

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from tests.nodes.cluster import REDIS, Cluster
 from tests.nodes.conftest import Submitted
 from tests.nodes.namespaces import Node
 from tests.nodes.placement import PLACES
+from tests.waiting import wait_until
 
 GCS_AWAY_SECONDS = 5.0
 MORE_STEPS = 2
@@ -30,11 +30,7 @@ class Run:
     log: Path
 
     def wait_until(self, condition: Callable[[], bool], what: str) -> None:
-        end = time.monotonic() + RUN_SECONDS
-        while not condition():
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < end, f"waited for {what}:\n{self.log.read_text()}"
-            time.sleep(0.3)
+        wait_until(condition, what, seconds=RUN_SECONDS, pause=0.3, process=self.process, log=self.log)
 
     def says(self, pattern: str) -> None:
         self.wait_until(lambda: re.search(pattern, self.log.read_text()) is not None, pattern)

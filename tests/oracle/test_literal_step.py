@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from app.algorithms.algorithm import Algorithm
-from app.algorithms.grpo import Grpo, GrpoConfig
-from app.algorithms.ppo import Ppo, PpoConfig
-from app.algorithms.reinforce_pp import ReinforcePp, ReinforcePpConfig
-from app.algorithms.rloo import Rloo, RlooConfig
+from app.algorithms.grpo import Grpo, GrpoOptions
+from app.algorithms.ppo import Ppo, PpoOptions
+from app.algorithms.reinforce_pp import ReinforcePp, ReinforcePpOptions
+from app.algorithms.rloo import Rloo, RlooOptions
 from app.algorithms.surrogate import Surrogate, SurrogateConfig
 from app.experience import Experience, Minibatch, PolicyOutputs, TokenBatch, Totals
 from tests.oracle.literal_step import Row, Settings, Token, credit, losses
@@ -50,28 +50,28 @@ CLIPS = {"clip": 0.15, "clip_high": 0.3, "dual_clip": 1.2, "max_importance": 1.4
 CASES: dict[str, tuple[Algorithm[Any], Settings]] = {
     **{
         f"ppo-{gamma}-{lam}": (
-            Ppo(PpoConfig(gamma=gamma, lam=lam, value_coef=0.3)),
+            Ppo(PpoOptions(gamma=gamma, lam=lam, value_coef=0.3)),
             Settings("ppo", gamma=gamma, lam=lam, value_coef=0.3, value_clip=0.2, whiten=True),
         )
         for gamma in (0.97, 1.0)
         for lam in (0.9, 0.95, 1.0)
     },
     "ppo-clips": (
-        Ppo(PpoConfig(value_clip=None, whiten_advantages=False), Surrogate(SurrogateConfig(**CLIPS, entropy_coef=0.01), kl_in_loss="k2")),
+        Ppo(PpoOptions(value_clip=None, whiten_advantages=False), Surrogate(SurrogateConfig(**CLIPS, entropy_coef=0.01), kl_in_loss="k2")),
         Settings("ppo", lam=0.95, value_coef=0.1, kl_in_loss="k2", entropy_coef=0.01, **CLIPS),
     ),
     "grpo": (
-        Grpo(GrpoConfig(), Surrogate(kl_in_reward=False, kl_in_loss="k3")),
+        Grpo(GrpoOptions(), Surrogate(kl_in_reward=False, kl_in_loss="k3")),
         Settings("grpo", kl_in_reward=False, kl_in_loss="k3", per_sequence=True),
     ),
     "grpo-in-reward": (
-        Grpo(GrpoConfig(divide_by_std=False, mean_over="tokens"), Surrogate(SurrogateConfig(**CLIPS, entropy_coef=0.02))),
+        Grpo(GrpoOptions(divide_by_std=False, mean_over="tokens"), Surrogate(SurrogateConfig(**CLIPS, entropy_coef=0.02))),
         Settings("grpo", divide_by_std=False, entropy_coef=0.02, **CLIPS),
     ),
-    "rloo": (Rloo(RlooConfig()), Settings("rloo")),
-    "reinforce_pp": (ReinforcePp(ReinforcePpConfig(gamma=0.95)), Settings("reinforce_pp", gamma=0.95)),
+    "rloo": (Rloo(RlooOptions()), Settings("rloo")),
+    "reinforce_pp": (ReinforcePp(ReinforcePpOptions(gamma=0.95)), Settings("reinforce_pp", gamma=0.95)),
     "reinforce_pp-baseline": (
-        ReinforcePp(ReinforcePpConfig(group_baseline=True), Surrogate(kl_in_reward=False, kl_in_loss="k2")),
+        ReinforcePp(ReinforcePpOptions(group_baseline=True), Surrogate(kl_in_reward=False, kl_in_loss="k2")),
         Settings("reinforce_pp", group_baseline=True, kl_in_reward=False, kl_in_loss="k2"),
     ),
 }

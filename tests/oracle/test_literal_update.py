@@ -18,10 +18,10 @@ import torch
 from transformers import PreTrainedModel
 
 from app.algorithms.algorithm import Algorithm
-from app.algorithms.grpo import Grpo, GrpoConfig
-from app.algorithms.ppo import Ppo, PpoConfig
-from app.algorithms.reinforce_pp import ReinforcePp, ReinforcePpConfig
-from app.algorithms.rloo import Rloo, RlooConfig
+from app.algorithms.grpo import Grpo, GrpoOptions
+from app.algorithms.ppo import Ppo, PpoOptions
+from app.algorithms.reinforce_pp import ReinforcePp, ReinforcePpOptions
+from app.algorithms.rloo import Rloo, RlooOptions
 from app.algorithms.surrogate import Surrogate, SurrogateConfig
 from app.experience import Experience, FinishReason, Minibatch, PolicyOutputs, Prompt, Rollout, TokenBatch, Totals
 from app.models.heads import ValueModel
@@ -39,16 +39,16 @@ ADAM = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-5}
 FULL = {"clip_high": 0.28, "dual_clip": 3.0, "entropy_coef": 0.02}
 CASES: dict[str, tuple[Algorithm[Any], Settings]] = {
     "ppo": (
-        Ppo(PpoConfig(lam=0.9, value_coef=0.5)),
+        Ppo(PpoOptions(lam=0.9, value_coef=0.5)),
         Settings("ppo", lam=0.9, value_coef=0.5, value_clip=0.2, whiten=True),
     ),
     "grpo": (
-        Grpo(GrpoConfig(), Surrogate(SurrogateConfig(**FULL), kl_in_reward=False, kl_in_loss="k3")),  # type: ignore[arg-type]
+        Grpo(GrpoOptions(), Surrogate(SurrogateConfig(**FULL), kl_in_reward=False, kl_in_loss="k3")),  # type: ignore[arg-type]
         Settings("grpo", kl_in_reward=False, kl_in_loss="k3", per_sequence=True, **FULL),  # type: ignore[arg-type]
     ),
-    "rloo": (Rloo(RlooConfig()), Settings("rloo")),
+    "rloo": (Rloo(RlooOptions()), Settings("rloo")),
     "reinforce_pp": (
-        ReinforcePp(ReinforcePpConfig(gamma=0.95), Surrogate(max_lag=1, kl_in_reward=True, kl_in_loss="k2")),
+        ReinforcePp(ReinforcePpOptions(gamma=0.95), Surrogate(max_lag=1, kl_in_reward=True, kl_in_loss="k2")),
         Settings("reinforce_pp", gamma=0.95, max_lag=1, kl_in_loss="k2"),
     ),
 }

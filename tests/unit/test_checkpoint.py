@@ -22,6 +22,7 @@ import torch
 from app.checkpoint import CheckpointStore, OverlappedCheckpoints, read_checkpoint
 from app.durable import file_hashes, tree_hash
 from app.errors import CheckpointError, DeadlineError, DiskError, NonFiniteError
+from tests.waiting import wait_until
 
 
 def parts(text: str) -> Callable[[Path], None]:
@@ -303,9 +304,7 @@ for step in range(1, 10_000):
 def test_sigkill_at_any_moment_leaves_a_complete_latest(tmp_path: Path) -> None:
     for delay in (0.0, 0.013, 0.031):
         process = subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(Path.cwd())})
-        end = time.monotonic() + 20
-        while not list(tmp_path.glob("step-*")) and time.monotonic() < end:
-            time.sleep(0.01)
+        wait_until(lambda: list(tmp_path.glob("step-*")), "a checkpoint", process=process)
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         process.wait()

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from app import durable, run_folder
 from app.config.recipe import Recipe
 from app.durable import tree_hash
 from app.errors import CheckpointError
-from app.run_folder import LOCK, RunFolder
+from app.run_folder import RunFolder
+from app.run_layout import LOCK
 
 
 def recipe(path: Path, **sections: object) -> Recipe:
@@ -141,6 +145,26 @@ def test_a_stage_whose_model_is_gone_or_changed_is_unfinished(tmp_path: Path, we
     assert run.finished("sft") is None
     with pytest.raises(CheckpointError, match="not finished, or its files have changed"):
         run.model("sft")
+
+
+def test_a_process_hashes_the_files_of_a_stage_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Path] = []
+
+    def damage(folder: Path, files: Mapping[str, Any]) -> str | None:
+        hashed.append(folder)
+        return durable.damage(folder, files)
+
+    monkeypatch.setattr(run_folder, "damage", damage)
+    run = RunFolder.open(recipe(tmp_path), "pipeline")
+    assert run.results("sft") is None
+    write_model(run.stage("sft"))
+    run.finish("sft", {"steps": 3}, {})
+    assert run.results("sft") == {"steps": 3} and hashed == []
+    resumed = RunFolder.open(recipe(tmp_path), "pipeline")
+    assert [resumed.results("sft") for _ in range(2)] == [{"steps": 3}] * 2
+    assert hashed == [run.path / "sft"]
+    (run.path / "sft" / "model" / "model.safetensors").unlink()
+    assert resumed.results("sft") is None
 
 
 def test_a_stage_built_on_a_parent_that_was_trained_again_is_unfinished(tmp_path: Path) -> None:

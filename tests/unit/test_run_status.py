@@ -15,9 +15,10 @@ from app.display import PlainDisplay
 from app.errors import CheckpointError
 from app.process_record import me
 from app.run_folder import RunFolder
+from app.run_layout import LOG_FILE
 from app.run_status import find_runs, last_points, read_status, session_state
 from app.storage.place import open_place
-from app.tracking import LOG_FILE, RunTracker
+from app.tracking import RunTracker
 
 
 @pytest.mark.parametrize(

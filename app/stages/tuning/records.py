@@ -19,7 +19,8 @@ from ray import tune
 from app.config.recipe import Recipe
 from app.durable import without_non_finite
 from app.errors import first_line
-from app.search.records import CURVES, FAILED, FINISHED, FOLDER, HISTORY, STOPPED_EARLY, finite
+from app.run_layout import SEARCH
+from app.search.records import CURVES, FAILED, FINISHED, HISTORY, STOPPED_EARLY, finite
 from app.tracking import RunTracker, drop_partial_line
 
 VALUES = "values"
@@ -68,7 +69,7 @@ class SearchRecords(tune.Callback):
             return
         self._append(ENDED, {"trial": row["trial"], **kept(trial.last_result)})
         shown = {"objective": row["objective"], "score_mean": row["score"], "kl": row["kl"]}
-        self._tracker.log(FOLDER, len(self._ended) + 1, {name: math.nan if value is None else value for name, value in shown.items()})
+        self._tracker.log(SEARCH, len(self._ended) + 1, {name: math.nan if value is None else value for name, value in shown.items()})
         objective = "no objective" if row["objective"] is None else f"objective {row['objective']:.3f}"
         why = f": {row['why']}" if row["why"] else ""
         self._note(row["trial"], f"{row['status']} after {row['steps']} of {self._recipe.ppo.steps} steps, {objective}{why}")

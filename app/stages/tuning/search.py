@@ -23,7 +23,7 @@ from app.config.search_space import Space, Suggestions, points, suggest
 from app.config.tune import POPULATION
 from app.durable import read_json, write_json
 from app.errors import CheckpointError, Interrupted
-from app.search.records import FOLDER
+from app.run_layout import SEARCH
 from app.stages.tuning.records import VALUES, SearchRecords, read_ended, read_history, trial_name
 from app.stages.tuning.schedules import METRIC, MODE, scheduler
 from app.stages.tuning.trial import TrialInputs, run_trial, trial_resources
@@ -96,7 +96,7 @@ def run_search(recipe: Recipe, inputs: TrialInputs, run: Path, concurrent: int, 
     failed continues from its checkpoints. Raises CheckpointError, and Interrupted on SIGINT."""
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the newer output prints a banner however little it is asked to say
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", SNAPSHOT_SECONDS)
-    folder, config = run / FOLDER, recipe.tune
+    folder, config = run / SEARCH, recipe.tune
     resumed = state_to_resume(folder)
     by_optuna = config.searcher == "optuna"
     known = [] if by_optuna else points(config, recipe.run.seed)
@@ -111,7 +111,7 @@ def run_search(recipe: Recipe, inputs: TrialInputs, run: Path, concurrent: int, 
     searching = searcher(recipe, concurrent)
     analysis = tune.run(
         tune.with_resources(tune.with_parameters(run_trial, inputs=inputs), trial_resources(recipe)),
-        name=FOLDER,
+        name=SEARCH,
         storage_path=str(run),
         config={} if by_optuna else {VALUES: tune.grid_search(known)},
         num_samples=config.trials if by_optuna else 1,

@@ -24,7 +24,7 @@ from app.durable import read_json, write_json
 from app.errors import AlarmError, ConfigError, NonFiniteError
 from app.planning.roles import TRIAL_CPUS
 from app.rewards.reward_model import RewardModelReward
-from app.run_folder import MODEL
+from app.run_layout import CHECKPOINTS, LOGS, MODEL
 from app.search.records import REFUSED
 from app.stages.actor_learner import LoopState, Parts, actor_learner_loop
 from app.stages.evaluate import answer
@@ -34,7 +34,7 @@ from app.stages.tuning.records import VALUES, read_ended, trial_name
 from app.stages.tuning.verdicts import Judge, Mark
 from app.workers.stacks import write_stacks_on_signal
 from app.workers.watchdog import watching
-from app.workers.weight_transfer import CANARIES
+from app.workers.weight_publisher import CANARIES
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def newest_checkpoint(folder: Path) -> SavedCheckpoint | None:
         return None
     with named.as_directory() as path:
         pointer = read_json(Path(path) / POINTER) if (Path(path) / POINTER).is_file() else {"trial": Path(path).parent.name}
-    checkpoints = folder / pointer["trial"] / "checkpoints"
+    checkpoints = folder / pointer["trial"] / CHECKPOINTS
     saved = read_checkpoint(checkpoints / pointer["checkpoint"]) if "checkpoint" in pointer else None
     return saved or CheckpointStore(checkpoints).latest()
 
@@ -152,8 +152,8 @@ def run_trial(config: dict[str, Any], *, inputs: TrialInputs) -> None:
     write_stacks_on_signal(f"trial {name}")
     try:
         recipe = with_values(shared, config[VALUES], "tune.space")
-        reporter = TrialReporter(recipe, judge, watch, CheckpointStore(folder / name / "checkpoints", keep))
-        with watching(folder / name / "logs", note=logger.warning, early_share=recipe.run.stacks_after):
+        reporter = TrialReporter(recipe, judge, watch, CheckpointStore(folder / name / CHECKPOINTS, keep))
+        with watching(folder / name / LOGS, note=logger.warning, early_share=recipe.run.stacks_after):
             train(recipe, inputs, reporter, watch, saved, folder / name / MODEL)
         return
     except Marked as marked:

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from app.algorithms.ppo import Ppo, PpoConfig
+from app.algorithms.ppo import Ppo, PpoOptions
 from app.errors import NonFiniteError
 from app.experience import Minibatch, PolicyOutputs, Totals
 from tests.bigram_models import Models, one_row, sample_experience, sum_of_losses
@@ -21,11 +21,11 @@ def test_credit_table() -> None:
     # deltas -0.05 + 0.5 - 1 = -0.55; 0.1 + 1.5 - 0.5 = 1.1; 2.8 + 0 - 1.5 = 1.3
     # advantages 1.3; 1.1 + 0.9 * 1.3 = 2.27; -0.55 + 0.9 * 2.27 = 1.493. Returns: + values = 2.493, 2.77, 2.8
     # whitened: mean 1.687667, variance (0.194667^2 + 0.582333^2 + 0.387667^2) / 3 = 0.175764, root 0.419242
-    credited = Ppo(PpoConfig(lam=0.9)).credit(one_row(), kl_coef=0.1)
+    credited = Ppo(PpoOptions(lam=0.9)).credit(one_row(), kl_coef=0.1)
     torch.testing.assert_close(credited.rewards_BT, torch.tensor([[-0.05, 0.1, 2.8]]), **CLOSE)
     torch.testing.assert_close(credited.returns_BT, torch.tensor([[2.493, 2.77, 2.8]]), **CLOSE)
     torch.testing.assert_close(credited.advantages_BT, torch.tensor([[-0.464330, 1.389013, -0.924684]]), **CLOSE)
-    plain = Ppo(PpoConfig(lam=0.9, whiten_advantages=False)).credit(one_row(), kl_coef=0.1)
+    plain = Ppo(PpoOptions(lam=0.9, whiten_advantages=False)).credit(one_row(), kl_coef=0.1)
     torch.testing.assert_close(plain.advantages_BT, torch.tensor([[1.493, 2.27, 1.3]]), **CLOSE)
     torch.testing.assert_close(plain.returns_BT, credited.returns_BT)
 
@@ -35,14 +35,14 @@ def test_credit_leaves_its_input_alone() -> None:
     experience.scores_B[2] = math.nan
     before = {f.name: x.clone() for f in fields(experience) if isinstance(x := getattr(experience, f.name), torch.Tensor)}
     mask_BT = experience.mask_BT.clone()
-    Ppo(PpoConfig()).credit(experience, kl_coef=0.1)
+    Ppo(PpoOptions()).credit(experience, kl_coef=0.1)
     for name, x in before.items():
         torch.testing.assert_close(getattr(experience, name), x, equal_nan=True)
     assert experience.mask_BT.equal(mask_BT)
 
 
 def test_a_batch_of_failed_scores_moves_nothing() -> None:
-    ppo, models, experience = Ppo(PpoConfig()), Models.after(2), sample_experience(2)
+    ppo, models, experience = Ppo(PpoOptions()), Models.after(2), sample_experience(2)
     credited = ppo.credit(replace(experience, scores_B=torch.full_like(experience.scores_B, math.nan)), kl_coef=0.1)
     loss = sum_of_losses(ppo, models, credited, [range(8)])
     assert set(loss.metrics.values()) == {0.0}
@@ -56,9 +56,9 @@ def test_non_finite_input_stops_before_it_spreads(name: str, bad: float) -> None
     experience = sample_experience(3)
     getattr(experience, name)[4, 0] = bad
     with pytest.raises(NonFiniteError, match=r"\[4\]"):
-        Ppo(PpoConfig()).credit(experience, kl_coef=0.1)
+        Ppo(PpoOptions()).credit(experience, kl_coef=0.1)
     experience.scores_B[4] = math.nan  # in a failed row it does not matter
-    credited = Ppo(PpoConfig()).credit(experience, kl_coef=0.1)
+    credited = Ppo(PpoOptions()).credit(experience, kl_coef=0.1)
     assert credited.advantages_BT is not None and credited.advantages_BT.isfinite().all()
 
 
@@ -66,14 +66,14 @@ def test_infinite_score_stops() -> None:
     experience = sample_experience(3)
     experience.scores_B[1] = math.inf
     with pytest.raises(NonFiniteError, match=r"scores of rollouts \[1\]"):
-        Ppo(PpoConfig()).credit(experience, kl_coef=0.1)
+        Ppo(PpoOptions()).credit(experience, kl_coef=0.1)
 
 
 def test_metrics_table() -> None:
     # Ratios 1.5, 1, 0.5 with advantages 1, 1, -1 and clip 0.2: losses -1.2, -1, 0.8 (tokens 0 and 2 clipped).
     # approx_kl: (0.5 - log 1.5) + 0 + (-0.5 + log 2) = log(4 / 3) = 0.287682. Values 2, 0.6, 1.5 against old 1, 0.5, 1.5
     # and returns 3, 0.5, 2.5, value_clip 0.2: squares 1 (clipped 1.8^2 = 3.24), 0.01, 1. Means over 3 tokens, values halved.
-    ppo = Ppo(PpoConfig(value_coef=0.1))
+    ppo = Ppo(PpoOptions(value_coef=0.1))
     minibatch = Minibatch.from_rows(ppo.credit(one_row(), kl_coef=0.1), torch.tensor([0]))
     minibatch = replace(minibatch, advantages_BT=torch.tensor([[1.0, 1.0, -1.0]]), returns_BT=torch.tensor([[3.0, 0.5, 2.5]]))
     outputs = PolicyOutputs(
@@ -98,7 +98,7 @@ def test_metrics_table() -> None:
 
 
 def test_without_values_it_says_so() -> None:
-    ppo, experience = Ppo(PpoConfig()), sample_experience(7)
+    ppo, experience = Ppo(PpoOptions()), sample_experience(7)
     with pytest.raises(ValueError, match="the experience has none"):
         ppo.credit(replace(experience, values_BT=None), kl_coef=0.1)
     minibatch = Minibatch.from_rows(ppo.credit(experience, kl_coef=0.1), torch.arange(8))

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from app.algorithms.rloo import Rloo, RlooConfig
+from app.algorithms.rloo import Rloo, RlooOptions
 from app.algorithms.surrogate import Surrogate
 from app.numerics import leave_one_out
 from tests.bigram_models import one_row, sample_experience
@@ -20,16 +20,16 @@ def test_advantages_table() -> None:
     scores_B = torch.tensor([1.0, 5.0, 2.0, 0.0, 5.0, 2.0, 6.0, 8.0], dtype=torch.float64)
     experience = replace(sample_experience(1), scores_B=scores_B, values_BT=None)
     expected_B = torch.tensor([-3.0, -1.5, -1.5, -2.0, -1.5, 2.0, 4.5, 3.0], dtype=torch.float64)
-    credited = Rloo(RlooConfig()).credit(experience, kl_coef=0.0)
+    credited = Rloo(RlooOptions()).credit(experience, kl_coef=0.0)
     torch.testing.assert_close(credited.advantages_BT, expected_B[:, None] * credited.mask_BT)
 
 
 def test_reward_of_a_response_is_score_minus_its_summed_penalty() -> None:
     experience = replace(sample_experience(2), values_BT=None)
     kl_B = (experience.proximal_BT - experience.reference_BT).sum(1)
-    credited = Rloo(RlooConfig()).credit(experience, kl_coef=0.3)
+    credited = Rloo(RlooOptions()).credit(experience, kl_coef=0.3)
     shifted = replace(experience, scores_B=experience.scores_B - 0.3 * kl_B)
-    without = Rloo(RlooConfig(), Surrogate(kl_in_reward=False)).credit(shifted, kl_coef=0.3)
+    without = Rloo(RlooOptions(), Surrogate(kl_in_reward=False)).credit(shifted, kl_coef=0.3)
     torch.testing.assert_close(credited.advantages_BT, without.advantages_BT)
 
 
@@ -52,4 +52,4 @@ def test_the_baseline_leaves_the_gradient_unbiased() -> None:
 
 def test_needs_groups() -> None:
     with pytest.raises(ValueError, match="no groups_B"):
-        Rloo(RlooConfig()).credit(one_row(values_BT=None), kl_coef=0.1)
+        Rloo(RlooOptions()).credit(one_row(values_BT=None), kl_coef=0.1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from app.algorithms import ALGORITHMS
-from app.algorithms.ppo import Ppo, PpoConfig
+from app.algorithms.ppo import Ppo, PpoOptions
 from app.algorithms.surrogate import Surrogate, SurrogateConfig
 from app.experience import Minibatch, PolicyOutputs, Totals
 from tests.bigram_models import Models, one_row, sample_experience, sum_of_losses
@@ -21,7 +21,7 @@ THREE = Totals(tokens=3, sequences=1)
 
 def minibatch_of(**changes: object) -> Minibatch:
     """One row of three tokens with advantages 1, 1, -1; proximal -1, -2, -1, reference -1.5, -1, -3."""
-    credited = Ppo(PpoConfig()).credit(one_row(), kl_coef=0.5)
+    credited = Ppo(PpoOptions()).credit(one_row(), kl_coef=0.5)
     minibatch = Minibatch.from_rows(credited, torch.tensor([0]))
     return replace(minibatch, **{"advantages_BT": torch.tensor([[1.0, 1.0, -1.0]]), **changes})  # type: ignore[arg-type]
 
@@ -31,7 +31,7 @@ def outputs_of(logprobs_BT: torch.Tensor) -> PolicyOutputs:
 
 
 def test_lag_weights_the_policy_loss_only_where_asked() -> None:
-    models, ppo, late = Models.after(4), Ppo(PpoConfig()), Ppo(PpoConfig(), Surrogate(max_lag=1))
+    models, ppo, late = Models.after(4), Ppo(PpoOptions()), Ppo(PpoOptions(), Surrogate(max_lag=1))
     credited = ppo.credit(sample_experience(4), kl_coef=0.1)
     fresh = replace(credited, behaviour_BT=credited.proximal_BT)
     assert sum_of_losses(ppo, models, credited, ROWS).policy == sum_of_losses(ppo, models, fresh, ROWS).policy
@@ -103,7 +103,7 @@ def test_entropy_bonus_is_subtracted() -> None:
 def test_terms_share_the_mean_over_sequences() -> None:
     """Two rows of one and three tokens: per sequence the first token weighs three times as much in every term."""
     models, surrogate = Models.after(9), Surrogate(SurrogateConfig(entropy_coef=0.1), kl_in_loss="k3")
-    credited = Ppo(PpoConfig()).credit(sample_experience(9), kl_coef=0.2)
+    credited = Ppo(PpoOptions()).credit(sample_experience(9), kl_coef=0.2)
     everything = Minibatch.from_rows(credited, torch.arange(8))
     totals = Totals(tokens=int(credited.mask_BT.sum()), sequences=8)
     actual, _ = surrogate.loss(models.outputs(everything.tokens), everything, totals, per_sequence=True)

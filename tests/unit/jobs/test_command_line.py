@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -36,14 +38,21 @@ def test_help_names_what_a_value_is_chosen_from_and_keys_as_they_are_typed(capsy
     for line in (
         '--model.precision ("fp32"): fp32 | bf16 | fp16',
         '--alarms.kl.action ("warn"): warn | stop | off',
-        "--ppo.kl.place (null): reward | loss | both | null",
+        "--ppo.kl.place (not set): reward | loss | both | null",
         "--tracking.also ([]): list of wandb | mlflow",
         "--ppo.steps (100)",
-        "--data.sets.NAME.path (null)",
+        "--data.sets.NAME.path (not set)",
+        "--reward.parts.NAME.type (required)",
         "--reward.parts.NAME.weight (1.0)",
     ):
         assert f"  {line}" in lines
     assert not any(line.startswith("  --data.sets.path") for line in lines)
+
+
+@pytest.mark.parametrize("module", ["jobs", "jobs.main"])
+def test_the_command_line_runs_as_a_module(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: corral")
 
 
 @pytest.mark.parametrize("command", TOOLS)

@@ -15,7 +15,7 @@ import pytest
 from ray.job_submission import JobStatus
 
 from app.process_record import me
-from app.tracking import LOG_FILE
+from app.run_layout import LOG_FILE
 from jobs import run_control
 from jobs.main import main
 from jobs.run_control import command_of, stop_seconds

@@ -16,7 +16,7 @@ from ray.job_submission import JobStatus
 
 from app.config.loading import load_recipe, with_values
 from app.errors import ConfigError, CorralError
-from app.run_folder import LOCK
+from app.run_layout import LOCK
 from jobs import job_server, packing
 from jobs.main import main
 from jobs.packing import EXCLUDES, missing_modules, pack, packages_of, run_folders

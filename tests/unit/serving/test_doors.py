@@ -113,6 +113,7 @@ def test_health_metadata_and_versions(client: TestClient, models: dict[str, Fake
 
 def test_score(tmp_path: Path) -> None:
     make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt_neox"}')
     client = http_client(fake_models(str(tmp_path)))
     assert client.post("/score", json={"model": "reward", "ids": [[1, 2], [3]]}).json() == {
         "model": "reward",

@@ -24,6 +24,7 @@ from app.rewards.mix import Part, RewardMix, one_reward_model
 from app.rewards.reward_model import RewardModelReward
 from app.stages.actor_learner import LoopState, Parts, actor_learner_loop, check_lag, collect_experience
 from app.stages.rollout_stream import ScoredRollouts
+from tests.counted_calls import calls_of
 from tests.unit.stages.pending import Done, Sampled
 
 RESPONSE = 3
@@ -161,6 +162,17 @@ def test_lag_samples_ahead_of_the_update_and_ends_with_nothing_in_flight(tmp_pat
         *("sample@0", "sample@0", "update", "publish 1"),
         *("sample@1", "update", "publish 2", "update", "publish 3"),
     ]
+
+
+def test_what_a_step_does_grows_no_faster_than_its_batch(tmp_path: Path) -> None:
+    """A loop over the batch inside another one would, at thousands of samples, leave the learner waiting for its controller."""
+
+    def work(samples: int) -> int:
+        step = config(steps=1, batch_size=samples, micro_batch_size=1, save_every=2)
+        return calls_of(lambda: actor_learner_loop(parts(World(), tmp_path), step, LoopState(), seed=0))
+
+    work(4)  # what is called only once
+    assert work(512) < 1.5 * 8 * work(64)
 
 
 def test_rewards_reach_the_log(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from app.storage import mirror as module
 from app.storage.lease import NAME, Lease
 from app.storage.mirror import INDEX, Mirror
 from app.storage.place import Place, open_place
+from tests.waiting import wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -268,19 +269,12 @@ def test_a_run_that_had_not_begun_binds_nothing(url: str, tmp_path: Path) -> Non
     Session(url, tmp_path / "b", run={"dir": str(tmp_path / "b"), "storage": url, "seed": 2})
 
 
-def wait_for(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
 def test_new_checkpoints_are_sent_while_the_run_works(url: str, tmp_path: Path) -> None:
     session = Session(url, tmp_path / "run")
     session.mirror.start(session.path)
     session.run.record_data("0" * 64)
     session.save(1)
-    wait_for(lambda: session.mirror.place.read("sft/checkpoints/step-00000001/manifest.json"))
+    wait_until(lambda: session.mirror.place.read("sft/checkpoints/step-00000001/manifest.json"))
     (session.path / "summary.json").write_text("{}")
     session.mirror.close()
     assert session.mirror.place.read("summary.json") == b"{}"
@@ -299,12 +293,12 @@ def test_an_outage_is_told_once_and_at_the_end_an_error(tmp_path: Path, monkeypa
     replacing = Place._replacing
     monkeypatch.setattr(Place, "_replacing", broken)
     session.run.record_data("0" * 64)
-    wait_for(lambda: told)
+    wait_until(lambda: told)
     time.sleep(0.05)
     assert len(told) == 1
     assert "No space left" in told[0]
     monkeypatch.setattr(Place, "_replacing", replacing)
-    wait_for(lambda: len(told) == 2)
+    wait_until(lambda: len(told) == 2)
     assert "is written again" in told[1]
     monkeypatch.setattr(Place, "_replacing", broken)
     (session.path / "summary.json").write_text("{}")
@@ -400,8 +394,8 @@ def test_a_checkpoint_of_a_trial_is_sent_when_it_is_there_and_goes_when_it_is_re
     place = session.mirror.place
     for step in (1, 2, 3):
         session.save(step)
-        wait_for(lambda step=step: place.read(f"tune/trial_a/checkpoints/step-{step:08d}/manifest.json"))
-    wait_for(lambda: place.inside("tune/trial_a/checkpoints").folders() == ["step-00000002", "step-00000003"])
+        wait_until(lambda step=step: place.read(f"tune/trial_a/checkpoints/step-{step:08d}/manifest.json"))
+    wait_until(lambda: place.inside("tune/trial_a/checkpoints").folders() == ["step-00000002", "step-00000003"])
     session.mirror.close()
 
 
@@ -523,10 +517,10 @@ def test_a_folder_that_vanishes_while_it_is_looked_at_does_not_end_the_following
 
     monkeypatch.setattr(Mirror, "_manifests", vanishing)
     session.mirror.start(session.path)
-    wait_for(lambda: looks[0] >= 5)
+    wait_until(lambda: looks[0] >= 5)
     session.run.record_data("0" * 64)
     session.save(1)
-    wait_for(lambda: session.mirror.place.read("sft/checkpoints/step-00000001/manifest.json"))
+    wait_until(lambda: session.mirror.place.read("sft/checkpoints/step-00000001/manifest.json"))
     session.mirror.close()
 
 

@@ -20,6 +20,7 @@ from app.workers import nccl_transfer
 from app.workers.nccl_transfer import EngineActorsClient
 from app.workers.rollout_engine import RolloutEngine
 from app.workers.step_loop import StepLoop
+from tests.waiting import wait_until
 
 LONG = 10**6
 
@@ -85,10 +86,8 @@ class Actor:
 
     def wait_for_step(self) -> None:
         """Until the engine has taken one from now on."""
-        seen, end = len(self.core.log), time.monotonic() + 10
-        while "step" not in self.core.log[seen:]:
-            assert time.monotonic() < end
-            time.sleep(0.001)
+        seen = len(self.core.log)
+        wait_until(lambda: "step" in self.core.log[seen:], "a step", pause=0.001)
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ from app.workers import rollout
 from app.workers.pushed_policy import PushedPolicy, Shipment
 from app.workers.rollout import VllmRolloutPool, request_seed
 from app.workers.rollout_engine import Sampled
+from tests.counted_calls import calls_of
 
 
 @pytest.mark.parametrize("prompts", [1, 2, 7])
@@ -86,6 +87,15 @@ def test_every_rollout_stands_at_its_prompt_with_the_versions_of_its_tokens(monk
     assert [rollout.policy_version for rollout in rollouts] == [3, 4, 3, 4, 3, 4, 3]
     assert [rollout.ids.tolist() for rollout in rollouts] == [[10 + k] * (3 + k % 2) for k in range(7)]
     assert sampling[2] is rollouts[2]
+
+
+def test_what_a_batch_takes_grows_no_faster_than_its_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(count: int) -> int:
+        pool, prompts = pool_of([Engine(3), Engine(4)], monkeypatch), [Prompt(str(k), "", PROMPTS[0].ids) for k in range(count)]
+        return calls_of(lambda: pool.submit(prompts, seed=1).result())
+
+    work(2)  # what is called only once
+    assert work(512) < 1.5 * 8 * work(64)
 
 
 def test_what_a_dead_engine_had_not_finished_is_sampled_again_with_its_seeds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,9 @@ import torch
 from app.data.token_cache import TRAIN_FILE
 from app.durable import write_json
 from app.errors import CheckpointError, ConfigError, CorralError, NonFiniteError
+from app.run_layout import HELD_OUT_METRICS
 from app.workers import training_loop
-from app.workers.training_loop import HELD_OUT, Progress, TrainingLoop
+from app.workers.training_loop import Progress, TrainingLoop
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def test_the_best_model_is_taken_once_and_found_again_after_a_stop_before_the_co
     loop.job = SimpleNamespace(model_folder=tmp_path / "model")  # type: ignore[assignment]
     for folder, loss in ((tmp_path / "model", 2.0), (loop.best_folder, 1.0)):
         folder.mkdir()
-        write_json(folder / HELD_OUT, {"step": 6, "metrics": {"loss": loss}})
+        write_json(folder / HELD_OUT_METRICS, {"step": 6, "metrics": {"loss": loss}})
     assert loop.take_best() == {"loss": 1.0}
     assert not loop.best_folder.exists()
     assert loop.take_best() == {"loss": 1.0}, "the same command again, and no later evaluation was better"

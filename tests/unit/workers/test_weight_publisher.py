@@ -13,7 +13,7 @@ from app.errors import NonFiniteError, WeightPushError
 from app.workers.learner_group import RayLearner
 from app.workers.pushed_policy import PushedPolicy, Shipment
 from app.workers.rollout import VllmRolloutPool
-from app.workers.weight_transfer import WeightPublisher
+from app.workers.weight_publisher import WeightPublisher
 
 POLICY = PushedPolicy(Shipment((), bytes=100, whole=20), Shipment((), bytes=980, whole=980), scale=2.0, first=False)
 CANARIES = [np.arange(4, dtype=np.int32), np.arange(3, dtype=np.int32)]
