@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from app.errors import CheckpointError
 from app.process_record import runs_here
 from app.run_layout import MANIFEST, METRICS_FILE, PROGRESS_FILE
 from app.storage.place import Place
@@ -20,24 +21,25 @@ PATIENCE_SECONDS = 1800.0
 
 @dataclass(frozen=True)
 class RunStatus:
-    """state: `running`, `finished`, `interrupted` (stopped on request), `failed`, `killed` (ended without a word) or `unknown` (on a host
-    that this one cannot look at, and silent for longer than any wait of the run); active: when something last happened, unix seconds;
-    step of steps: of the stage that began last; alive: whether its process is there, None where that cannot be seen from here."""
+    """state: `running`, `finished`, `interrupted` (stopped on request), `failed`, `killed` (ended without a word), `unknown` (on a host
+    that this one cannot look at, and silent for longer than any wait of the run) or `unreadable`, of which only the reason is known;
+    started, active: when the last session began and when something last happened, unix seconds; step of steps: of the stage that began
+    last; alive: whether its process is there, None where that cannot be seen from here."""
 
     run: str
     state: str
-    command: str
-    stage: str | None
-    step: int | None
-    steps: int | None
-    finished_stages: tuple[str, ...]
-    started: float
-    active: float
-    host: str | None
-    pid: int | None
-    alive: bool | None
-    job: str | None
-    reason: str | None
+    command: str | None = None
+    stage: str | None = None
+    step: int | None = None
+    steps: int | None = None
+    finished_stages: tuple[str, ...] = ()
+    started: float | None = None
+    active: float | None = None
+    host: str | None = None
+    pid: int | None = None
+    alive: bool | None = None
+    job: str | None = None
+    reason: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -49,8 +51,16 @@ def find_runs(place: Place) -> list[RunStatus]:
     own = read_status(place)
     if own is not None:
         return [own]
-    found = [read_status(place.inside(name)) for name in place.folders()]
-    return sorted((status for status in found if status is not None), key=lambda status: -status.active)
+    found = [_status_or_why_not(place.inside(name)) for name in place.folders()]
+    return sorted((status for status in found if status is not None), key=lambda status: -(status.active or 0.0))
+
+
+def _status_or_why_not(place: Place) -> RunStatus | None:
+    """One spoilt folder does not hide the runs beside it."""
+    try:
+        return read_status(place)
+    except CheckpointError as error:
+        return RunStatus(place.url, "unreadable", reason=str(error))
 
 
 def read_status(place: Place) -> RunStatus | None:

@@ -64,8 +64,11 @@ def local_cpus() -> int:
 
 
 def object_store_bytes() -> int:
-    """Size of the object store of a Ray of our own: what is useful, and where there is little shared memory half of what is free."""
+    """Size of the object store of a Ray of our own: what is useful, and where there is little shared memory half of what is free. Where
+    there is none, Ray keeps the store on the disk."""
     least, most = OBJECT_STORE_BYTES
+    if not Path(SHARED_MEMORY).is_dir():
+        return least
     return max(least, min(most, int(shutil.disk_usage(SHARED_MEMORY).free * SHARED_MEMORY_SHARE)))
 
 

@@ -90,9 +90,8 @@ def show(runs: Sequence[Mapping[str, Any]], jobs: Sequence[Mapping[str, Any]], n
         table = Table(*(Column(name, overflow="fold") for name in ("run", "state", "command", "stage", "active", "where", "why")), box=None)
         for each in runs:
             where = each["job"] or (f"{each['host']}:{each['pid']}" if each["host"] else "")
-            table.add_row(
-                each["run"], each["state"], each["command"], stage_text(each), ago(now - each["active"]), where, each["reason"] or ""
-            )
+            active = "" if each["active"] is None else ago(now - each["active"])
+            table.add_row(each["run"], each["state"], each["command"] or "", stage_text(each), active, where, each["reason"] or "")
         out.print(table)
     if jobs:
         table = Table(*(Column(name, overflow="fold") for name in ("job", "state", "started", "run or command")), box=None)
@@ -121,8 +120,9 @@ def ago(seconds: float) -> str:
 TOOL = Tool(
     purpose="list runs, and the jobs of a cluster, with their state",
     details=(
-        "A run is running, finished, interrupted (stopped on request), failed, killed (ended without a word) or unknown (on another\n"
-        "host, and silent for longer than run.deadline_seconds). All but finished ones go on with the command that started them.\n\n"
+        "A run is running, finished, interrupted (stopped on request), failed, killed (ended without a word), unknown (on another\n"
+        "host, and silent for longer than run.deadline_seconds) or unreadable. All but finished ones go on with the command that\n"
+        "started them.\n\n"
         "example:\n  corral runs runs\n  corral runs s3://bucket/runs --address=http://head:8265 --json"
     ),
     add_arguments=add_arguments,

@@ -40,7 +40,8 @@ def _versions(lock: Path) -> dict[str, str]:
 def disks_of(run_dir: str | None, temporary: str | None = None) -> dict[str, str]:
     """What fills disks: run folders, Ray's logs and spilled objects, downloaded models."""
     models = os.environ.get("HF_HOME", "~/.cache/huggingface")
-    return {"run folders": run_dir or str(Path.cwd()), "temporary files": temporary or tempfile.gettempdir(), "models": models}
+    temporary = temporary or os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    return {"run folders": run_dir or str(Path.cwd()), "temporary files": temporary, "models": models}
 
 
 def imports() -> Check:

@@ -85,10 +85,14 @@ def test_runs_are_found_behind_a_url_and_a_broken_manifest_is_named(tmp_path: Pa
     (tmp_path / "no-run").mkdir()
     found = find_runs(open_place(f"file://{tmp_path}"))
     assert {status.run for status in found} == {f"file://{tmp_path}/a", f"file://{tmp_path}/b"}
-    assert found[0].active >= found[1].active
+    assert found[0].active is not None and found[1].active is not None and found[0].active >= found[1].active
     (tmp_path / "a" / "manifest.json").write_text("{")
+    sound, broken = find_runs(open_place(str(tmp_path)))
+    assert (sound.run, sound.state) == (str(tmp_path / "b"), "finished")
+    assert (broken.run, broken.state, broken.active) == (str(tmp_path / "a"), "unreadable", None)
+    assert broken.reason is not None and "a/manifest.json is no valid JSON" in broken.reason
     with pytest.raises(CheckpointError, match=r"a/manifest.json is no valid JSON"):
-        find_runs(open_place(str(tmp_path)))
+        find_runs(open_place(str(tmp_path / "a")))
 
 
 def test_the_job_of_a_run_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

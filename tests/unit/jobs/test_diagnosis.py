@@ -125,3 +125,9 @@ def test_as_json_with_an_unreadable_recipe(capsys: pytest.CaptureFixture[str], m
     assert not found["ok"]
     (recipe,) = [check for check in found["checks"] if check["name"] == "recipe"]
     assert "none.toml" in recipe["finding"] and recipe["remedy"] and recipe["node"] is None
+
+
+def test_the_disk_of_rays_temporary_files_is_where_ray_puts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    assert machine.disks_of(None)["temporary files"] == str(tmp_path)
+    assert machine.disks_of(None, "/elsewhere")["temporary files"] == "/elsewhere"

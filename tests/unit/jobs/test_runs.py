@@ -90,6 +90,10 @@ def test_runs_are_listed_with_their_state(tmp_path: Path, out: Output) -> None:
         "steps": 50,
         "reason": "loss is nan",
     }
+    (tmp_path / "b" / "manifest.json").write_text("{")
+    assert main(["runs", str(tmp_path)]) == 0
+    text = out()
+    assert [line.split()[1] for line in text.splitlines()[1:]] == ["failed", "unreadable"] and "is no valid JSON" in text
     assert main(["runs", str(tmp_path / "nowhere")]) == 0
     assert "no runs there" in out()
 

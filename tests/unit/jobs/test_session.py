@@ -86,3 +86,8 @@ def test_who_interrupts_the_last_sending_is_told_what_was_not_done(tmp_path: Pat
 
     with pytest.raises(Interrupted, match=r"file://.*kept lacks the last changes of .*run .stopped.: the same command sends them"):
         run()
+
+
+def test_a_machine_without_shared_memory_gets_the_smallest_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_ray, "SHARED_MEMORY", str(tmp_path / "none"))
+    assert local_ray.object_store_bytes() == local_ray.OBJECT_STORE_BYTES[0]
