@@ -110,6 +110,7 @@ def start_learner(
         seed=recipe.run.seed,
         trust_remote_code=recipe.model.trust_remote_code,
         pretraining=pretraining,
+        shares_gpu=recipe.rollout.shares_gpus,
     )
     return learner_group(spec, deadline_seconds=recipe.run.deadline_seconds, placement=placement)
 

@@ -42,6 +42,7 @@ class LearnerSpec:
     seed: int = 0
     trust_remote_code: bool = False
     pretraining: Path | None = None  # token cache of ppo.pretraining (see app.data.token_cache)
+    shares_gpu: bool = False  # with an engine, in turns
 
 
 def minibatch_rows(total: int, minibatches: int, *, seed: int, epoch: int) -> list[torch.Tensor]:
@@ -275,7 +276,10 @@ class LearnerWorker:
 
     def pushed_policy(self) -> PushedPolicy:
         """The policy as rank 0 puts it into Ray's object store. Collective."""
-        return self._outbox.push()
+        policy = self._outbox.push()
+        if self._spec.shares_gpu:
+            torch.cuda.empty_cache()  # what the update has used: the engine is the next to want it, and it is another process
+        return policy
 
     def policy_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Full parameters of the language model under its own names, adapters merged. Collective under ZeRO 3."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,3 +68,16 @@ def test_the_first_step_must_start_from_the_proximal_log_probs(apart: float, ref
             worker._mismatch(outputs, minibatch)
     else:
         assert worker._mismatch(outputs, minibatch) == pytest.approx(abs(apart))
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_on_a_gpu_that_an_engine_shares_the_memory_of_the_update_is_given_back_behind_the_push(
+    shares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal: list[str] = []
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: journal.append("given back"))
+    worker = LearnerWorker()
+    worker._spec = LearnerSpec("", "", "bf16", 1.0, PpoConfig(), shares_gpu=shares)
+    worker._outbox = SimpleNamespace(push=lambda: journal.append("pushed") or "policy")  # type: ignore[assignment]
+    assert worker.pushed_policy() == "policy"
+    assert journal == ["pushed", "given back"][: 1 + shares]
