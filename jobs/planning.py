@@ -163,6 +163,7 @@ def _time(plan: Plan, stage: StagePlan) -> str:
     if timing is None:
         return "no place for its processes" if not stage.slots else "takes no steps"
     phases = ", ".join(f"{name} {seconds:.3g}" for name, seconds in timing.phases.items() if seconds >= 0.01 * timing.seconds_per_step)
+    phases += "; they overlap" if timing.overlapped is not None else ""
     steps = "" if timing.steps is None else f", {timing.steps} steps"
     trials = f" a trial, {timing.trials} trials, {timing.concurrent} at a time" if timing.trials > 1 else ""
     return f"{timing.seconds_per_step:.3g} s a step{_money(plan, timing.seconds_per_step)} ({phases}){steps}{trials}"

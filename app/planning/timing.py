@@ -1,7 +1,8 @@
 """How long a step takes, from counted work and the rates of the hardware.
 
 The work is counted in `app.planning.work`; what a device reaches of its peak is a constant below. These are estimates to choose machines
-by, good to about a factor of two: sequences count at their full length unless a mean length is given, and phases follow one another.
+by, good to about a factor of two: sequences count at their full length unless a mean length is given, and phases follow one another unless
+PPO samples ahead of its learner.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from app.planning.memory import WIDTHS
 from app.planning.placement import StagePlacement
 from app.planning.roles import Role
 from app.planning.shapes import ModelShape, shape_of
+from app.planning.simulation import Phases, step_seconds
 from app.planning.trained import trained_model, value_head
 from app.planning.work import backward_flop, communication, decode_flop, flop, host_adam, micro_batches
 
@@ -51,15 +53,19 @@ class Device:
 @dataclass(frozen=True)
 class Timing:
     """Seconds of one step by phase; steps: how many there are, None where the data decides. A search runs that for each of its trials,
-    `concurrent` at a time; to its end at most, for schedulers stop some before."""
+    `concurrent` at a time; to its end at most, for schedulers stop some before. overlapped: seconds of a usual step whose phases do not
+    wait for each other."""
 
     phases: Mapping[str, float]
     steps: int | None
     trials: int = 1
     concurrent: int = 1
+    overlapped: float | None = None
 
     @property
     def seconds_per_step(self) -> float:
+        if self.overlapped is not None:
+            return self.overlapped
         return sum(self.phases.values())
 
     @property
@@ -178,15 +184,35 @@ class Estimate:
         texts += backward_flop(policy, ppo, mixed, longest, targets=mixed, recomputed=recomputed)
         update = ppo.epochs * (backward + (0 if ppo.reuse_forward else forward)) + steps * texts
         engine = next(role for role in stage.roles if role.name == "engine")
+        own = forward / ranks / learner.rate
         phases = {
             "rollout": self.rollout(policy, engine, answer),
-            "score": max(*scoring, forward / ranks / learner.rate),
+            "score": max(*scoring, own),
             "update": update / ranks / learner.rate,
             "communication": steps * per_step,
             "host_adam": steps * host_adam(trained, ds, ranks),
             "push": stage.push.trained / OBJECT_STORE_RATE if stage.push else self.width * policy.parameters / learner.link,
         }
-        return Timing(phases, ppo.steps, self.trials if stage.name == "tune" else 1, stage.trials)
+        trials = self.trials if stage.name == "tune" else 1
+        return Timing(phases, ppo.steps, trials, stage.trials, self.overlapped(phases, judging=max(scoring), own=own))
+
+    def overlapped(self, phases: Mapping[str, float], *, judging: float, own: float) -> float | None:
+        """Seconds of a usual step where engines sample ahead; reward model and reference judge as they do, and slower ones hold them up.
+        own: of the score phase what the learner computes itself."""
+        ppo = self.recipe.ppo
+        ahead = ppo.max_lag - (ppo.prompts_carried_over > 0)
+        if ahead < 1:
+            return None
+        learning = phases["update"] + phases["communication"] + phases["host_adam"]
+        loop = Phases(max(phases["rollout"], judging), own, learning, phases["push"])
+        return step_seconds(loop, max_lag=ahead, side_by_side=self.side_by_side)
+
+    @property
+    def side_by_side(self) -> float:
+        """How fast engines and learners are while both work, in parts of their speed alone: on CPUs that they share."""
+        busy = [workers for workers in (self.recipe.rollout.engines, self.recipe.ppo.workers) if not workers.gpus]
+        asked = sum(workers.count * workers.threads for workers in busy)
+        return min(1.0, sum(node.cpus for node in self.cluster.nodes) / asked) if len(busy) > 1 else 1.0
 
     def rollout(self, policy: ModelShape, engine: Role, answer: int) -> float:
         """Prefill, then one token of every running sequence per step; sequences beyond what the KV cache holds wait for the next wave."""

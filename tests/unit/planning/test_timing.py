@@ -101,8 +101,8 @@ def test_what_is_trained_is_what_is_reduced_and_gathered() -> None:
     assert volume(1, ranks=1) == 0.0 and volume(1, ranks=4) == 1.5 * volume(1)
 
 
-def timing(recipe: Recipe, command: str = "ppo") -> Timing:
-    found = make_plan(recipe, command, cluster_from_spec(A100)).stages[-1].timing
+def timing(recipe: Recipe, command: str = "ppo", cluster: str = A100) -> Timing:
+    found = make_plan(recipe, command, cluster_from_spec(cluster)).stages[-1].timing
     assert found is not None
     return found
 
@@ -196,3 +196,28 @@ def test_a_reward_models_gradients_have_no_output_head() -> None:
     link = cluster_from_spec(A100).nodes[0].gpu
     assert found is not None and link is not None
     assert found.phases["communication"] == pytest.approx(2 * 2 * shape.trunk * (ranks - 1) / ranks / link.link)
+
+
+@pytest.mark.parametrize("engines", [1, 4])
+def test_with_a_lag_a_step_takes_as_long_as_the_slower_of_engines_and_learner(engines: int) -> None:
+    """All on devices of their own: the next batch is sampled and judged while this one is learnt from; a push interrupts both."""
+    apart = {"rollout.colocate": False, "rollout.engines.count": engines}
+    found, waiting = (timing(with_values(PPO_12B, {**apart, "ppo.max_lag": lag}), cluster="4x8xA100-80GB") for lag in (1, 0))
+    assert found.phases == waiting.phases and waiting.overlapped is None
+    assert waiting.seconds_per_step == pytest.approx(sum(waiting.phases.values()))
+    sampling = max(found.phases["rollout"], found.phases["score"]) + found.phases["push"]
+    learning = sum(found.phases[name] for name in ("update", "communication", "host_adam", "push"))
+    assert max(sampling, learning) * 0.999 <= found.seconds_per_step <= max(sampling, learning + found.phases["score"]) * 1.001
+    assert found.seconds_per_step < waiting.seconds_per_step
+
+
+def test_on_cores_that_all_share_a_lag_gains_nothing() -> None:
+    recipe = load_recipe(ROOT / "jobs" / "recipes" / "smollm2" / "ppo.toml")
+    one = Cluster("one", (Machine("small", cpus=1, memory=64 * 2**30),))
+    shared = {"rollout.engines.threads": 1, "ppo.workers.threads": 1, "ppo.workers.count": 1, "rollout.engines.count": 1}
+    cpus = {f"{role}.cpus": 0.2 for role in ("rollout.engines", "ppo.workers", "scoring.reward", "scoring.reference")}
+    lagging, waiting = (
+        make_plan(with_values(recipe, {**shared, **cpus, "ppo.max_lag": lag}), "ppo", one, Workload()).stages[-1].timing for lag in (1, 0)
+    )
+    assert lagging is not None and waiting is not None
+    assert waiting.seconds_per_step * 0.6 < lagging.seconds_per_step <= waiting.seconds_per_step * 1.001
