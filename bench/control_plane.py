@@ -105,7 +105,7 @@ class FakeCluster:
         from app.rewards.mix import one_reward_model
         from app.stages.actor_learner import LoopState, Parts, actor_learner_loop
         from app.workers.learner_group import RayLearner
-        from app.workers.rollout import VllmRolloutPool
+        from app.workers.rollout_pool import VllmRolloutPool
         from app.workers.weight_publisher import WeightPublisher
 
         workers, recorder, scorer = self._learners[: size.learners], Recorder(), FakeScorer()

@@ -201,7 +201,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from app.stages.actor_learner import LoopState, Parts, actor_learner_loop
     from app.workers.learner import LearnerSpec
     from app.workers.learner_group import learner_group
-    from app.workers.rollout import rollout_pool
+    from app.workers.rollout_pool import rollout_pool
     from app.workers.weight_publisher import WeightPublisher
     from jobs.local_ray import running_ray
     from serve.scoring import start_scoring

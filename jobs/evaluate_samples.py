@@ -117,7 +117,7 @@ def sample(
     from app.models.context import context_of, require_context
     from app.models.load import seen_from_anywhere
     from app.planning.placement import check_feasible
-    from app.workers.rollout import rollout_pool
+    from app.workers.rollout_pool import rollout_pool
     from jobs import local_ray
 
     longest_prompt = max(len(request.ids) for request in wanted)

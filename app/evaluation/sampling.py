@@ -14,7 +14,7 @@ from app.evaluation.sampling_config import SamplingConfig
 from app.evaluation.sampling_report import PromptResults, SamplingResult
 from app.experience import IntArray
 from app.formats.records import Message, PromptItem
-from app.workers.rollout import request_seed
+from app.workers.sampling import request_seed
 
 REQUESTS_PER_CALL = 256
 """Answers that are sampled together, so that progress is seen and a failure found early."""

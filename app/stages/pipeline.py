@@ -30,7 +30,7 @@ from app.stages.rewards import MAIN, StartScoring, served_reward_models
 from app.stages.sft import train_sft
 from app.tracking import RunTracker
 from app.workers.memory import PeakMemory, raylet_pids
-from app.workers.rollout import VllmRolloutPool
+from app.workers.rollout_pool import VllmRolloutPool
 from app.workers.shared_gpus import PlacedRecipe, shared_gpus
 
 STAGES = ("sft", "rm", "ppo")

@@ -34,7 +34,7 @@ from app.stages.rewards import MAIN, StartScoring, open_reward, rewriting_note, 
 from app.tracking import RunTracker
 from app.workers.learner import LearnerSpec
 from app.workers.learner_group import RayLearner, learner_group
-from app.workers.rollout import Note, VllmRolloutPool, rollout_pool
+from app.workers.rollout_pool import Note, VllmRolloutPool, rollout_pool
 from app.workers.weight_publisher import WeightPublisher, canaries_of
 
 

@@ -6,7 +6,6 @@ side dies at, a checkpoint or a finished stage is whole there or does not count.
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +14,9 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from app.durable import damage, read_json, write_json
-from app.errors import CheckpointError, StorageError, first_line
-from app.run_folder import is_blank, refuse_other_config
-from app.run_layout import BEST_MODEL, HELD_OUT_METRICS, LOGS, MANIFEST, SEARCH
+from app.errors import StorageError, first_line
+from app.run_layout import BEST_MODEL, HELD_OUT_METRICS, MANIFEST, SEARCH
+from app.storage.filling import THREADS, fill, write_index
 from app.storage.lease import Lease
 from app.storage.mirrored_files import (
     CHECKPOINT_FOLDERS,
@@ -26,22 +24,16 @@ from app.storage.mirrored_files import (
     checkpoint_of,
     is_search_record,
     is_tracked,
-    needed,
     order,
     rank,
-    stamp_of,
     stamp_or_none,
     tracked,
-    unfinished_checkpoints,
 )
 from app.storage.place import Place
 
-INDEX = ".storage.json"
-"""In the local folder: what the URL has of it, so that a restart in the same folder sends only what has changed."""
 POLL_SECONDS, FLUSH_SECONDS = 2.0, 60.0
 """Between two looks for a new manifest, and the longest time that metrics wait when there is none."""
 RETRY_SECONDS = (1.0, 5.0, 20.0)
-THREADS = 4
 
 
 class Mirror:
@@ -63,31 +55,13 @@ class Mirror:
 
         Raises CheckpointError where the URL holds a run of another configuration, or another run than the folder, and StorageError.
         """
+        self._path = path
         try:
-            self._fill(path, identity)
+            self._sent = fill(path, self.place, identity, self._tell)
         except OSError as error:
             raise StorageError(
                 f"{self.place.url}: the run cannot be fetched ({first_line(error)}); the same command tries again"
             ) from error
-
-    def _fill(self, path: Path, identity: Mapping[str, Any]) -> None:
-        self._path = path
-        there = self._manifest_there()
-        if there is None or is_blank(there):
-            return
-        refuse_other_config(self.place.url, there, identity)
-        here = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else None
-        relation = "behind" if here is None or is_blank(here) else lineage(here["sessions"], there["sessions"])
-        if relation == "other":
-            raise CheckpointError(
-                f"run folder {path} and {self.place.url} hold two different runs: choose another --run.dir or another --run.storage"
-            )
-        if relation == "behind":
-            if here is None or is_blank(here):
-                self._require_own()
-            self._fetch()
-        else:
-            self._sent = self._read_index()
 
     def start(self, path: Path) -> None:
         """Send what the URL lacks, and follow the folder from now on. Raises StorageError."""
@@ -194,7 +168,7 @@ class Mirror:
                 committed.append(name)
         self._forget(files, committed)
         with suppress(OSError):  # a full disk here; an old index only has more sent again
-            write_json(self._path / INDEX, {"url": self.place.url, "files": self._sent})
+            write_index(self._path, self.place, self._sent)
 
     def _send(self, name: str, stamp: Stamp) -> bool:
         """False where the file has changed or gone since it was listed; the next push sees what took its place."""
@@ -246,45 +220,6 @@ class Mirror:
                     self.place.delete(f"{checkpoints}/{checkpoint}/{MANIFEST}")
                     self.place.delete_folder(f"{checkpoints}/{checkpoint}")
 
-    def _require_own(self) -> None:
-        """CheckpointError where the folder, which holds no run yet, holds files of someone else: a fetch would delete them."""
-        if self._index()["url"] == self.place.url:
-            return  # what a fetch left that was cut short, or a run that ended before it had read its data
-        others = (name for name, _ in tracked(self._path) if name != MANIFEST and PurePosixPath(name).parts[0] != LOGS)
-        if (other := next(others, None)) is not None:
-            raise CheckpointError(
-                f"run folder {self._path} holds no run but other files, such as {other}, and a run would be fetched into it from "
-                f"{self.place.url}: choose another --run.dir"
-            )
-
-    def _fetch(self) -> None:
-        """Make the folder what the URL holds."""
-        there = self.place.files()
-        self._tell(f"storage: fetching the run from {self.place.url}")
-        write_json(self._path / INDEX, {"url": self.place.url, "files": {}})  # if it is cut short, the next one knows what it finds
-        for folder in [folder for pattern in CHECKPOINT_FOLDERS for folder in self._path.glob(pattern)]:
-            shutil.rmtree(folder)
-        for name, _ in list(tracked(self._path)):
-            (self._path / name).unlink()
-        self._get(needed(there))
-        for checkpoints in unfinished_checkpoints(there):
-            for checkpoint in checkpoints:
-                self._get([name for name in there if name.startswith(f"{checkpoint}/")])
-                if is_whole(self._path / checkpoint):
-                    break
-        self._get([MANIFEST])  # last of all: a folder without it is filled again
-        write_json(self._path / INDEX, {"url": self.place.url, "files": self._sent})
-
-    def _get(self, names: Sequence[str]) -> None:
-        def get(name: str) -> None:
-            self.place.get(name, self._path / name)
-
-        for manifests in (False, True):
-            some = [name for name in names if (rank(name) > 0) == manifests]
-            with ThreadPoolExecutor(THREADS) as pool:
-                list(pool.map(get, some))
-        self._sent |= {name: stamp_of(self._path / name) for name in names}
-
     def _manifests(self) -> dict[str, Stamp]:
         """Every manifest of the folder as it is now."""
         found = {}
@@ -307,41 +242,3 @@ class Mirror:
                 if stamp_or_none(self._path / name) == before:
                     found[name] = (before, content)
         return found
-
-    def _manifest_there(self) -> dict[str, Any] | None:
-        content = self.place.read(MANIFEST)
-        if content is None:
-            return None
-        manifest = self.place.parsed(MANIFEST, content, "choose another run.storage")
-        if not isinstance(manifest, dict):
-            raise CheckpointError(f"{self.place.url}/{MANIFEST} is no manifest of a run: choose another run.storage")
-        return manifest
-
-    def _read_index(self) -> dict[str, Stamp]:
-        """What an earlier session has sent from this folder to this URL; without the file, or for another URL, everything goes again."""
-        index = self._index()
-        return {name: (size, changed) for name, (size, changed) in index["files"].items()} if index["url"] == self.place.url else {}
-
-    def _index(self) -> dict[str, Any]:
-        """As `_push` and `_fetch` write it."""
-        return read_json(self._path / INDEX) if (self._path / INDEX).is_file() else {"url": None, "files": {}}
-
-
-def lineage(here: Sequence[Mapping[str, Any]], there: Sequence[Mapping[str, Any]]) -> str:
-    """How a folder stands to a URL, by the sessions that both have seen: `ahead` (or level), `behind`, or `other`, another run.
-
-    >>> lineage([{"started": 1.0}, {"started": 2.0}], [{"started": 1.0}]), lineage([{"started": 1.0}], [{"started": 2.0}])
-    ('ahead', 'other')
-    """
-    mine, theirs = ([session["started"] for session in sessions] for sessions in (here, there))
-    if mine[: len(theirs)] == theirs:
-        return "ahead"
-    return "behind" if mine[:1] == theirs[:1] else "other"
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint arrived as its manifest says."""
-    try:
-        return damage(checkpoint, read_json(checkpoint / MANIFEST)["files"]) is None
-    except (CheckpointError, KeyError):
-        return False

@@ -18,7 +18,7 @@ from app.experience import FloatArray, IntArray, Rollout
 
 if TYPE_CHECKING:
     from app.workers.learner_group import RayLearner
-    from app.workers.rollout import VllmRolloutPool
+    from app.workers.rollout_pool import VllmRolloutPool
 
 CANARIES = 2
 

@@ -21,7 +21,7 @@ from app.models.heads import init_reward_model, save_reward_model
 from app.models.load import load_causal_lm, load_tokenizer
 from app.workers.learner import LearnerSpec
 from app.workers.learner_group import RayLearner, learner_group
-from app.workers.rollout import VllmRolloutPool, rollout_pool
+from app.workers.rollout_pool import VllmRolloutPool, rollout_pool
 from app.workers.weight_publisher import WeightPublisher, canaries_of, canary_mismatch
 from tests.tiny_models import VOCABULARY, make_llama, make_neox
 

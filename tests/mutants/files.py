@@ -4,14 +4,17 @@ ADVANTAGES, GROUPS, KL = "app/numerics/advantages.py", "app/numerics/groups.py",
 LOGPROBS, MASKED, LOSS = "app/numerics/logprobs.py", "app/numerics/masked.py", "app/numerics/policy_loss.py"
 REWARDS, MOMENTS = "app/numerics/rewards.py", "app/numerics/moments.py"
 ALGORITHM, CREDIT, SURROGATE, SHAPING = (f"app/algorithms/{name}.py" for name in ("algorithm", "credit", "surrogate", "shaping"))
-LOOP, LEARNER, ROLLOUT, PUSH = (
+LOOP, LEARNER, POOL, SAMPLING, PUSH = (
     "app/stages/actor_learner.py",
     "app/workers/learner.py",
-    "app/workers/rollout.py",
+    "app/workers/rollout_pool.py",
+    "app/workers/sampling.py",
     "app/workers/weight_publisher.py",
 )
+CHECKPOINT = "app/checkpoint.py"
 ENGINE, STREAM = "app/workers/rollout_engine.py", "app/stages/rollout_stream.py"
 
+CHECKPOINT_TESTS = ("tests/unit/test_checkpoint.py",)
 GAE_TESTS = ("tests/oracle/test_literal_advantages.py", "tests/unit/numerics/test_advantages.py")
 GROUP_TESTS = ("tests/oracle/test_literal_groups.py",)
 KL_TESTS = ("tests/unit/numerics/test_kl.py",)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.files import LOOP, ROLLOUT, STREAM
+from tests.mutants.files import CHECKPOINT, CHECKPOINT_TESTS, LOOP, LOOP_TESTS, POOL, SAMPLING, STREAM
 from tests.mutants.mutant import Mutant
 
 HEALING, LEARNERS = "app/stages/healing.py", "app/workers/learner_group.py"
@@ -11,7 +11,7 @@ HEALING_TESTS, POOL_TESTS = ("tests/unit/stages/test_healing.py",), ("tests/unit
 MUTANTS = (
     Mutant(
         "healing",
-        ROLLOUT,
+        POOL,
         "                self._bring_up_to_date(engine)\n            except EngineDiedError:\n                lost = engine",
         "                pass\n            except EngineDiedError:\n                lost = engine",
         "an engine that replaces another one samples with the weights of its folder",
@@ -19,7 +19,7 @@ MUTANTS = (
     ),
     Mutant(
         "healing",
-        ROLLOUT,
+        POOL,
         "            self._current = (method, args)\n",
         "            pass\n",
         "an engine that replaces another one gets the weights of an earlier push",
@@ -27,7 +27,7 @@ MUTANTS = (
     ),
     Mutant(
         "healing",
-        ROLLOUT,
+        POOL,
         '            self._current = ("pid", ())\n            if',
         "            if",
         "engines that start after the learner was lost are given its weights",
@@ -35,7 +35,7 @@ MUTANTS = (
     ),
     Mutant(
         "healing",
-        ROLLOUT,
+        SAMPLING,
         "missing = [place for place in share.places if place not in self._rollouts]",
         "missing = share.places",
         "responses that had ended are sampled a second time",
@@ -43,7 +43,7 @@ MUTANTS = (
     ),
     Mutant(
         "healing",
-        ROLLOUT,
+        SAMPLING,
         "if self._pool.exact:",
         "if not self._pool.exact:",
         "an exact run keeps half a batch of a lost engine",
@@ -51,7 +51,7 @@ MUTANTS = (
     ),
     Mutant(
         "healing",
-        ROLLOUT,
+        SAMPLING,
         "seeds = [self._prompts[i].ids for i in share.places], [self._seeds[i] for i in share.places]",
         "seeds = [self._prompts[i].ids for i in share.places], self._seeds[: len(share.places)]",
         "what is sampled again has other seeds",
@@ -59,7 +59,7 @@ MUTANTS = (
     ),
     Mutant(
         "healing",
-        ROLLOUT,
+        SAMPLING,
         "            if self._cancelled:\n                raise\n",
         "",
         "an engine is replaced for a batch that nobody wants",
@@ -90,5 +90,29 @@ MUTANTS = (
         "prompt_cursor=stream._drawn",
         "a run that goes on has lost the prompts that were being sampled",
         HEALING_TESTS,
+    ),
+    Mutant(
+        "healing",
+        LOOP,
+        "settle(wait_for_it=ending)",
+        "settle(wait_for_it=False)",
+        "a run that ends does not wait for its last checkpoint",
+        LOOP_TESTS,
+    ),
+    Mutant(
+        "healing",
+        CHECKPOINT,
+        "        self.settle()\n        commit: Future",
+        "        commit: Future",
+        "two checkpoints are committed at the same time",
+        CHECKPOINT_TESTS,
+    ),
+    Mutant(
+        "healing",
+        CHECKPOINT,
+        "state, saved = dict(state), time.time()",
+        "saved = time.time()",
+        "a checkpoint's state is that of a later moment than its parts",
+        CHECKPOINT_TESTS,
     ),
 )

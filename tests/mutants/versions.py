@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.files import ENGINE, LEARNER, LONG_TAIL_TESTS, LOOP, LOOP_TESTS, PUSH, ROLLOUT, STREAM, SURROGATE, SURROGATE_TESTS
+from tests.mutants.files import ENGINE, LEARNER, LONG_TAIL_TESTS, LOOP, LOOP_TESTS, PUSH, SAMPLING, STREAM, SURROGATE, SURROGATE_TESTS
 from tests.mutants.mutant import Mutant
 
 MUTANTS = (
@@ -72,7 +72,7 @@ MUTANTS = (
     ),
     Mutant(
         "version",
-        ROLLOUT,
+        SAMPLING,
         "place = share.places[index]",
         "place = share.places[-1 - index]",
         "responses of one engine stand at each other's prompts",

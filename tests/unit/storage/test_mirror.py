@@ -19,9 +19,11 @@ from app.config.recipe import Recipe
 from app.durable import tree_hash
 from app.errors import CheckpointError, StorageError
 from app.run_folder import RunFolder
+from app.storage import filling
 from app.storage import mirror as module
+from app.storage.filling import INDEX, read_index
 from app.storage.lease import NAME, Lease
-from app.storage.mirror import INDEX, Mirror
+from app.storage.mirror import Mirror
 from app.storage.place import Place, open_place
 from tests.waiting import wait_until
 
@@ -213,7 +215,7 @@ def test_only_changes_are_sent_and_deletions_follow(url: str, tmp_path: Path, mo
     path = first.path
     del first  # and with it the lock
     again = Session(url, path)
-    again.mirror._sent = again.mirror._read_index()
+    again.mirror._sent = read_index(again.path, again.mirror.place)
     sent: list[str] = []
     replacing = Place._replacing
     monkeypatch.setattr(Place, "_replacing", lambda self, name: (sent.append(name), replacing(self, name))[1])
@@ -533,6 +535,6 @@ def test_a_full_local_disk_is_no_fault_of_the_url(url: str, tmp_path: Path, monk
     def full(path: Path, value: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "write_json", full)
+    monkeypatch.setattr(filling, "write_json", full)
     session.mirror.push()
     assert session.mirror.place.read("sft/checkpoints/step-00000001/manifest.json")

@@ -13,10 +13,11 @@ from app.config.rollout import RolloutConfig
 from app.config.shared import WorkersConfig
 from app.errors import EngineDiedError, RolloutError
 from app.experience import Prompt
-from app.workers import rollout
+from app.workers import rollout_pool, sampling
 from app.workers.pushed_policy import PushedPolicy, Shipment
-from app.workers.rollout import VllmRolloutPool, request_seed
 from app.workers.rollout_engine import Sampled
+from app.workers.rollout_pool import VllmRolloutPool
+from app.workers.sampling import request_seed
 from tests.counted_calls import calls_of
 
 
@@ -29,7 +30,8 @@ def test_samples_come_back_in_order(prompts: int, engines: int, monkeypatch: pyt
         asked.append(len(ids))
         return [np.append(row, one["max_tokens"]) for row, one in zip(ids, settings, strict=True)]
 
-    monkeypatch.setattr(rollout, "collect", lambda calls, **_: calls)
+    for module in (rollout_pool, sampling):
+        monkeypatch.setattr(module, "collect", lambda calls, **_: calls)
     engine = SimpleNamespace(sample=SimpleNamespace(remote=sample))
     config = RolloutConfig(engines=WorkersConfig(count=engines))
     pool = VllmRolloutPool(lambda k: engine, config, deadline_seconds=1, note=print)
@@ -70,8 +72,9 @@ def pool_of(
         return references
 
     calls = {"wait": lambda streams, num_returns, timeout: (streams[:num_returns], []), "kill": lambda engine: None}
-    monkeypatch.setattr(rollout, "collect", collect)
-    monkeypatch.setattr(rollout, "ray", SimpleNamespace(**calls))
+    for module in (rollout_pool, sampling):
+        monkeypatch.setattr(module, "collect", collect)
+        monkeypatch.setattr(module, "ray", SimpleNamespace(**calls))
     waiting = iter(engines)
     settings = RolloutConfig(engines=WorkersConfig(count=2), max_restarts=restarts, **config)
     return VllmRolloutPool(lambda k: next(waiting), settings, deadline_seconds=1, note=lambda text: None, exact=exact)
@@ -140,7 +143,7 @@ def growing_pool(engines: Sequence[Engine], monkeypatch: pytest.MonkeyPatch, not
         up = [call for call in calls if getattr(call, "up", True)][:num_returns]
         return up, [call for call in calls if call not in up]
 
-    monkeypatch.setattr(rollout.ray, "wait", wait)
+    monkeypatch.setattr(rollout_pool.ray, "wait", wait)
     waiting = iter(engines)
     config = RolloutConfig(engines=WorkersConfig(count=2), min_engines=1)
     pool = VllmRolloutPool(lambda k: next(waiting), config, deadline_seconds=1, note=notes.append)

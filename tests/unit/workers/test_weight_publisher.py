@@ -12,7 +12,7 @@ import pytest
 from app.errors import NonFiniteError, WeightPushError
 from app.workers.learner_group import RayLearner
 from app.workers.pushed_policy import PushedPolicy, Shipment
-from app.workers.rollout import VllmRolloutPool
+from app.workers.rollout_pool import VllmRolloutPool
 from app.workers.weight_publisher import WeightPublisher
 
 POLICY = PushedPolicy(Shipment((), bytes=100, whole=20), Shipment((), bytes=980, whole=980), scale=2.0, first=False)
