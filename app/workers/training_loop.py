@@ -27,8 +27,6 @@ from app.workers.shared_checkpoints import SharedCheckpoints
 from app.workers.stacks import write_stacks_on_signal
 from app.workers.supervised_task import TrainingJob, TrainingResult, WorkerOutcome
 
-"""In a trained model's folder: the step it is from, and its metrics on held-out data."""
-
 
 @dataclass
 class Progress:
