@@ -11,8 +11,6 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from app.config.loading import load_recipe
 from app.durable import tree_hash
@@ -26,35 +24,18 @@ def given_models(finished: Path) -> list[str]:
     return [f"--model.path={here}/sft/model", f"--reward.path={here}/rm/model"]
 
 
-@pytest.fixture(scope="module")
-def stranger(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A reward model of another tokenizer."""
-    return make_foreign_reward_model(tmp_path_factory.mktemp("stranger"))
-
-
-def test_evaluate_again_by_a_reward_model_of_another_tokenizer(
-    finished: Path, tmp_path: Path, summary: dict[str, Any], stranger: str
-) -> None:
-    """It scores each answer as its own tokenizer and chat template write it."""
-    code, output = run(["evaluate", SHRUNKEN, f"--run.dir={finished}", f"--reward.path={stranger}"], tmp_path / "log")
+def test_evaluate_again(finished: Path, tmp_path: Path, summary: dict[str, Any]) -> None:
+    code, output = run(["evaluate", SHRUNKEN, f"--run.dir={finished}"], tmp_path / "log")
     assert code == 0, output
-    tokenizer, model = AutoTokenizer.from_pretrained(stranger), AutoModelForSequenceClassification.from_pretrained(stranger)
-    rows = [json.loads(line) for line in (finished / "examples.jsonl").read_text().splitlines()]
-    assert len(rows) > 2
-    for row in rows:
-        turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["before"]}]
-        ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)
-        with torch.no_grad():
-            assert row["reward_before"] == pytest.approx(model(**ids).logits.item(), abs=1e-4)
     again = json.loads((finished / "summary.json").read_text())["evaluation"]
     # the same prompts and seeds: the SFT model's answers are the same, those of the exported PPO model nearly
     assert again["gold_before"] == summary["ppo"]["gold_before"]
     assert again["gold_after"]["mean"] == pytest.approx(summary["ppo"]["gold_after"]["mean"], abs=0.05)
 
 
-def test_search_over_ppo_with_these_models(finished: Path, tmp_path: Path, stranger: str) -> None:
+def test_search_over_ppo_with_these_models(finished: Path, tmp_path: Path) -> None:
     """Two trials at a time that share one scoring service, by an algorithm without a critic; the reward model has another tokenizer."""
-    folder = tmp_path / "run"
+    folder, stranger = tmp_path / "run", make_foreign_reward_model(tmp_path / "stranger")
     models = [*given_models(finished)[:1], f"--reward.path={stranger}", "--ppo.algorithm.name=grpo", "--ppo.samples_per_prompt=4"]
     code, output = run(["tune", MINIMAL, f"--run.dir={folder}", *models], tmp_path / "log")
     assert code == 0, output

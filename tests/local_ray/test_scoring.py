@@ -20,18 +20,22 @@ import ray
 import torch
 from ray import serve
 from ray.util.state import list_actors
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from app.config.scoring import ScoringConfig
 from app.config.shared import WorkersConfig
+from app.data.templates import build_template
 from app.errors import DeadlineError, ScoringError, ScoringTimeoutError
+from app.experience import FinishReason, Prompt, Rollout
 from app.models.forward import pad_sequences, sequence_logprobs
-from app.models.heads import load_reward_model, sequence_scores
-from app.models.load import load_causal_lm
+from app.models.heads import load_reward_model, reward_offset, sequence_scores
+from app.models.load import load_causal_lm, load_tokenizer
+from app.models.replies import Rewriter
+from app.rewards.reward_model import RewardModelReward
 from app.workers import scoring_client
 from app.workers.scoring_client import ServeScorer
 from serve.scoring import connect, start_scoring
-from tests.tiny_models import CONTEXT, VOCABULARY, make_llama, make_neox, make_reward_model
+from tests.tiny_models import CONTEXT, VOCABULARY, make_foreign_reward_model, make_llama, make_neox, make_reward_model
 from tests.waiting import wait_until
 
 TEMPERATURE, OFFSET = 0.7, 0.25
@@ -57,7 +61,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     root = tmp_path_factory.mktemp("models")
     reward = make_reward_model(root / "reward", make_llama(root / "llama"), reward_offset=OFFSET)
     reference = make_neox(root / "reference")
-    return Folders(reference, reward, make_reward_model(root / "second", reference, seed=1, reward_offset=OFFSET))
+    return Folders(reference, reward, make_foreign_reward_model(root / "second"))
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +89,7 @@ def reference_model(path: str) -> PreTrainedModel:
 @torch.no_grad()
 def direct_scores(folder: str, sequences: list[np.ndarray]) -> list[float]:
     model = reward_model(folder)
-    return [float(sequence_scores(model, *pad_sequences([ids]))) - OFFSET for ids in sequences]
+    return [float(sequence_scores(model, *pad_sequences([ids]))) - reward_offset(model) for ids in sequences]
 
 
 @torch.no_grad()
@@ -109,6 +113,24 @@ def test_a_further_reward_model_of_a_mix_is_one_more_model_of_the_service(scorer
     scores, logprobs = second.scores(sequences).result(), second.logprobs(sequences).result()
     np.testing.assert_allclose(scores, direct_scores(folders.second_reward, sequences), atol=1e-5)
     np.testing.assert_allclose(logprobs[-1], direct_logprobs(folders, sequences[-1]), atol=1e-5)
+
+
+def test_a_reward_model_of_another_tokenizer_scores_what_its_chat_template_makes_of_the_text(scorer: ServeScorer, folders: Folders) -> None:
+    """A finished answer, one that was cut off, and what plain transformers says of both."""
+    policy = build_template("auto", load_tokenizer(folders.reference))
+    judge = RewardModelReward(connect("scoring", CONFIG, "reward-2"), Rewriter.of(folders.second_reward, policy.decode))
+    rollouts = []
+    for finish, ending in ((FinishReason.STOP, [policy.eos_id]), (FinishReason.LENGTH, [])):
+        ids = np.array([*policy.encode_text("A planet, partner!"), *ending], np.int32)
+        prompt = Prompt("p", "Which?", np.array([7], np.int32), ({"role": "user", "content": "Which?"},))
+        rollouts.append(Rollout(prompt, 0, ids, np.zeros(len(ids), np.float32), finish, np.zeros(len(ids), np.int32)))
+    tokenizer = AutoTokenizer.from_pretrained(folders.second_reward)
+    model = AutoModelForSequenceClassification.from_pretrained(folders.second_reward)
+    turns = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "A planet, partner!"}]
+    ids_1S = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
+    with torch.no_grad():
+        expected = [model(input_ids=ids_1S).logits.item(), model(input_ids=ids_1S[:, :-2]).logits.item()]
+    assert judge.score(rollouts).result() == pytest.approx(expected, abs=1e-4)
 
 
 def test_nothing_to_score(scorer: ServeScorer) -> None:
