@@ -293,17 +293,23 @@ def test_a_commit_without_end_is_late(tmp_path: Path, disk: threading.Event) -> 
 SAVER = """
 import sys, time
 from pathlib import Path
-from app.checkpoint import CheckpointStore
+from app.checkpoint import CheckpointStore, OverlappedCheckpoints
 def write(folder):
     (folder / "weights.bin").write_bytes(b"x" * 50_000)
+store = CheckpointStore(Path(sys.argv[1]), keep=2)
+if sys.argv[2:]:
+    store = OverlappedCheckpoints(store, deadline_seconds=60)
 for step in range(1, 10_000):
-    CheckpointStore(Path(sys.argv[1]), keep=2).save(step, {"step": step}, write)
+    store.save(step, {"step": step}, write)
 """
 
 
-def test_sigkill_at_any_moment_leaves_a_complete_latest(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["overlapped"]])
+def test_sigkill_at_any_moment_leaves_a_complete_latest(tmp_path: Path, options: list[str]) -> None:
     for delay in (0.0, 0.013, 0.031):
-        process = subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(Path.cwd())})
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVER, str(tmp_path), *options], env={**os.environ, "PYTHONPATH": str(Path.cwd())}
+        )
         wait_until(lambda: list(tmp_path.glob("step-*")), "a checkpoint", process=process)
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
