@@ -9,8 +9,9 @@ from functools import lru_cache, partial
 from typing import TypeVar
 
 from app.errors import BadRequestError, ModelError
+from app.formats.records import Message
 from app.models.load import load_tokenizer
-from app.models.replies import ReplyEncoder, as_message
+from app.models.replies import ReplyEncoder
 
 KEPT = 8
 """Tokenizers in memory; of a model whose weights were swapped the old one goes."""
@@ -38,7 +39,7 @@ class Texts:
         a special token. Raises BadRequestError."""
 
         def encode(messages: Conversation) -> list[int]:
-            encoder, turns = self._encoder(path), [as_message(message) for message in messages]
+            encoder, turns = self._encoder(path), [Message.of(message) for message in messages]
             if len(turns) == 1 or turns[-1].role != "assistant":
                 return encoder.template.encode(turns, open_assistant=False)[0]
             (encoded,) = encoder.encode(turns[:-1], [turns[-1].content])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -29,6 +29,11 @@ class Message:
     role: MessageRole
     content: str
     labels: Labels | None = None
+
+    @classmethod
+    def of(cls, mapping: Mapping[str, str]) -> Message:
+        """From what `as_dict` gives."""
+        return cls(cast(MessageRole, mapping["role"]), mapping["content"])
 
     def as_dict(self) -> dict[str, str]:
         """The mapping that chat templates take."""

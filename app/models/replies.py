@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 from app.data.encoding import join_reply, kept_of_reply
 from app.data.templates import Template, build_template
 from app.experience import FinishReason, IntArray, Rollout
-from app.formats.records import Message, MessageRole
+from app.formats.records import Message
 from app.models.context import context_of
 from app.models.heads import has_reward_offset
 from app.models.load import load_tokenizer
@@ -83,12 +83,7 @@ class Rewriter:
 
     def __call__(self, rollout: Rollout) -> IntArray:
         """Prompt and response in the model's own token ids, int32 [s]. Raises ModelError where its template refuses the conversation."""
-        conversation = [as_message(message) for message in rollout.prompt.messages]
+        conversation = [Message.of(message) for message in rollout.prompt.messages]
         finished = rollout.finish is FinishReason.STOP
         (encoded,) = self.encoder.encode(conversation, [self.decode(rollout.ids)], finished=finished)
         return encoded.ids
-
-
-def as_message(message: Mapping[str, str]) -> Message:
-    """From its form in prompts and requests."""
-    return Message(cast(MessageRole, message["role"]), message["content"])

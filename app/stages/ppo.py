@@ -70,7 +70,7 @@ def gold_of(recipe: Recipe) -> Gold | None:
     """The embedded task's own judge, which no training ever sees; None on data whose truth is unknown."""
     if recipe.data.path != "embedded":
         return None
-    return lambda prompt, text: gold_score([Message(m["role"], m["content"]) for m in prompt.messages], text)  # type: ignore[arg-type]
+    return lambda prompt, text: gold_score([Message.of(message) for message in prompt.messages], text)
 
 
 def open_pool(
