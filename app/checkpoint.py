@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
@@ -20,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from app.background import in_thread
 from app.durable import damage, file_hashes, read_json, sync, sync_tree, write_json, writing
 from app.errors import CheckpointError, DeadlineError
 from app.run_layout import MANIFEST
@@ -177,17 +177,7 @@ class OverlappedCheckpoints:
         """As `CheckpointStore.save`, of which only the writing of the parts is waited for, and the commit before. Raises what either
         raises, and DeadlineError."""
         self.settle()
-        commit: Future[Path] = Future()
-        finish = self._store.stage(step, state, write)
-
-        def run() -> None:
-            try:
-                commit.set_result(finish())
-            except BaseException as error:  # noqa: BLE001 - raised again by `settle`
-                commit.set_exception(error)
-
-        self._commit = commit
-        threading.Thread(target=run, name="corral-checkpoint", daemon=True).start()
+        self._commit = in_thread(self._store.stage(step, state, write), "corral-checkpoint")
 
     def settle(self, *, wait_for_it: bool = True) -> None:
         """Raise what the commit under way has raised, after waiting for its end if wanted. Raises DeadlineError where it has none."""

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from functools import partial
 from pathlib import Path
 
 import ray.train
 from ray.train.torch import TorchTrainer
 
+from app.background import in_thread
 from app.config.training import TrainingConfig
 from app.data.batch_order import total_steps
 from app.data.mixture import Mixture
@@ -105,15 +105,7 @@ def _wait_for(
     trainer: TorchTrainer, channel: EventChannel, stop_requested: Callable[[], bool], *, phase: str, deadline_seconds: float
 ) -> WorkerOutcome:
     """Run the trainer in a thread, because in the main thread it would take over SIGINT, and pass a stop request on to the workers."""
-    future: Future[ray.train.Result] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(trainer.fit())
-        except Exception as error:  # noqa: BLE001 - raised again by future.result() below
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="corral-fit", daemon=True).start()
+    future = in_thread(trainer.fit, "corral-fit")
     asked, began = math.inf, channel.last_event
     while not wait([future], timeout=POLL_SECONDS).done:
         if stop_requested() and asked == math.inf:

@@ -102,8 +102,8 @@ MUTANTS = (
     Mutant(
         "healing",
         CHECKPOINT,
-        "        self.settle()\n        commit: Future",
-        "        commit: Future",
+        "        self.settle()\n        self._commit = in_thread",
+        "        self._commit = in_thread",
         "two checkpoints are committed at the same time",
         CHECKPOINT_TESTS,
     ),
