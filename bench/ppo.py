@@ -8,8 +8,8 @@ Natural lengths: `--prompts FILE` (a JSON string a line) through the model's cha
     .venv/bin/python bench/ppo.py --model FOLDER --steps 8 --peer PEERS/bin/python    # TRL takes a step after each of ours
     .venv/bin/python bench/ppo.py --model FOLDER --prompts prompts.jsonl --batch 16 --length 256
 
-The floor is the time that the operations of an iteration take at the rate of matrix products measured in the same process: each token
-sampled once, one forward pass of reward model and reference, one forward and backward pass of policy and critic.
+The floor is the time that the operations of an iteration take at the rate of matrix products measured between this iteration and the next:
+each token sampled once, one forward pass of reward model and reference, one forward and backward pass of policy and critic.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +70,18 @@ class Recorder:
 
 @dataclass
 class Turns:
-    """Publisher that ends every iteration: after the push, and before anything of the next iteration begins, the peer takes its step.
+    """Publisher that ends every iteration: after the push, and before anything of the next iteration begins, the machine is measured and
+    the peer takes its step.
 
-    peer_seconds: by push, the one before the first iteration included; idle: share of all cores' time, by iteration."""
+    By push, the one before the first iteration included: rates, FLOP/s of matrix products; peer_seconds; aside, seconds that belong to
+    no iteration. idle: share of all cores' time, by iteration."""
 
     publisher: Any
+    rate: Callable[[], float]
     peer: Callable[[], float] | None
+    rates: list[float] = field(default_factory=list)
     peer_seconds: list[float] = field(default_factory=list)
+    aside: list[float] = field(default_factory=list)
     idle: list[float] = field(default_factory=list)
     _before: Any = None
 
@@ -84,7 +91,10 @@ class Turns:
             after = psutil.cpu_times()
             passed = {name: getattr(after, name) - getattr(self._before, name) for name in after._fields if "guest" not in name}
             self.idle.append((passed["idle"] + passed["iowait"]) / sum(passed.values()))
+        began = time.perf_counter()
+        self.rates.append(self.rate())
         self.peer_seconds.append(self.peer() if self.peer else 0.0)
+        self.aside.append(time.perf_counter() - began)
         self._before = psutil.cpu_times()
         return push
 
@@ -119,14 +129,13 @@ def make_reward_model(model: str, folder: str) -> int:
     return int(config.vocab_size)
 
 
-def measured_machine(model: str) -> tuple[Shape, float]:
-    """Shape of the policy, and the matrix rate of its products with all cores."""
+def shape_of(model: str) -> Shape:
+    """Shape of the policy; products in this process use all cores from here on."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    shape = Shape.of(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32))
-    return shape, matrix_rate(shape)
+    return Shape.of(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32))
 
 
 def needed_flop(shape: Shape, tokens: Sequence[int], responses: int) -> float:
@@ -208,7 +217,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     ppo, rollout, scoring = configs(arguments)
     recorder = Recorder()
-    shape, rate = measured_machine(arguments.model)
+    shape = shape_of(arguments.model)
     with tempfile.TemporaryDirectory() as folder:
         reward_path = f"{folder}/reward"
         vocabulary = make_reward_model(arguments.model, reward_path)
@@ -233,33 +242,33 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                     pin(titles, core)
             canaries = [np.random.default_rng(0).integers(vocabulary, size=PROMPT_TOKENS + 8, dtype=np.int32)]
             publisher = WeightPublisher(learner, pool, canaries, limit=ppo.max_logprob_mismatch, nccl_tensor_parallel=None)
-            turns, lengths = Turns(publisher, peer_step), Lengths(learner)
+            turns, lengths = Turns(publisher, partial(matrix_rate, shape), peer_step), Lengths(learner)
             parts = Parts(
                 lengths, pool, turns, one_reward_model(scorer), scorer, recorder, recorder, PromptStream.over(prompts),
                 pad_id=0, max_new_tokens=rollout.max_new_tokens,
             )  # fmt: skip
             actor_learner_loop(parts, ppo, LoopState(), seed=0)
     flop = [needed_flop(shape, tokens, responses) for tokens, responses in zip(lengths.tokens, lengths.responses, strict=True)]
-    return summarise(recorder.steps, turns, lengths.responses, [each / rate for each in flop], rate, arguments)
+    return summarise(recorder.steps, turns, lengths.responses, flop, arguments)
 
 
 def summarise(
     steps: Sequence[Mapping[str, float]],
     turns: Turns,
     responses: Sequence[int],
-    floors: Sequence[float],
-    rate: float,
+    flop: Sequence[float],
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Medians over the iterations after the first; response tokens are those that count, end token included. floors: seconds."""
-    peers = turns.peer_seconds[1:]  # the push before the first iteration belongs to none
-    own = [step["seconds"] - peer_seconds for step, peer_seconds in zip(steps, peers, strict=True)]
+    """Medians over the iterations after the first; response tokens are those that count, end token included."""
+    peers, aside, rates = turns.peer_seconds[1:], turns.aside[1:], turns.rates[1:]  # the push before the first iteration belongs to none
+    own = [step["seconds"] - seconds for step, seconds in zip(steps, aside, strict=True)]
+    floors = [needed / rate for needed, rate in zip(flop, rates, strict=True)]
 
     def median(values: Sequence[float]) -> float:
         return statistics.median(values[1:] or values)
 
     phases = {phase: [step[f"seconds/{phase}"] for step in steps] for phase in PHASES}
-    phases["push"] = [spent - peer_seconds for spent, peer_seconds in zip(phases["push"], peers, strict=True)]
+    phases["push"] = [spent - seconds for spent, seconds in zip(phases["push"], aside, strict=True)]
     result: dict[str, Any] = {
         "tokens_per_second": median([count / spent for count, spent in zip(responses, own, strict=True)]),
         "samples_per_second": arguments.batch / median(own),
@@ -268,7 +277,7 @@ def summarise(
         "phase_share": {phase: median([part / whole for part, whole in zip(spent, own, strict=True)]) for phase, spent in phases.items()},
         "idle_share": median(turns.idle),
         "mean_length": sum(responses) / len(responses) / arguments.batch,
-        "matrix_gflops": rate / 1e9,
+        "matrix_gflops": median(rates) / 1e9,
         "floor_seconds": median(floors),
         "floor_share": median([floor / spent for floor, spent in zip(floors, own, strict=True)]),
         "max_logprob_mismatch": max(max(step["max_logprob_mismatch"], step["push/canary_mismatch"]) for step in steps),

@@ -7,12 +7,13 @@ as arrays, without a copy on the way, and between any two tokens.
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -47,14 +48,20 @@ class Sampled(NamedTuple):
     finish: str
 
 
+Landed: TypeAlias = list[tuple[int, Any]]
+"""Requests of one call that end with the same step: their places among its prompts, and vLLM's `RequestOutput`s, or the errors that took
+them."""
+
+
 @dataclass(frozen=True)
 class _Flight:
-    """A request in the engine; `land` is given its `RequestOutput`, or the error that took it."""
+    """A request in the engine. place: among the prompts of its call, whose `land` is told when it ends."""
 
     inner_id: str
     prompt: Any
     params: Any
-    land: Callable[[Any], None]
+    place: int
+    land: Callable[[Landed], None]
 
 
 class RolloutEngine:
@@ -74,26 +81,26 @@ class RolloutEngine:
         self._loop = StepLoop(self._step, self._busy, self._crash)
         self._loop.call(lambda: self._build(model_path, precision, max_model_len, seed)).result()
 
-    async def generate(self, prompts: Sequence[IntArray], seeds: Sequence[int]) -> AsyncIterator[tuple[int, Sampled]]:
-        """Sample one response per prompt; each is handed out with its place in `prompts` as soon as it has ended.
+    async def generate(self, prompts: Sequence[IntArray], seeds: Sequence[int]) -> AsyncIterator[list[tuple[int, Sampled]]]:
+        """Sample one response per prompt; those that end with the same step are handed out at once, with their places in `prompts`.
 
         All prompts join the engine between the same two steps.
         """
         common = {"max_tokens": self._config.max_new_tokens, "temperature": self._config.temperature, "logprobs": 0}
-        async for place, output in self._outputs(prompts, [self._sampling(**common, seed=seed) for seed in seeds]):
-            yield place, _sampled(output.outputs[0])
+        async for landed in self._outputs(prompts, [self._sampling(**common, seed=seed) for seed in seeds]):
+            yield [(place, _sampled(output.outputs[0])) for place, output in landed]
 
     async def sample(self, prompts: Sequence[IntArray], settings: Sequence[Mapping[str, Any]]) -> list[IntArray]:
         """Sample one response per prompt, each under vLLM sampling settings of its own. Returns token ids, in the order of `prompts`."""
-        outputs = self._outputs(prompts, [self._sampling(**one) for one in settings])
-        found = {place: np.asarray(output.outputs[0].token_ids, dtype=np.int32) async for place, output in outputs}
-        return [found[place] for place in range(len(prompts))]
+        found = await self._all(prompts, [self._sampling(**one) for one in settings])
+        return [np.asarray(output.outputs[0].token_ids, dtype=np.int32) for output in found]
 
     async def logprobs(self, sequences: Sequence[IntArray]) -> list[FloatArray]:
         """Log-probs [S-1] of given sequences under the current weights, at temperature 1."""
         settings = self._sampling(max_tokens=1, prompt_logprobs=0)
-        found = {place: output.prompt_logprobs async for place, output in self._outputs(sequences, [settings] * len(sequences))}
-        return [_of_tokens(found[place][1:], ids[1:]) for place, ids in enumerate(sequences)]  # no distribution before the first token
+        found = await self._all(sequences, [settings] * len(sequences))
+        # There is no distribution before the first token.
+        return [_of_tokens(output.prompt_logprobs[1:], ids[1:]) for output, ids in zip(found, sequences, strict=True)]
 
     async def load_policy(self, policy: PushedPolicy, version: int) -> None:
         """Replace all weights by those of `policy`; tokens from here on carry `version`.
@@ -131,7 +138,7 @@ class RolloutEngine:
 
         def land() -> None:
             for flight in self._interrupt():
-                flight.land(RolloutError("discarded: whoever asked for it wants it no more"))
+                flight.land([(flight.place, RolloutError("discarded: whoever asked for it wants it no more"))])
             self._rest()
 
         await self._ask(land)
@@ -146,23 +153,31 @@ class RolloutEngine:
     async def _ask(self, work: Callable[[], T]) -> T:
         return await asyncio.wrap_future(self._loop.call(work))
 
-    async def _outputs(self, prompts: Sequence[IntArray], params: Sequence[Any]) -> AsyncIterator[tuple[int, Any]]:
-        """(place, vLLM's RequestOutput) of every prompt, in the order in which they end."""
-        event_loop, landed = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Any]]()
+    async def _outputs(self, prompts: Sequence[IntArray], params: Sequence[Any]) -> AsyncIterator[Landed]:
+        """What becomes of every prompt, as they end."""
+        event_loop, landed = asyncio.get_running_loop(), asyncio.Queue[Landed]()
 
-        def land(place: int, output: Any) -> None:
-            event_loop.call_soon_threadsafe(landed.put_nowait, (place, output))
+        def land(ended: Landed) -> None:
+            event_loop.call_soon_threadsafe(landed.put_nowait, ended)
 
         def admit() -> None:
             for place, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
-                self._admit(prompt, one, partial(land, place))
+                self._admit(prompt, one, place, land)
 
         await self._ask(admit)
-        for _ in prompts:
-            place, output = await landed.get()
-            if isinstance(output, BaseException):
-                raise output
-            yield place, output
+        missing = len(prompts)
+        while missing:
+            ended = await landed.get()
+            for _, output in ended:
+                if isinstance(output, BaseException):
+                    raise output
+            missing -= len(ended)
+            yield ended
+
+    async def _all(self, prompts: Sequence[IntArray], params: Sequence[Any]) -> list[Any]:
+        """vLLM's RequestOutput of every prompt, in their order."""
+        found = {place: output async for ended in self._outputs(prompts, params) for place, output in ended}
+        return [found[place] for place in range(len(prompts))]
 
     async def _settle(self) -> None:
         """Before new weights: with rollout.in_flight = "wait" until nothing is in flight."""
@@ -219,13 +234,13 @@ class RolloutEngine:
         ending = {"detokenize": False, "stop_token_ids": stops, "ignore_eos": True, "output_kind": RequestOutputKind.FINAL_ONLY}
         return SamplingParams(**ending, **settings)
 
-    def _admit(self, prompt: IntArray, params: Any, land: Callable[[Any], None]) -> None:
+    def _admit(self, prompt: IntArray, params: Any, place: int, land: Callable[[Landed], None]) -> None:
         from vllm.inputs.engine import tokens_input
 
         self._wake()
         name = str(next(self._numbers))
         inner_id = self._core.add_request(name, tokens_input(prompt.tolist()), params)
-        self._flights[name] = _Flight(inner_id, prompt, params, land)
+        self._flights[name] = _Flight(inner_id, prompt, params, place, land)
 
     def _begin_update(self) -> None:
         self._wake()
@@ -243,7 +258,7 @@ class RolloutEngine:
     def _redo(self) -> None:
         """Start what is in flight anew, under the weights of now."""
         for flight in self._interrupt():
-            self._admit(flight.prompt, flight.params, flight.land)
+            self._admit(flight.prompt, flight.params, flight.place, flight.land)
 
     def _interrupt(self) -> list[_Flight]:
         """Take everything in flight out of the engine."""
@@ -258,9 +273,13 @@ class RolloutEngine:
         return bool(self._flights) and not self._updating
 
     def _step(self) -> None:
+        landed: dict[Callable[[Landed], None], Landed] = defaultdict(list)  # by call
         for output in self._core.step():
             if output.finished and output.request_id in self._flights:
-                self._flights.pop(output.request_id).land(output)
+                flight = self._flights.pop(output.request_id)
+                landed[flight.land].append((flight.place, output))
+        for land, ended in landed.items():
+            land(ended)
         self._rest()
 
     def _rest(self) -> None:
@@ -277,7 +296,7 @@ class RolloutEngine:
 
     def _crash(self, error: BaseException) -> None:
         for flight in self._flights.values():
-            flight.land(error)
+            flight.land([(flight.place, error)])
         self._flights.clear()
 
 

@@ -102,7 +102,7 @@ class Sampling:
             self.cancel()
 
     def _take(self, stream: Any) -> list[int]:
-        """The next response of one engine; its unfinished prompts go to another one where it has died."""
+        """Places of the next responses of one engine; its unfinished prompts go to another one where it has died."""
         share = self._streams[stream]
         try:
             reference = next(stream)
@@ -110,7 +110,7 @@ class Sampling:
             del self._streams[stream]
             return []
         try:
-            (answer,) = collect([reference], **self._waiting)
+            (answers,) = collect([reference], **self._waiting)
         except EngineDiedError:
             del self._streams[stream]
             if self._cancelled:
@@ -122,10 +122,10 @@ class Sampling:
             if missing:
                 self._deal(_Share(share.k, self._pool.replace(share.k, share.engine), missing))
             return []
-        index, sampled = answer
-        place = share.places[index]
-        self._rollouts[place] = _rollout(self._prompts[place], self._samples[place], sampled)
-        return [place]
+        places = [share.places[index] for index, _ in answers]
+        for place, (_, sampled) in zip(places, answers, strict=True):
+            self._rollouts[place] = _rollout(self._prompts[place], self._samples[place], sampled)
+        return places
 
 
 def _sample_numbers(prompts: Sequence[Prompt]) -> list[int]:

@@ -79,10 +79,10 @@ class Actor:
         return SimpleNamespace(remote=lambda *args: asyncio.run_coroutine_threadsafe(call(*args), self.events))
 
     def admit(self, steps: int) -> None:
-        def land(output: Any) -> None:
-            self.landed.append(output.request_id)
+        def land(ended: list[tuple[int, Any]]) -> None:
+            self.landed += [output.request_id for _, output in ended]
 
-        self.engine._loop.call(lambda: self.engine._admit(np.array(steps), None, land)).result(10)
+        self.engine._loop.call(lambda: self.engine._admit(np.array(steps), None, 0, land)).result(10)
 
     def wait_for_step(self) -> None:
         """Until the engine has taken one from now on."""
@@ -108,6 +108,19 @@ def actor(request: pytest.FixtureRequest) -> Iterator[Actor]:
     yield actor
     actor.engine._loop.call(actor.engine._flights.clear).result(10)  # its thread takes no more steps
     actor.events.call_soon_threadsafe(actor.events.stop)
+
+
+@pytest.mark.parametrize("actor", ["keep"], indirect=True)
+def test_what_ends_with_one_step_is_handed_out_at_once_and_calls_do_not_mix(actor: Actor) -> None:
+    def call(steps: list[int]) -> Any:
+        async def run() -> list[list[int]]:
+            outputs = actor.engine._outputs([np.array(count) for count in steps], [None] * len(steps))
+            return [[place for place, _ in landed] async for landed in outputs]
+
+        return asyncio.run_coroutine_threadsafe(run(), actor.events)
+
+    first, second = call([3, 1, 3, 2]), call([3, 2, 3])
+    assert [first.result(10), second.result(10)] == [[[1], [3], [0, 2]], [[1], [0, 2]]]
 
 
 def push(actor: Actor, version: int) -> list[Any]:

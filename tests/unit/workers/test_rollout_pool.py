@@ -57,7 +57,7 @@ class Engine:
             if self.life < 0:
                 yield EngineDiedError("gone")
             ids = np.repeat(prompt[:1], self.version)
-            yield index, Sampled(ids, np.full(len(ids), -1.0, np.float32), np.full(len(ids), self.version, np.int32), "stop")
+            yield [(index, Sampled(ids, np.full(len(ids), -1.0, np.float32), np.full(len(ids), self.version, np.int32), "stop"))]
 
 
 def pool_of(
