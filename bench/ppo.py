@@ -180,7 +180,13 @@ def configs(arguments: argparse.Namespace) -> tuple[PpoConfig, RolloutConfig, Sc
         workers=workers,
     )
     engines = WorkersConfig(count=arguments.engines, cpus=0.1, threads=max(1, cores // arguments.engines))
-    rollout = RolloutConfig(max_new_tokens=arguments.length, ignore_eos=arguments.prompts is None, engines=engines, kv_cache_gib=1.0)
+    rollout = RolloutConfig(
+        max_new_tokens=arguments.length,
+        ignore_eos=arguments.prompts is None,
+        engines=engines,
+        kv_cache_gib=1.0,
+        enforce_eager=arguments.eager,
+    )
     return ppo, rollout, ScoringConfig(reward=WorkersConfig(cpus=0.1), reference=WorkersConfig(cpus=0.1))
 
 
@@ -299,6 +305,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=16, help="rollouts per forward pass of the update")
     parser.add_argument("--ranks", type=int, default=2, help="learner processes; they share the cores")
     parser.add_argument("--engines", type=int, default=2, help="rollout engines; they share the cores")
+    parser.add_argument("--eager", action="store_true", help="engines do not compile their model, which takes g++")
     parser.add_argument("--zero", type=int, default=0, choices=(0, 1, 2, 3), help="ZeRO stage of the learner")
     parser.add_argument("--no-reuse", dest="reuse", action="store_false", help="run the update's forward pass again (less memory)")
     parser.add_argument("--lag", type=int, default=0, help="ppo.max_lag")

@@ -17,9 +17,11 @@ pages the kernel clears one by one, and so is each large tensor of any thread bu
 all threads share one arena. Huge pages are asked for where the kernel gives them. Measured in docs/results/sft_speed.md and smollm2.md."""
 
 NOTHING_COMPILED = {"TORCHDYNAMO_DISABLE": "1"}
-"""On CPUs nothing of ours gains by torch.compile, but libraries use it in passing: vLLM's sampler would start a C++ compiler for one
+"""On CPUs little of ours gains by torch.compile, but libraries use it in passing: vLLM's sampler would start a C++ compiler for one
 comparison at its first token, and DeepSpeed imports all of the compiler (3 s in every process) for an optimizer we do not use."""
 
+COMPILED = {"TORCHDYNAMO_DISABLE": "0"}
+"""For a process that compiles all the same."""
 
 WAITING_YIELDS = {"OMP_WAIT_POLICY": "PASSIVE"}
 """For the learner's processes: threads that wait for their team sleep instead of spinning. Reward model and reference compute at the same

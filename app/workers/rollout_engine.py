@@ -18,11 +18,10 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 
 from app.config.rollout import RolloutConfig
-from app.config.shared import WorkersConfig
 from app.errors import RolloutError
 from app.experience import FloatArray, IntArray
 from app.workers.network import use_node_address
-from app.workers.processes import process_options
+from app.workers.processes import COMPILED, process_options
 from app.workers.pushed_policy import PushedPolicy, Weights
 from app.workers.stacks import write_stacks_on_signal
 from app.workers.step_loop import StepLoop
@@ -207,12 +206,14 @@ class RolloutEngine:
         config = self._config
         register_object_store_backend()
         on_gpu = config.engines.gpus > 0
+        if config.compiles and not on_gpu:
+            require_compiler()
         self._llm = LLM(
             model=model_path,
             skip_tokenizer_init=True,
             dtype=DTYPES[precision],
             max_model_len=max_model_len,
-            enforce_eager=not on_gpu,
+            enforce_eager=not config.compiles,
             enable_prefix_caching=False,  # a cached prefix would outlive the weights that computed it
             logprobs_mode="processed_logprobs",  # of the distribution that was sampled from: after temperature
             distributed_executor_backend="uni" if config.engines.tensor_parallel == 1 else "mp",
@@ -322,9 +323,24 @@ def cpu_settings(kv_cache_gib: float, max_model_len: int) -> dict[str, Any]:
     }
 
 
-def engine_options(workers: WorkersConfig, placement: Any) -> dict[str, Any]:
+def require_compiler() -> None:
+    """Raises RolloutError where this machine has no C++ compiler, which vLLM would say minutes later and less clearly."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise RolloutError(
+            "rollout.enforce_eager = false compiles the model, and this machine has no C++ compiler: install g++, or leave the key out"
+        ) from None
+
+
+def engine_options(config: RolloutConfig, placement: Any) -> dict[str, Any]:
     """Ray actor options of one engine: its resources and the environment that vLLM reads while it is imported."""
-    return process_options(workers, VLLM_ENABLE_V1_MULTIPROCESSING="0", **ENGINE_VARIABLES) | {"scheduling_strategy": placement}
+    compiler = COMPILED if config.compiles else {}
+    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **ENGINE_VARIABLES, **compiler}
+    return process_options(config.engines, **variables) | {"scheduling_strategy": placement}
 
 
 def _of_tokens(steps: Iterable[Mapping[int, Any]], ids: IntArray) -> FloatArray:

@@ -208,7 +208,7 @@ def rollout_pool(
     engine_class = ray.remote(RolloutEngine)
 
     def start(k: int) -> Any:
-        return engine_class.options(**engine_options(config.engines, placement[k] if placement else "DEFAULT")).remote(
+        return engine_class.options(**engine_options(config, placement[k] if placement else "DEFAULT")).remote(
             model_path, config, precision=precision, max_model_len=max_model_len, eos_ids=list(eos_ids), seed=seed + k
         )
 

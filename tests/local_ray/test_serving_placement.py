@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from ray import serve
 from ray.serve.scripts import cli as serve_command
 
+from app.config.rollout import RolloutConfig
 from app.config.serving import BatchingConfig, ServedModelConfig
 from app.config.shared import WorkersConfig
 from app.errors import ConfigError
@@ -70,7 +71,7 @@ def test_scorers_share_no_gpu_with_learners_and_engines(shared_serve: None, poli
         return serve.deployment(name=name, **model_options(config))(Probe).bind()
 
     learner = ray.remote(Probe).options(**process_options(WorkersConfig(cpus=0.1, gpus=1))).remote()
-    engine = ray.remote(Probe).options(**engine_options(WorkersConfig(cpus=0.1, gpus=1), "DEFAULT")).remote()
+    engine = ray.remote(Probe).options(**engine_options(RolloutConfig(engines=WorkersConfig(cpus=0.1, gpus=1)), "DEFAULT")).remote()
     targets = [target(scorer(name, gpus), name) for name, gpus in (("reward", 1), ("reference", 0.5))]
     with deployed(targets, deadline_seconds=DEADLINE, stop_serve=True):
         given = ray.get([learner.gpus.remote(), engine.gpus.remote()])
