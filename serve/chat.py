@@ -24,8 +24,8 @@ from app.models.context import context_of
 from app.models.heads import Precision
 from app.models.load import check_model_folder, load_config, seen_from_anywhere, writes_text
 from app.planning.shapes import shape_from_config
+from app.workers.engine_settings import DTYPES, ENGINE_VARIABLES, cpu_settings
 from app.workers.processes import process_environment
-from app.workers.rollout_engine import DTYPES, ENGINE_VARIABLES, cpu_settings
 from serve import access_log
 from serve.byte_budget import LONGEST_REQUESTS, ByteBudget
 from serve.credentials import Credentials

@@ -20,20 +20,11 @@ import numpy as np
 from app.config.rollout import RolloutConfig
 from app.errors import RolloutError
 from app.experience import FloatArray, IntArray
+from app.workers.engine_settings import DTYPES, cpu_settings, gpu_settings, require_compiler
 from app.workers.network import use_node_address
-from app.workers.processes import COMPILED, process_options
 from app.workers.pushed_policy import PushedPolicy, Weights
 from app.workers.stacks import write_stacks_on_signal
 from app.workers.step_loop import StepLoop
-
-BATCHED_TOKENS = 8192
-"""Prompt tokens that a CPU engine processes at a time, and at least one whole prompt."""
-
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-"""What vLLM calls a precision."""
-
-ENGINE_VARIABLES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
-"""The environment that vLLM reads while it is imported."""
 
 T = TypeVar("T")
 
@@ -53,14 +44,26 @@ them."""
 
 
 @dataclass(frozen=True)
+class _Call:
+    """Requests that were given together; `land` is told which of them end with a step. What their prompts begin with is computed once."""
+
+    number: int
+    land: Callable[[Landed], None]
+
+
+@dataclass(frozen=True)
 class _Flight:
-    """A request in the engine. place: among the prompts of its call, whose `land` is told when it ends."""
+    """A request in the engine. place: among the prompts of its call."""
 
     inner_id: str
     prompt: Any
     params: Any
     place: int
-    land: Callable[[Landed], None]
+    call: _Call
+
+    def land(self, output: Any) -> None:
+        """Alone, ahead of the others."""
+        self.call.land([(self.place, output)])
 
 
 class RolloutEngine:
@@ -76,6 +79,7 @@ class RolloutEngine:
         self._sleeps = config.shares_gpus
         self._flights: dict[str, _Flight] = {}
         self._numbers = count()
+        self._version = 0
         self._updating = False
         self._loop = StepLoop(self._step, self._busy, self._crash)
         self._loop.call(lambda: self._build(model_path, precision, max_model_len, seed)).result()
@@ -137,7 +141,7 @@ class RolloutEngine:
 
         def land() -> None:
             for flight in self._interrupt():
-                flight.land([(flight.place, RolloutError("discarded: whoever asked for it wants it no more"))])
+                flight.land(RolloutError("discarded: whoever asked for it wants it no more"))
             self._rest()
 
         await self._ask(land)
@@ -160,8 +164,9 @@ class RolloutEngine:
             event_loop.call_soon_threadsafe(landed.put_nowait, ended)
 
         def admit() -> None:
+            call = _Call(next(self._numbers), land)
             for place, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
-                self._admit(prompt, one, place, land)
+                self._admit(prompt, one, place, call)
 
         await self._ask(admit)
         missing = len(prompts)
@@ -214,7 +219,7 @@ class RolloutEngine:
             dtype=DTYPES[precision],
             max_model_len=max_model_len,
             enforce_eager=not config.compiles,
-            enable_prefix_caching=False,  # a cached prefix would outlive the weights that computed it
+            enable_prefix_caching=True,
             logprobs_mode="processed_logprobs",  # of the distribution that was sampled from: after temperature
             distributed_executor_backend="uni" if config.engines.tensor_parallel == 1 else "mp",
             tensor_parallel_size=config.engines.tensor_parallel,
@@ -224,7 +229,7 @@ class RolloutEngine:
             **(gpu_settings(config) if on_gpu else cpu_settings(config.kv_cache_gib, max_model_len)),
         )
         self._core = self._llm.llm_engine
-        self._core.set_weight_version("0")
+        self._core.set_weight_version(str(self._version))
 
     def _sampling(self, **settings: Any) -> Any:
         from vllm import SamplingParams
@@ -235,13 +240,15 @@ class RolloutEngine:
         ending = {"detokenize": False, "stop_token_ids": stops, "ignore_eos": True, "output_kind": RequestOutputKind.FINAL_ONLY}
         return SamplingParams(**ending, **settings)
 
-    def _admit(self, prompt: IntArray, params: Any, place: int, land: Callable[[Landed], None]) -> None:
+    def _admit(self, prompt: IntArray, params: Any, place: int, call: _Call) -> None:
+        """A cached prefix would outlive the weights that computed it, and what an engine has cached before it was lost is no part of a
+        checkpoint: the salt keeps every call under every version to itself."""
         from vllm.inputs.engine import tokens_input
 
         self._wake()
         name = str(next(self._numbers))
-        inner_id = self._core.add_request(name, tokens_input(prompt.tolist()), params)
-        self._flights[name] = _Flight(inner_id, prompt, params, place, land)
+        inner_id = self._core.add_request(name, tokens_input(prompt.tolist(), cache_salt=f"{call.number}.{self._version}"), params)
+        self._flights[name] = _Flight(inner_id, prompt, params, place, call)
 
     def _begin_update(self) -> None:
         self._wake()
@@ -250,6 +257,7 @@ class RolloutEngine:
 
     def _end_update(self, version: int) -> None:
         self._transfer("finish_weight_update")
+        self._version = version
         self._core.set_weight_version(str(version))
         self._updating = False
         if self._config.in_flight == "redo":
@@ -259,7 +267,7 @@ class RolloutEngine:
     def _redo(self) -> None:
         """Start what is in flight anew, under the weights of now."""
         for flight in self._interrupt():
-            self._admit(flight.prompt, flight.params, flight.place, flight.land)
+            self._admit(flight.prompt, flight.params, flight.place, flight.call)
 
     def _interrupt(self) -> list[_Flight]:
         """Take everything in flight out of the engine."""
@@ -274,13 +282,13 @@ class RolloutEngine:
         return bool(self._flights) and not self._updating
 
     def _step(self) -> None:
-        landed: dict[Callable[[Landed], None], Landed] = defaultdict(list)  # by call
+        landed: dict[_Call, Landed] = defaultdict(list)
         for output in self._core.step():
             if output.finished and output.request_id in self._flights:
                 flight = self._flights.pop(output.request_id)
-                landed[flight.land].append((flight.place, output))
-        for land, ended in landed.items():
-            land(ended)
+                landed[flight.call].append((flight.place, output))
+        for call, ended in landed.items():
+            call.land(ended)
         self._rest()
 
     def _rest(self) -> None:
@@ -297,50 +305,12 @@ class RolloutEngine:
 
     def _crash(self, error: BaseException) -> None:
         for flight in self._flights.values():
-            flight.land([(flight.place, error)])
+            flight.land(error)
         self._flights.clear()
 
 
 WAIT_SECONDS = 0.02
 """Between two looks whether the requests in flight have ended, with rollout.in_flight = "wait"."""
-
-
-def gpu_settings(config: RolloutConfig) -> dict[str, Any]:
-    """What an engine on GPUs is told beside its model."""
-    return {"gpu_memory_utilization": config.gpu_memory_utilization}
-
-
-def cpu_settings(kv_cache_gib: float, max_model_len: int) -> dict[str, Any]:
-    """What an engine on CPUs is told beside its model.
-
-    Prompts are never processed in pieces: for a piece the engine draws a token, discards it and winds the request's random
-    generator back, which torch's CPU generators cannot do.
-    """
-    return {
-        "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(BATCHED_TOKENS, max_model_len),
-    }
-
-
-def require_compiler() -> None:
-    """Raises RolloutError where this machine has no C++ compiler, which vLLM would say minutes later and less clearly."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        raise RolloutError(
-            "rollout.enforce_eager = false compiles the model, and this machine has no C++ compiler: install g++, or leave the key out"
-        ) from None
-
-
-def engine_options(config: RolloutConfig, placement: Any) -> dict[str, Any]:
-    """Ray actor options of one engine: its resources and the environment that vLLM reads while it is imported."""
-    compiler = COMPILED if config.compiles else {}
-    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **ENGINE_VARIABLES, **compiler}
-    return process_options(config.engines, **variables) | {"scheduling_strategy": placement}
 
 
 def _of_tokens(steps: Iterable[Mapping[int, Any]], ids: IntArray) -> FloatArray:

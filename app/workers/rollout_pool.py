@@ -12,9 +12,10 @@ import ray
 from app.config.rollout import RolloutConfig
 from app.errors import EngineDiedError, RolloutError
 from app.experience import FloatArray, IntArray, Prompt
+from app.workers.engine_settings import engine_options
 from app.workers.pending import collect
 from app.workers.pushed_policy import PushedPolicy
-from app.workers.rollout_engine import RolloutEngine, engine_options
+from app.workers.rollout_engine import RolloutEngine
 from app.workers.sampling import Sampling
 
 Note = Callable[[str], None]

@@ -16,8 +16,8 @@ from app.config.rollout import RolloutConfig
 from app.config.serving import BatchingConfig, ServedModelConfig
 from app.config.shared import WorkersConfig
 from app.errors import ConfigError
+from app.workers.engine_settings import engine_options
 from app.workers.processes import process_options
-from app.workers.rollout_engine import engine_options
 from jobs.main import main
 from jobs.serving import APPLICATION
 from serve import deploying

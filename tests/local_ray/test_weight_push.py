@@ -65,7 +65,8 @@ def test_push(make: Callable[[Path], str], zero_stage: int, eager: bool, tmp_pat
     )
     rollout = RolloutConfig(max_new_tokens=12, engines=WorkersConfig(cpus=0.5), kv_cache_gib=0.1, enforce_eager=eager)
     rng = np.random.default_rng(0)
-    prompts = [Prompt(str(i), "", rng.integers(4, VOCABULARY, size=5 + i, dtype=np.int32)) for i in range(8)]
+    group = Prompt("group", "", rng.integers(4, VOCABULARY, size=40, dtype=np.int32))  # whose first block the engine computes once
+    prompts = [Prompt(str(i), "", rng.integers(4, VOCABULARY, size=5 + i, dtype=np.int32)) for i in range(5)] + 3 * [group]
     spec = LearnerSpec(policy, reward, "fp32", 1.0, config)
     with rollout_pool(policy, rollout, precision="fp32", max_prompt_length=64, eos_ids=[1], seed=0, deadline_seconds=300) as pool:
         canaries = check_whole_policy(spec, pool, rollout, prompts, tmp_path)

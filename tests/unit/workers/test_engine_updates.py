@@ -18,7 +18,7 @@ from app.config.rollout import RolloutConfig
 from app.errors import WeightPushError
 from app.workers import nccl_transfer
 from app.workers.nccl_transfer import EngineActorsClient
-from app.workers.rollout_engine import RolloutEngine
+from app.workers.rollout_engine import RolloutEngine, _Call
 from app.workers.step_loop import StepLoop
 from tests.waiting import wait_until
 
@@ -31,6 +31,7 @@ class Core:
     def __init__(self) -> None:
         self.log: list[Any] = []
         self.left: dict[str, int] = {}
+        self.salts: dict[str, str] = {}
 
     def collective_rpc(self, method: str, args: tuple[Any, ...]) -> None:
         self.log.append(method)
@@ -39,9 +40,9 @@ class Core:
     def set_weight_version(self, version: str) -> None:
         self.log.append(f"version {version}")
 
-    def add_request(self, name: str, steps: int, params: Any) -> str:
+    def add_request(self, name: str, tokens: tuple[int, str], params: Any) -> str:
         self.log.append(f"add {name}")
-        self.left[name] = steps
+        self.left[name], self.salts[name] = tokens
         return name
 
     def abort_request(self, names: list[str], *, internal: bool) -> None:
@@ -68,7 +69,7 @@ class Actor:
         engine._config = RolloutConfig.model_validate({"in_flight": in_flight})
         engine._sleeps, engine._flights, engine._numbers = False, {}, iter(range(100))
         engine._core = engine._llm = self.core
-        engine._updating = False
+        engine._version, engine._updating = 0, False
         engine._loop = StepLoop(engine._step, engine._busy, engine._crash)
         self.engine = engine
         self.events = asyncio.new_event_loop()
@@ -78,11 +79,11 @@ class Actor:
         call = getattr(self.engine, method)
         return SimpleNamespace(remote=lambda *args: asyncio.run_coroutine_threadsafe(call(*args), self.events))
 
-    def admit(self, steps: int) -> None:
+    def admit(self, steps: int, call: int = 0) -> None:
         def land(ended: list[tuple[int, Any]]) -> None:
             self.landed += [output.request_id for _, output in ended]
 
-        self.engine._loop.call(lambda: self.engine._admit(np.array(steps), None, 0, land)).result(10)
+        self.engine._loop.call(lambda: self.engine._admit(np.array(steps), None, 0, _Call(call, land))).result(10)
 
     def wait_for_step(self) -> None:
         """Until the engine has taken one from now on."""
@@ -92,7 +93,7 @@ class Actor:
 
 @pytest.fixture(autouse=True)
 def no_vllm_and_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = SimpleNamespace(tokens_input=lambda steps: steps)
+    inputs = SimpleNamespace(tokens_input=lambda steps, cache_salt: (steps, cache_salt))
     for name, module in {"vllm": SimpleNamespace(), "vllm.inputs": SimpleNamespace(), "vllm.inputs.engine": inputs}.items():
         monkeypatch.setitem(sys.modules, name, module)  # type: ignore[arg-type]
 
@@ -150,6 +151,16 @@ def test_what_is_in_flight_starts_anew_before_the_next_step(actor: Actor) -> Non
     actor.wait_for_step()
     begun = ["start_weight_update", "add 1", "update_weights", "finish_weight_update", "version 8"]
     assert push(actor, 8) == [*begun, "abort 0 1", "add 2", "add 3", "step"]
+
+
+@pytest.mark.parametrize("actor", ["redo"], indirect=True)
+def test_prefixes_are_shared_within_a_call_under_one_version_alone(actor: Actor) -> None:
+    for call in (1, 1, 2):
+        actor.admit(LONG, call)
+    actor.load_policy.remote(SimpleNamespace(weights=lambda version: iter([{}])), 5).result(10)
+    first, second, other, *anew = (actor.core.salts[str(k)] for k in range(6))
+    assert first == second and anew[0] == anew[1]
+    assert len({first, other, *anew}) == 4
 
 
 @pytest.mark.parametrize("actor", ["wait"], indirect=True)
