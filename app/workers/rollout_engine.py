@@ -7,24 +7,24 @@ as arrays, without a copy on the way, and between any two tokens.
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+import os
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from app.config.rollout import RolloutConfig
-from app.errors import RolloutError
 from app.experience import FloatArray, IntArray
 from app.workers.engine_settings import DTYPES, cpu_settings, gpu_settings, require_compiler
+from app.workers.engine_thread import EngineThread, Landed
 from app.workers.network import use_node_address
 from app.workers.pushed_policy import PushedPolicy, Weights
 from app.workers.stacks import write_stacks_on_signal
-from app.workers.step_loop import StepLoop
+
+WAIT_SECONDS = 0.02
+"""Between two looks whether the requests in flight have ended, with rollout.in_flight = "wait"."""
 
 T = TypeVar("T")
 
@@ -38,34 +38,6 @@ class Sampled(NamedTuple):
     finish: str
 
 
-Landed: TypeAlias = list[tuple[int, Any]]
-"""Requests of one call that end with the same step: their places among its prompts, and vLLM's `RequestOutput`s, or the errors that took
-them."""
-
-
-@dataclass(frozen=True)
-class _Call:
-    """Requests that were given together; `land` is told which of them end with a step. What their prompts begin with is computed once."""
-
-    number: int
-    land: Callable[[Landed], None]
-
-
-@dataclass(frozen=True)
-class _Flight:
-    """A request in the engine. place: among the prompts of its call."""
-
-    inner_id: str
-    prompt: Any
-    params: Any
-    place: int
-    call: _Call
-
-    def land(self, output: Any) -> None:
-        """Alone, ahead of the others."""
-        self.call.land([(self.place, output)])
-
-
 class RolloutEngine:
     """Asynchronous actor: any number of calls at a time share the engine's steps."""
 
@@ -76,13 +48,8 @@ class RolloutEngine:
         use_node_address()
         self._config = config
         self._eos_ids = list(eos_ids)
-        self._sleeps = config.shares_gpus
-        self._flights: dict[str, _Flight] = {}
-        self._numbers = count()
-        self._version = 0
-        self._updating = False
-        self._loop = StepLoop(self._step, self._busy, self._crash)
-        self._loop.call(lambda: self._build(model_path, precision, max_model_len, seed)).result()
+        load = partial(load_engine, model_path, config, precision=precision, max_model_len=max_model_len, seed=seed)
+        self._engine = EngineThread(load, redo=config.in_flight == "redo", sleeps=config.shares_gpus)
 
     async def generate(self, prompts: Sequence[IntArray], seeds: Sequence[int]) -> AsyncIterator[list[tuple[int, Sampled]]]:
         """Sample one response per prompt; those that end with the same step are handed out at once, with their places in `prompts`.
@@ -122,7 +89,7 @@ class RolloutEngine:
 
     async def transfer(self, method: str, *args: Any) -> None:
         """Call one step of vLLM's weight-transfer interface on the workers of this engine."""
-        await self._ask(lambda: self._transfer(method, *args))
+        await self._ask(partial(self._engine.transfer, method, *args))
 
     async def start_update(self) -> None:
         """Make ready for weights that another process sends; until `finish_update` no step is taken.
@@ -130,31 +97,21 @@ class RolloutEngine:
         What happens to requests in flight is `rollout.in_flight`.
         """
         await self._settle()
-        await self._ask(self._begin_update)
+        await self._ask(self._engine.begin_update)
 
     async def finish_update(self, version: int) -> None:
         """All weights are there; tokens from here on carry `version`."""
-        await self._ask(lambda: self._end_update(version))
+        await self._ask(partial(self._engine.end_update, version))
 
     async def discard(self) -> None:
         """Drop what is in flight: nobody waits for it any more."""
-
-        def land() -> None:
-            for flight in self._interrupt():
-                flight.land(RolloutError("discarded: whoever asked for it wants it no more"))
-            self._rest()
-
-        await self._ask(land)
+        await self._ask(self._engine.discard)
 
     async def pid(self) -> int:
-        import os
-
         return os.getpid()
 
-    # In the actor's event loop:
-
     async def _ask(self, work: Callable[[], T]) -> T:
-        return await asyncio.wrap_future(self._loop.call(work))
+        return await asyncio.wrap_future(self._engine.call(work))
 
     async def _outputs(self, prompts: Sequence[IntArray], params: Sequence[Any]) -> AsyncIterator[Landed]:
         """What becomes of every prompt, as they end."""
@@ -163,12 +120,7 @@ class RolloutEngine:
         def land(ended: Landed) -> None:
             event_loop.call_soon_threadsafe(landed.put_nowait, ended)
 
-        def admit() -> None:
-            call = _Call(next(self._numbers), land)
-            for place, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
-                self._admit(prompt, one, place, call)
-
-        await self._ask(admit)
+        await self._ask(partial(self._engine.admit, prompts, params, land))
         missing = len(prompts)
         while missing:
             ended = await landed.get()
@@ -185,51 +137,12 @@ class RolloutEngine:
 
     async def _settle(self) -> None:
         """Before new weights: with rollout.in_flight = "wait" until nothing is in flight."""
-        while self._config.in_flight == "wait" and await self._ask(lambda: bool(self._flights)):
+        while self._config.in_flight == "wait" and await self._ask(self._engine.any_in_flight):
             await asyncio.sleep(WAIT_SECONDS)
 
     async def _load(self, buckets: Callable[[], Iterable[Weights]], version: int) -> None:
         await self._settle()
-
-        def load() -> None:
-            pieces = buckets()  # where they have gone with their owner, nothing is begun
-            self._begin_update()
-            for tensors in pieces:
-                self._transfer("update_weights", {"tensors": tensors})
-            self._end_update(version)
-
-        await self._ask(load)
-
-    # In the engine's thread:
-
-    def _build(self, model_path: str, precision: str, max_model_len: int, seed: int) -> None:
-        from vllm import LLM
-        from vllm.config import WeightTransferConfig
-
-        from app.workers.object_store_transfer import BACKEND, register_object_store_backend
-
-        config = self._config
-        register_object_store_backend()
-        on_gpu = config.engines.gpus > 0
-        if config.compiles and not on_gpu:
-            require_compiler()
-        self._llm = LLM(
-            model=model_path,
-            skip_tokenizer_init=True,
-            dtype=DTYPES[precision],
-            max_model_len=max_model_len,
-            enforce_eager=not config.compiles,
-            enable_prefix_caching=True,
-            logprobs_mode="processed_logprobs",  # of the distribution that was sampled from: after temperature
-            distributed_executor_backend="uni" if config.engines.tensor_parallel == 1 else "mp",
-            tensor_parallel_size=config.engines.tensor_parallel,
-            weight_transfer_config=WeightTransferConfig(backend="nccl" if config.over_nccl else BACKEND),
-            enable_sleep_mode=self._sleeps,
-            seed=seed % 2**31,
-            **(gpu_settings(config) if on_gpu else cpu_settings(config.kv_cache_gib, max_model_len)),
-        )
-        self._core = self._llm.llm_engine
-        self._core.set_weight_version(str(self._version))
+        await self._ask(partial(self._engine.load, buckets, version))
 
     def _sampling(self, **settings: Any) -> Any:
         from vllm import SamplingParams
@@ -240,77 +153,33 @@ class RolloutEngine:
         ending = {"detokenize": False, "stop_token_ids": stops, "ignore_eos": True, "output_kind": RequestOutputKind.FINAL_ONLY}
         return SamplingParams(**ending, **settings)
 
-    def _admit(self, prompt: IntArray, params: Any, place: int, call: _Call) -> None:
-        """A cached prefix would outlive the weights that computed it, and what an engine has cached before it was lost is no part of a
-        checkpoint: the salt keeps every call under every version to itself."""
-        from vllm.inputs.engine import tokens_input
 
-        self._wake()
-        name = str(next(self._numbers))
-        inner_id = self._core.add_request(name, tokens_input(prompt.tolist(), cache_salt=f"{call.number}.{self._version}"), params)
-        self._flights[name] = _Flight(inner_id, prompt, params, place, call)
+def load_engine(model_path: str, config: RolloutConfig, *, precision: str, max_model_len: int, seed: int) -> Any:
+    """The `vllm.LLM` of a rollout engine. Raises RolloutError."""
+    from vllm import LLM
+    from vllm.config import WeightTransferConfig
 
-    def _begin_update(self) -> None:
-        self._wake()
-        self._updating = True
-        self._transfer("start_weight_update")
+    from app.workers.object_store_transfer import BACKEND, register_object_store_backend
 
-    def _end_update(self, version: int) -> None:
-        self._transfer("finish_weight_update")
-        self._version = version
-        self._core.set_weight_version(str(version))
-        self._updating = False
-        if self._config.in_flight == "redo":
-            self._redo()
-        self._rest()
-
-    def _redo(self) -> None:
-        """Start what is in flight anew, under the weights of now."""
-        for flight in self._interrupt():
-            self._admit(flight.prompt, flight.params, flight.place, flight.call)
-
-    def _interrupt(self) -> list[_Flight]:
-        """Take everything in flight out of the engine."""
-        interrupted = list(self._flights.values())
-        self._flights.clear()
-        self._core.abort_request([flight.inner_id for flight in interrupted], internal=True)
-        return interrupted
-
-    def _busy(self) -> bool:
-        """Whether a step is to be taken. While new weights come in the layers hold parts of both policies, or nothing at all; after an
-        update that broke off they do so until the next one is whole."""
-        return bool(self._flights) and not self._updating
-
-    def _step(self) -> None:
-        landed: dict[_Call, Landed] = defaultdict(list)
-        for output in self._core.step():
-            if output.finished and output.request_id in self._flights:
-                flight = self._flights.pop(output.request_id)
-                landed[flight.call].append((flight.place, output))
-        for call, ended in landed.items():
-            call.land(ended)
-        self._rest()
-
-    def _rest(self) -> None:
-        """On a shared GPU the engine gives its memory back while it has nothing to do."""
-        if self._sleeps and not self._flights:
-            self._llm.sleep(level=1)
-
-    def _wake(self) -> None:
-        if self._sleeps and self._core.is_sleeping():
-            self._llm.wake_up()
-
-    def _transfer(self, method: str, *args: Any) -> None:
-        self._llm.collective_rpc(method, args=args)
-
-    def _crash(self, error: BaseException) -> None:
-        for flight in self._flights.values():
-            flight.land(error)
-        self._flights.clear()
-
-
-WAIT_SECONDS = 0.02
-"""Between two looks whether the requests in flight have ended, with rollout.in_flight = "wait"."""
+    register_object_store_backend()
+    on_gpu = config.engines.gpus > 0
+    if config.compiles and not on_gpu:
+        require_compiler()
+    return LLM(
+        model=model_path,
+        skip_tokenizer_init=True,
+        dtype=DTYPES[precision],
+        max_model_len=max_model_len,
+        enforce_eager=not config.compiles,
+        enable_prefix_caching=True,
+        logprobs_mode="processed_logprobs",  # of the distribution that was sampled from: after temperature
+        distributed_executor_backend="uni" if config.engines.tensor_parallel == 1 else "mp",
+        tensor_parallel_size=config.engines.tensor_parallel,
+        weight_transfer_config=WeightTransferConfig(backend="nccl" if config.over_nccl else BACKEND),
+        enable_sleep_mode=config.shares_gpus,
+        seed=seed % 2**31,
+        **(gpu_settings(config) if on_gpu else cpu_settings(config.kv_cache_gib, max_model_len)),
+    )
 
 
 def _of_tokens(steps: Iterable[Mapping[int, Any]], ids: IntArray) -> FloatArray:

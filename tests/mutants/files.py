@@ -12,7 +12,7 @@ LOOP, LEARNER, POOL, SAMPLING, PUSH = (
     "app/workers/weight_publisher.py",
 )
 CHECKPOINT = "app/checkpoint.py"
-ENGINE, STREAM = "app/workers/rollout_engine.py", "app/stages/rollout_stream.py"
+ENGINE, ENGINE_THREAD, STREAM = "app/workers/rollout_engine.py", "app/workers/engine_thread.py", "app/stages/rollout_stream.py"
 
 CHECKPOINT_TESTS = ("tests/unit/test_checkpoint.py",)
 GAE_TESTS = ("tests/oracle/test_literal_advantages.py", "tests/unit/numerics/test_advantages.py")

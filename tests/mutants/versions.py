@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from tests.mutants.files import ENGINE, LEARNER, LONG_TAIL_TESTS, LOOP, LOOP_TESTS, PUSH, SAMPLING, STREAM, SURROGATE, SURROGATE_TESTS
+from tests.mutants.files import (
+    ENGINE,
+    ENGINE_THREAD,
+    LEARNER,
+    LONG_TAIL_TESTS,
+    LOOP,
+    LOOP_TESTS,
+    PUSH,
+    SAMPLING,
+    STREAM,
+    SURROGATE,
+    SURROGATE_TESTS,
+)
 from tests.mutants.mutant import Mutant
 
 MUTANTS = (
@@ -64,7 +76,7 @@ MUTANTS = (
     ),
     Mutant(
         "version",
-        ENGINE,
+        ENGINE_THREAD,
         "return bool(self._flights) and not self._updating",
         "return bool(self._flights)",
         "tokens are sampled while new weights come in",
@@ -72,7 +84,7 @@ MUTANTS = (
     ),
     Mutant(
         "version",
-        ENGINE,
+        ENGINE_THREAD,
         'cache_salt=f"{call.number}.{self._version}"',
         'cache_salt=f"{call.number}"',
         "prefixes outlive the weights that computed them",

@@ -17,9 +17,9 @@ import pytest
 from app.config.rollout import RolloutConfig
 from app.errors import WeightPushError
 from app.workers import nccl_transfer
+from app.workers.engine_thread import EngineThread, Landed
 from app.workers.nccl_transfer import EngineActorsClient
-from app.workers.rollout_engine import RolloutEngine, _Call
-from app.workers.step_loop import StepLoop
+from app.workers.rollout_engine import RolloutEngine
 from tests.waiting import wait_until
 
 LONG = 10**6
@@ -29,6 +29,7 @@ class Core:
     """vLLM's engine and its workers: writes down what happens. A request is its number of steps."""
 
     def __init__(self) -> None:
+        self.llm_engine = self
         self.log: list[Any] = []
         self.left: dict[str, int] = {}
         self.salts: dict[str, str] = {}
@@ -64,14 +65,11 @@ class Actor:
     """An engine as Ray would run it: its calls share one event loop, in a thread of its own."""
 
     def __init__(self, in_flight: str) -> None:
-        engine: Any = object.__new__(RolloutEngine)
         self.core, self.landed = Core(), list[str]()
-        engine._config = RolloutConfig.model_validate({"in_flight": in_flight})
-        engine._sleeps, engine._flights, engine._numbers = False, {}, iter(range(100))
-        engine._core = engine._llm = self.core
-        engine._version, engine._updating = 0, False
-        engine._loop = StepLoop(engine._step, engine._busy, engine._crash)
-        self.engine = engine
+        self.thread = EngineThread(lambda: self.core, redo=in_flight == "redo", sleeps=False)
+        self.core.log.clear()
+        self.engine: Any = object.__new__(RolloutEngine)
+        self.engine._config, self.engine._engine = RolloutConfig.model_validate({"in_flight": in_flight}), self.thread
         self.events = asyncio.new_event_loop()
         threading.Thread(target=self.events.run_forever, daemon=True).start()
 
@@ -79,11 +77,11 @@ class Actor:
         call = getattr(self.engine, method)
         return SimpleNamespace(remote=lambda *args: asyncio.run_coroutine_threadsafe(call(*args), self.events))
 
-    def admit(self, steps: int, call: int = 0) -> None:
-        def land(ended: list[tuple[int, Any]]) -> None:
-            self.landed += [output.request_id for _, output in ended]
+    def admit(self, *steps: int) -> None:
+        def land(ended: Landed) -> None:
+            self.landed += [getattr(output, "request_id", str(output)) for _, output in ended]
 
-        self.engine._loop.call(lambda: self.engine._admit(np.array(steps), None, 0, _Call(call, land))).result(10)
+        self.thread.call(lambda: self.thread.admit([np.array(count) for count in steps], [None] * len(steps), land)).result(10)
 
     def wait_for_step(self) -> None:
         """Until the engine has taken one from now on."""
@@ -107,7 +105,7 @@ def no_vllm_and_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 def actor(request: pytest.FixtureRequest) -> Iterator[Actor]:
     actor = Actor(request.param)
     yield actor
-    actor.engine._loop.call(actor.engine._flights.clear).result(10)  # its thread takes no more steps
+    actor.thread.call(actor.thread.discard).result(10)  # its thread takes no more steps
     actor.events.call_soon_threadsafe(actor.events.stop)
 
 
@@ -155,8 +153,8 @@ def test_what_is_in_flight_starts_anew_before_the_next_step(actor: Actor) -> Non
 
 @pytest.mark.parametrize("actor", ["redo"], indirect=True)
 def test_prefixes_are_shared_within_a_call_under_one_version_alone(actor: Actor) -> None:
-    for call in (1, 1, 2):
-        actor.admit(LONG, call)
+    actor.admit(LONG, LONG)
+    actor.admit(LONG)
     actor.load_policy.remote(SimpleNamespace(weights=lambda version: iter([{}])), 5).result(10)
     first, second, other, *anew = (actor.core.salts[str(k)] for k in range(6))
     assert first == second and anew[0] == anew[1]
