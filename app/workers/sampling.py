@@ -115,10 +115,11 @@ class Sampling:
             del self._streams[stream]
             if self._cancelled:
                 raise
-            if self._pool.exact:
-                for place in share.places:
-                    self._rollouts.pop(place, None)
             missing = [place for place in share.places if place not in self._rollouts]
+            if missing and self._pool.exact:
+                missing = share.places
+                for place in missing:
+                    self._rollouts.pop(place, None)
             if missing:
                 self._deal(_Share(share.k, self._pool.replace(share.k, share.engine), missing))
             return []

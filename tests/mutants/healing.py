@@ -44,8 +44,8 @@ MUTANTS = (
     Mutant(
         "healing",
         SAMPLING,
-        "if self._pool.exact:",
-        "if not self._pool.exact:",
+        "if missing and self._pool.exact:",
+        "if missing and not self._pool.exact:",
         "an exact run keeps half a batch of a lost engine",
         POOL_TESTS,
     ),

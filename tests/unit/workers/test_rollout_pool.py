@@ -119,6 +119,23 @@ def test_an_exact_run_samples_an_interrupted_batch_again_as_a_whole(monkeypatch:
     assert heir.seeds == mortal.seeds
 
 
+class DiesWhenItIsDone(Engine):
+    """Its process ends between its last response and the end of its answer."""
+
+    def _generate(self, prompts: Sequence[Any], seeds: Sequence[int]) -> Iterator[Any]:
+        yield from super()._generate(prompts, seeds)
+        yield EngineDiedError("gone")
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_of_an_engine_that_dies_when_it_is_done_nothing_is_sampled_again(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever follows the batch may have had it judged by then."""
+    heir = Engine(5)
+    sampling = pool_of([DiesWhenItIsDone(3), Engine(4), heir], monkeypatch, exact=exact).submit(PROMPTS, seed=1)
+    assert sorted(place for places in sampling.finished() for place in places) == list(range(7))
+    assert [rollout.policy_version for rollout in sampling.result()] == [3, 4, 3, 4, 3, 4, 3] and not heir.seeds
+
+
 def test_engines_are_replaced_so_often_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = pool_of([Engine(3, life=1), Engine(4), Engine(5, life=1), Engine(6)], monkeypatch, restarts=1)
     with pytest.raises(RolloutError, match="max_restarts"):
