@@ -172,6 +172,15 @@ class PpoConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _penalty_stays_above_zero(self) -> PpoConfig:
+        if self.kl.target is not None and self.batch_size >= 5 * self.kl.horizon:
+            raise ValueError(
+                f"ppo.kl.horizon = {self.kl.horizon:g} is so short that one batch of ppo.batch_size = {self.batch_size} could make an "
+                f"adaptive ppo.kl.coef 0 or negative: set ppo.kl.horizon = {self.batch_size} or more"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _carried_over_prompts_are_older(self) -> PpoConfig:
         if self.carry_over and not self.max_lag:
             raise ValueError(

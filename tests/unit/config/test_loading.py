@@ -175,6 +175,10 @@ NO_CRITIC = ["--ppo.algorithm.name=rloo", "--ppo.samples_per_prompt=4"]
             ["compares the samples of a prompt", "set ppo.samples_per_prompt"],
         ),
         (["--ppo.kl.controller=adaptive", "--ppo.kl.target=6", "--ppo.kl.coef=0"], ["is 0 and stays so"]),
+        (
+            ["--ppo.kl.controller=adaptive", "--ppo.kl.target=6", "--ppo.kl.horizon=12", "--ppo.batch_size=64"],
+            ["ppo.kl.horizon = 12", "0 or negative", "set ppo.kl.horizon = 64 or more"],
+        ),
         (["--ppo.reward.missing_eos_penalty=1"], ["set missing_eos_score = null"]),
         (["--rollout.min_engines=3", "--rollout.engines.count=2"], ["rollout.min_engines = 3", "rollout.engines.count = 2"]),
         (["--rollout.min_engines=1", "--rollout.engines.gpus=1"], ["rollout.min_engines", 'rollout.transfer = "object_store"']),
@@ -220,6 +224,8 @@ def test_options_that_contradict_each_other_are_refused(recipe: Path, overrides:
         ["--rollout.ignore_eos=true", "--ppo.reward.missing_eos_score=null"],
         ["--model.precision=bf16", "--ppo.deepspeed.zero_stage=1"],
         ["--ppo.deepspeed.zero_stage=0"],
+        ["--ppo.kl.horizon=12", "--ppo.batch_size=64"],
+        ["--ppo.kl.controller=adaptive", "--ppo.kl.target=6", "--ppo.kl.horizon=13", "--ppo.batch_size=64"],
     ],
 )
 def test_what_looks_like_a_contradiction_and_is_none(recipe: Path, overrides: list[str]) -> None:
