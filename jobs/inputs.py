@@ -44,6 +44,7 @@ def check_inputs(recipe: Recipe, command: str) -> None:
     if command == "tune" and (recipe.ppo.workers.labels or recipe.rollout.engines.labels):
         raise ConfigError("ppo.workers.labels and rollout.engines.labels have no effect inside a trial's placement group: leave them out")
     _check_colocation(recipe)
+    _check_transfer(recipe, command)
     if recipe.model.path not in BUILT_IN_MODELS:
         _check_model(recipe.model.path, trained=command not in BASE_MODEL_COMMANDS, writes=command != "rm")
     _check_lengths(recipe, command)
@@ -177,6 +178,15 @@ def _check_colocation(recipe: Recipe) -> None:
         raise ConfigError(
             f"rollout.colocate puts engine k on the one GPU of learner k, here {engines.count} engines x {engines.gpus:g} GPUs on "
             f"{learners.count} learners x {learners.gpus:g}: set rollout.engines.count <= ppo.workers.count and at most 1 GPU each"
+        )
+
+
+def _check_transfer(recipe: Recipe, command: str) -> None:
+    """Whether the learner can send weights the way that the engines get them."""
+    if command in MIX_COMMANDS and recipe.rollout.over_nccl and not recipe.ppo.workers.gpus:
+        raise ConfigError(
+            f"weights go over NCCL to engines of rollout.engines.gpus = {recipe.rollout.engines.gpus:g}, and ppo.workers.gpus = 0 leaves "
+            'the learner no GPU to send from: set ppo.workers.gpus = 1, or rollout.transfer = "object_store"'
         )
 
 

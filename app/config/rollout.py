@@ -43,7 +43,7 @@ class RolloutConfig(Config):
     max_restarts: int = Field(3, ge=0)
     """Engine processes that may be lost and replaced in the course of a run before it stops."""
     transfer: Literal["auto", "object_store", "nccl"] = "auto"
-    """How weights reach the engines; `auto` takes nccl where engines own their GPUs, else the object store."""
+    """How weights reach the engines; `auto` takes nccl where engines own their GPUs (not a part of one), else the object store."""
 
     @property
     def shares_gpus(self) -> bool:
@@ -59,8 +59,17 @@ class RolloutConfig(Config):
     def over_nccl(self) -> bool:
         """Whether weights reach the engines over NCCL, two processes of one group of which cannot share a GPU; else the object store."""
         if self.transfer == "auto":
-            return self.engines.gpus > 0 and not self.colocate
+            return self.engines.gpus >= 1 and not self.colocate
         return self.transfer == "nccl"
+
+    @model_validator(mode="after")
+    def _nccl_joins_whole_gpus(self) -> RolloutConfig:
+        if self.transfer == "nccl" and (self.engines.gpus < 1 or self.colocate):
+            given = "rollout.colocate = true" if self.colocate else f"rollout.engines.gpus = {self.engines.gpus:g}"
+            raise ValueError(
+                f'rollout.transfer = "nccl" takes a whole GPU for each engine, which {given} does not give: set rollout.transfer = "auto"'
+            )
+        return self
 
     @model_validator(mode="after")
     def _engines_may_come_later(self) -> RolloutConfig:

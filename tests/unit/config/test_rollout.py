@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
+from typing import Any
 
+import pytest
+from pydantic import ValidationError
+
+from app.config.loading import load_recipe
 from app.config.rollout import RolloutConfig
 from app.config.shared import WorkersConfig
 
@@ -13,7 +18,7 @@ from app.config.shared import WorkersConfig
     [
         ("auto", 0, False, False, False),
         ("auto", 1, False, True, False),
-        ("auto", 0.5, False, True, False),
+        ("auto", 0.5, False, False, False),  # the rest of it may be the learner's, or another engine's
         ("auto", 1, True, False, True),
         ("auto", 0, True, False, False),
         ("object_store", 1, False, False, False),
@@ -25,6 +30,24 @@ def test_weights_go_over_nccl_to_engines_that_own_their_gpus(
 ) -> None:
     config = RolloutConfig.model_validate({"transfer": transfer, "engines": {"gpus": gpus}, "colocate": colocate})
     assert (config.over_nccl, config.shares_gpus) == (over_nccl, shares_gpus)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({}, "rollout.engines.gpus = 0"),
+        ({"engines": {"gpus": 0.5}}, "rollout.engines.gpus = 0.5"),
+        ({"engines": {"gpus": 1}, "colocate": True}, "rollout.colocate = true"),
+    ],
+)
+def test_nccl_is_refused_where_an_engine_has_no_gpu_of_its_own(given: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValidationError, match=f'{reason} does not give: set rollout.transfer = "auto"'):
+        RolloutConfig.model_validate({"transfer": "nccl", **given})
+
+
+def test_learner_and_engine_on_one_gpu_are_in_no_group_of_nccl() -> None:
+    recipe = load_recipe(Path(__file__).parents[3] / "jobs" / "recipes" / "smollm2" / "pipeline-one-gpu.toml")
+    assert recipe.ppo.workers.gpus + recipe.rollout.engines.gpus <= 1 and not recipe.rollout.over_nccl
 
 
 @pytest.mark.parametrize(("gpus", "parallel"), [(0, 1), (0.5, 1), (1, 1), (4, 4)])

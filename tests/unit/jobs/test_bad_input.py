@@ -401,3 +401,11 @@ def test_gpus_that_cannot_be_shared_as_asked(command: str, values: dict[str, Any
     check_inputs(with_values(Recipe(), paired), "ppo")
     with pytest.raises(ConfigError, match=message):
         check_inputs(with_values(Recipe(), paired | values), command)
+
+
+def test_a_learner_without_a_gpu_that_is_to_send_weights_over_nccl() -> None:
+    engines_alone = {"rollout.engines.gpus": 1}
+    with pytest.raises(ConfigError, match=r'ppo\.workers\.gpus = 0 leaves .* or rollout\.transfer = "object_store"'):
+        check_inputs(with_values(Recipe(), engines_alone), "ppo")
+    check_inputs(with_values(Recipe(), engines_alone | {"rollout.transfer": "object_store"}), "ppo")
+    check_inputs(with_values(Recipe(), engines_alone), "rm")

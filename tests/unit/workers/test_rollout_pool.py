@@ -61,7 +61,7 @@ class Engine:
 
 
 def pool_of(
-    engines: Sequence[Engine], monkeypatch: pytest.MonkeyPatch, restarts: int = 3, *, exact: bool = False, **config: Any
+    engines: Sequence[Engine], monkeypatch: pytest.MonkeyPatch, restarts: int = 3, *, exact: bool = False, gpus: float = 0, **config: Any
 ) -> VllmRolloutPool:
     """A pool of the first engines in the list; the others wait to replace those that die."""
 
@@ -76,7 +76,7 @@ def pool_of(
         monkeypatch.setattr(module, "collect", collect)
         monkeypatch.setattr(module, "ray", SimpleNamespace(**calls))
     waiting = iter(engines)
-    settings = RolloutConfig(engines=WorkersConfig(count=2), max_restarts=restarts, **config)
+    settings = RolloutConfig(engines=WorkersConfig(count=2, gpus=gpus), max_restarts=restarts, **config)
     return VllmRolloutPool(lambda k: next(waiting), settings, deadline_seconds=1, note=lambda text: None, exact=exact)
 
 
@@ -210,7 +210,7 @@ def test_a_learner_that_is_gone_leaves_no_weights_for_engines_that_start_later(m
 
 def test_engines_in_a_group_with_a_learner_that_is_gone_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     engines = [Engine(k) for k in range(4)]
-    pool = pool_of(engines, monkeypatch, transfer="nccl")
+    pool = pool_of(engines, monkeypatch, gpus=1, transfer="nccl")
     pool.discard()
     assert pool.engines == engines[2:]
 
