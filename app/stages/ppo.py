@@ -52,18 +52,24 @@ class PromptSets:
 
 
 def prompt_sets(recipe: Recipe, prepared: Prepared) -> PromptSets:
-    """Both sides of the corpus as token ids; at most `evaluation.prompts` held-out ones. Raises ConfigError when ppo.reward.delta asks
-    for reference answers that the data does not have."""
-    corpus, cuts, delta = prepared.corpus, Cuts(), recipe.ppo.reward.delta
+    """Both sides of the corpus as token ids; at most `evaluation.prompts` held-out ones. Raises as `require_references`."""
+    corpus, cuts = prepared.corpus, Cuts()
+    references = recipe.ppo.reward.delta or "ppo.reward.delta" in recipe.tune.space  # of some trials
     items = list(corpus.train.prompts)  # decoded once
     sides = (items, corpus.validation.prompts[: recipe.evaluation.prompts])
-    train, held_out = (list(encode_prompts(side, prepared.template, recipe.data, cuts, references=delta)) for side in sides)
-    if delta and all(prompt.reference is None for prompt in train):
-        raise ConfigError(
-            f"ppo.reward.delta: no prompt of {corpus.path} has a reference answer to compare with: set ppo.reward.delta = false"
-        )
+    train, held_out = (list(encode_prompts(side, prepared.template, recipe.data, cuts, references=references)) for side in sides)
     mixture = Mixture.of((item.dataset for item in items), corpus.settings)
-    return PromptSets(PromptStream(train, mixture), held_out, cuts.truncated)
+    sets = PromptSets(PromptStream(train, mixture), held_out, cuts.truncated)
+    require_references(recipe, sets)
+    return sets
+
+
+def require_references(recipe: Recipe, prompts: PromptSets) -> None:
+    """Raises ConfigError when ppo.reward.delta asks for reference answers that no prompt to train on has."""
+    if recipe.ppo.reward.delta and all(prompt.reference is None for prompt in prompts.train.prompts):
+        raise ConfigError(
+            "ppo.reward.delta = true: no prompt in the data has a reference answer to compare with: set ppo.reward.delta = false"
+        )
 
 
 def gold_of(recipe: Recipe) -> Gold | None:

@@ -13,10 +13,15 @@ import pytest
 
 from app.config.loading import with_values
 from app.config.recipe import Recipe
+from app.data.corpus import Corpus, Split
 from app.durable import read_json
-from app.errors import CheckpointError, CorralError, Interrupted
+from app.errors import CheckpointError, ConfigError, CorralError, Interrupted
+from app.formats.records import Message, PromptItem
 from app.run_folder import RunFolder
 from app.stages import pipeline, tune
+from app.stages.ppo import PromptSets, prompt_sets
+from app.stages.preparation import Prepared
+from app.stages.tuning import trial
 from app.tracking import RunTracker
 
 CORPUS: Any = SimpleNamespace(sha256="d" * 64)
@@ -117,3 +122,42 @@ def test_a_search_without_a_sound_trial_fails_or_has_no_best(tmp_path: Path, mon
         run_tune(tmp_path)
     found = run_tune(tmp_path)["tune"]
     assert found["best"] is None and found["best_config"] is None and found["trials"][0]["why"] == "score -9"
+
+
+SEARCHED = {"tune.space": {"ppo.reward.delta": {"type": "choice", "values": [False, True]}}}
+
+
+class Letters:
+    """A template whose tokens are characters."""
+
+    eos_id = 0
+
+    def encode(self, messages: Sequence[Message], *, open_assistant: bool) -> tuple[list[int], list[bool]]:
+        ids = [ord(letter) for message in messages for letter in message.content]
+        return ids, [False] * len(ids)
+
+    def encode_text(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+
+def sets_of(reference: str | None, values: dict[str, Any]) -> PromptSets:
+    item = PromptItem("a", "tree", (Message("user", "why"),), reference=reference)
+    split = Split([], [], [item, item])
+    return prompt_sets(with_values(Recipe(), values), Prepared(Corpus(split, split, {}), "", None, Letters()))  # type: ignore[arg-type]
+
+
+def test_trials_that_subtract_the_score_of_the_reference_answer_have_one() -> None:
+    """Prompts are written once for all trials, also where the recipe itself does not ask for reference answers."""
+    (reference, _) = [prompt.reference for prompt in sets_of("so", SEARCHED).train.prompts]
+    assert reference is not None and reference.tolist() == [ord("s"), ord("o"), 0]
+    assert sets_of("so", {}).train.prompts[0].reference is None
+
+
+def test_a_trial_is_refused_where_the_data_has_no_reference_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "ray", None)  # nothing is started
+    delta = {"ppo.reward.delta": True}
+    without = sets_of(None, SEARCHED)
+    with pytest.raises(ConfigError, match=r"no prompt in the data has a reference answer .* set ppo\.reward\.delta = false"):
+        trial.train(with_values(Recipe(), delta), SimpleNamespace(prompts=without), *[None] * 4)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="no prompt in the data has a reference answer"):
+        sets_of(None, delta)
