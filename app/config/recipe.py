@@ -98,6 +98,17 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _reference_answers_have_the_room_of_answers(self) -> Recipe:
+        whole, prompt, answer = self.data.max_length, self.data.max_prompt_length, self.rollout.max_new_tokens
+        if self.ppo.reward.delta and whole < prompt + answer:
+            raise ValueError(
+                f"ppo.reward.delta compares answers of up to rollout.max_new_tokens = {answer} tokens with reference answers, for which "
+                f"data.max_length = {whole} leaves {max(0, whole - prompt)} behind a prompt of data.max_prompt_length = {prompt}: set "
+                f"data.max_length = {prompt + answer} or more, or lower one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _some_answers_end(self) -> Recipe:
         shaping = self.ppo.reward
         if self.rollout.ignore_eos and (shaping.missing_eos_score is not None or shaping.missing_eos_penalty):

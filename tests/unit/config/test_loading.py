@@ -195,6 +195,10 @@ NO_CRITIC = ["--ppo.algorithm.name=rloo", "--ppo.samples_per_prompt=4"]
         (["--rollout.in_flight=redo"], ['rollout.in_flight = "redo"', "ppo.max_lag = 0 has none", 'rollout.in_flight = "keep"']),
         (["--rollout.in_flight=wait"], ['rollout.in_flight = "wait"', "set ppo.max_lag = 1 or more"]),
         (["--rollout.max_model_len=319"], ["rollout.max_model_len = 319 is too short", "raise it to 320, leave it out"]),
+        (
+            ["--ppo.reward.delta=true", "--data.max_length=319"],
+            ["data.max_length = 319 leaves 63 behind", "data.max_prompt_length = 256", "set data.max_length = 320 or more"],
+        ),
         (["--rollout.ignore_eos=true"], ["ppo.reward.missing_eos_score = -1", 'set ppo.reward.missing_eos_score = "null"']),
         (
             ["--rollout.ignore_eos=true", "--ppo.reward.missing_eos_score=null", "--ppo.reward.missing_eos_penalty=2"],
@@ -221,6 +225,8 @@ def test_options_that_contradict_each_other_are_refused(recipe: Path, overrides:
         ["--rollout.colocate=true"],
         ["--ppo.max_lag=1", "--rollout.in_flight=redo"],
         ["--rollout.max_model_len=320"],
+        ["--ppo.reward.delta=true", "--data.max_length=320"],
+        ["--data.max_length=319"],
         ["--rollout.ignore_eos=true", "--ppo.reward.missing_eos_score=null"],
         ["--model.precision=bf16", "--ppo.deepspeed.zero_stage=1"],
         ["--ppo.deepspeed.zero_stage=0"],
