@@ -97,6 +97,9 @@ def _check_scorers(recipe: Recipe, command: str) -> None:
                     raise ModelError(f"{key} = {path}, which has another tokenizer than the policy and so reads text: {error}") from error
                 continue
         require_context(context_of(path), *_longest(recipe), f"{key} = {path}")
+        if _scores_references(recipe, command):
+            answers = "data.max_length (of reference answers, for ppo.reward.delta)"
+            require_context(context_of(path), recipe.data.max_length, answers, f"{key} = {path}")
 
 
 def _check_search(recipe: Recipe) -> None:
@@ -148,6 +151,12 @@ def _mixes_pretraining(recipe: Recipe, command: str) -> bool:
     """Whether some learner of the command reads ppo.pretraining."""
     searched = command == "tune" and "ppo.pretraining.coef" in recipe.tune.space
     return command in MIX_COMMANDS and bool(recipe.ppo.pretraining.coef or searched)
+
+
+def _scores_references(recipe: Recipe, command: str) -> bool:
+    """Whether some run of the command has reference answers scored."""
+    searched = command == "tune" and "ppo.reward.delta" in recipe.tune.space
+    return command in MIX_COMMANDS and (recipe.ppo.reward.delta or searched)
 
 
 def _check_source(path: str | None) -> None:

@@ -262,6 +262,17 @@ def test_answers_longer_than_a_reward_model_takes(refused: Refused, tmp_path: Pa
         assert f"{tokens}reward.parts.mine.paths = {short}'s context is 95" in error
 
 
+def test_reference_answers_longer_than_a_reward_model_takes(refused: Refused, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"max_position_embeddings": 96}')
+    given = [f"--model.path={folder}", f"--reward.path={folder}", f"--run.dir={tmp_path / 'run'}", "--data.max_length=97"]
+    for asked in ("--ppo.reward.delta=true", '--tune.space.ppo.reward.delta={type = "choice", values = [true, false]}'):
+        error = refused("tune", str(RECIPES / "tiny" / "tune.toml"), *given, asked)
+        assert "data.max_length (of reference answers, for ppo.reward.delta) = 97 tokens" in error
+        assert f"reward.path = {folder}'s context is 96" in error
+    check_inputs(load_recipe(TINY, given), "ppo")
+
+
 def test_a_critic_that_starts_from_a_reward_model_of_another_tokenizer(refused: Refused, tmp_path: Path) -> None:
     """Of the same size, so that every id has some meaning to it."""
     run = f"--run.dir={tmp_path / 'run'}"
