@@ -17,8 +17,9 @@ def group_means(x_B: torch.Tensor, groups_B: torch.Tensor, valid_B: torch.Tensor
     >>> group_means(torch.tensor([1.0, 3.0, 7.0]), torch.tensor([5, 5, 8]), torch.tensor([True, True, True]))
     tensor([2., 2., 7.])
     """
-    together_BB = _together(x_B, groups_B, valid_B)
-    return (together_BB @ zero_masked(x_B, valid_B)) / together_BB.sum(1).clamp(min=1)
+    wide_B = x_B.double()  # rounding errors of a float32 sum would tell apart from their mean what are all the same number
+    together_BB = _together(wide_B, groups_B, valid_B)
+    return ((together_BB @ zero_masked(wide_B, valid_B)) / together_BB.sum(1).clamp(min=1)).to(x_B.dtype)
 
 
 def centred(x_B: torch.Tensor, groups_B: torch.Tensor, valid_B: torch.Tensor) -> torch.Tensor:

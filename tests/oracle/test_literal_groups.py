@@ -60,7 +60,9 @@ def test_table() -> None:
     torch.testing.assert_close(standardised(scores_B, groups_B, valid_B), expected, **CLOSE)
 
 
-def test_equal_scores_teach_nothing() -> None:
+@pytest.mark.parametrize("score", [0.1, 83.3, 1000.1, -12345.6])
+@pytest.mark.parametrize("samples", [3, 6, 7])
+def test_equal_scores_teach_nothing(score: float, samples: int) -> None:
     """0.1 three times has a float32 mean that is not 0.1; divided by a tiny deviation that would be an advantage."""
-    scores_B, groups_B, valid_B = torch.full((3,), 0.1), torch.zeros(3).long(), torch.ones(3).bool()
-    assert standardised(scores_B, groups_B, valid_B).abs().max() < 1e-3
+    scores_B, groups_B, valid_B = torch.full((samples,), score), torch.zeros(samples).long(), torch.ones(samples).bool()
+    assert standardised(scores_B, groups_B, valid_B).eq(0).all() and leave_one_out(scores_B, groups_B, valid_B).eq(0).all()
