@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from pydantic import Field, create_model, field_validator, model_validator
 
 from app.algorithms import ALGORITHMS
-from app.algorithms.algorithm import Algorithm
+from app.algorithms.algorithm import Algorithm, KlPlace
 from app.algorithms.kl_penalty import KlConfig
 from app.algorithms.shaping import RewardShapingConfig
 from app.algorithms.surrogate import Surrogate, SurrogateConfig
@@ -19,11 +19,12 @@ ALGORITHM, CRITIC = "ppo.algorithm.name", "ppo.critic_model"
 
 
 class Unread(NamedTuple):
-    """Why a key is not read, and the choice that leaves it so."""
+    """Why a key is not read, and the choice that leaves it so; or_choice: another one that could have it read."""
 
     reason: str
     choice: str
     value: str
+    or_choice: str | None = None
 
 
 class ChosenAlgorithm(SurrogateConfig):
@@ -240,8 +241,7 @@ class PpoConfig(Config):
 
     def make_algorithm(self) -> Algorithm[Any]:
         """The chosen algorithm, with its options and the loss that this section asks for."""
-        algorithm = ALGORITHMS[self.algorithm.name]
-        place = self.kl.place or algorithm.usual_kl_place
+        algorithm, place = ALGORITHMS[self.algorithm.name], self._kl_place
         surrogate = Surrogate(
             config=SurrogateConfig(**self.algorithm.model_dump(include=set(SurrogateConfig.model_fields))),
             max_lag=self.max_lag,
@@ -258,7 +258,17 @@ class PpoConfig(Config):
             found |= dict.fromkeys(("ppo.critic", "ppo.critic_model"), Unread(f"{chosen} trains no critic", ALGORITHM, chosen))
         elif self.critic_model == "value_head":
             found["ppo.critic"] = Unread("ppo.policy is what trains a value head", CRITIC, self.critic_model)
+        if self._kl_place == "reward":
+            found["ppo.kl.loss_form"] = Unread("the penalty stands in the reward alone", "ppo.kl.place", "reward", ALGORITHM)
+        if self.kl.controller == "fixed":
+            found["ppo.kl.horizon"] = Unread("the penalty's weight stays as it is", "ppo.kl.controller", "fixed")
+        if self.reward.overlong_buffer is None:
+            found["ppo.reward.overlong_penalty"] = Unread("there are no tokens to rise over", "ppo.reward.overlong_buffer", "null")
         return found
+
+    @property
+    def _kl_place(self) -> KlPlace:
+        return self.kl.place or ALGORITHMS[self.algorithm.name].usual_kl_place
 
     @property
     def has_critic_model(self) -> bool:

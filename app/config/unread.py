@@ -12,8 +12,8 @@ COMMAND_LINE = "command line"
 
 
 def check_unread(recipe: Recipe, sources: Mapping[str, str]) -> None:
-    """Raises ConfigError for a key of another algorithm, or of a critic where there is none, that stands where the choice was made,
-    on the command line or in `tune.space`. What a recipe inherits is left alone: changing the choice alone must do.
+    """Raises ConfigError for a key that nothing reads, as of another algorithm, or of a critic where there is none, and that stands where
+    the choice was made, on the command line or in `tune.space`. What a recipe inherits is left alone: changing the choice alone must do.
 
     sources: where each given key comes from."""
     for key, source in sources.items():
@@ -22,7 +22,7 @@ def check_unread(recipe: Recipe, sources: Mapping[str, str]) -> None:
             raise _error(key, unread, source)
     for key in recipe.tune.space:
         unread = _unread(recipe, key)
-        if unread and unread.choice not in recipe.tune.space:
+        if unread and not {unread.choice, unread.or_choice} & recipe.tune.space.keys():
             raise _error(key, unread, f"{sources.get('tune.space', 'recipe')}: tune.space")
 
 

@@ -160,6 +160,7 @@ def test_a_wrong_override_is_refused_with_its_remedy(recipe: Path, override: str
 VALUE_HEAD = ["--ppo.critic_model=value_head"]
 TEXTS = ["--ppo.pretraining.path=texts.txt", "--ppo.pretraining.coef=1"]
 NO_CRITIC = ["--ppo.algorithm.name=rloo", "--ppo.samples_per_prompt=4"]
+KL_FORMS = '--tune.space.ppo.kl.loss_form={type = "choice", values = ["k2", "k3"]}'
 
 
 @pytest.mark.parametrize(
@@ -168,6 +169,10 @@ NO_CRITIC = ["--ppo.algorithm.name=rloo", "--ppo.samples_per_prompt=4"]
         ([*NO_CRITIC, "--ppo.algorithm.ppo.value_clip=0.3"], ["ppo.algorithm.ppo.value_clip is not read", "belongs to ppo"]),
         ([*NO_CRITIC, "--ppo.critic.lr=1e-5"], ["ppo.critic.lr is not read", "rloo trains no critic"]),
         ([*NO_CRITIC, '--tune.space.ppo.critic.lr={type = "uniform", low = 1e-6, high = 1e-5}'], ["tune.space", "rloo trains no critic"]),
+        (["--ppo.kl.loss_form=k2"], ["ppo.kl.loss_form is not read", "in the reward alone", "choose another ppo.kl.place than reward"]),
+        (["--ppo.kl.horizon=500"], ["ppo.kl.horizon is not read", "choose another ppo.kl.controller than fixed"]),
+        (["--ppo.reward.overlong_penalty=2"], ["overlong_penalty is not read", "choose another ppo.reward.overlong_buffer than null"]),
+        ([KL_FORMS], ["tune.space", "ppo.kl.loss_form is not read"]),
         (["--ppo.lora.rank=4", "--ppo.freeze_layers=1"], ["ppo", "freeze_layers and lora exclude each other"]),
         (["--ppo.max_lag=1", "--ppo.algorithm.max_importance=null"], ["ppo.max_lag = 1", "set ppo.algorithm.max_importance = 2.0"]),
         (
@@ -230,7 +235,11 @@ def test_options_that_contradict_each_other_are_refused(recipe: Path, overrides:
         ["--rollout.ignore_eos=true", "--ppo.reward.missing_eos_score=null"],
         ["--model.precision=bf16", "--ppo.deepspeed.zero_stage=1"],
         ["--ppo.deepspeed.zero_stage=0"],
-        ["--ppo.kl.horizon=12", "--ppo.batch_size=64"],
+        ["--ppo.kl.loss_form=k2", "--ppo.kl.place=both"],
+        ["--ppo.kl.loss_form=k2", "--ppo.algorithm.name=grpo", "--ppo.samples_per_prompt=4"],
+        ["--ppo.reward.overlong_buffer=8", "--ppo.reward.overlong_penalty=2"],
+        [KL_FORMS, '--tune.space.ppo.kl.place={type = "choice", values = ["reward", "loss"]}'],
+        [KL_FORMS, '--tune.space.ppo.algorithm.name={type = "choice", values = ["ppo", "grpo"]}', "--ppo.samples_per_prompt=4"],
         ["--ppo.kl.controller=adaptive", "--ppo.kl.target=6", "--ppo.kl.horizon=13", "--ppo.batch_size=64"],
     ],
 )
