@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from app.errors import ModelError, ScoringError, first_line
+from app.errors import ModelError, ScoringError, ScoringTimeoutError, first_line
 from app.experience import IntArray, Rollout
 from app.interfaces import Pending, Scorer
 from app.rewards.part import Failed, RewardPart
@@ -55,7 +55,8 @@ class _PendingScores:
     batch: Pending[list[float]] | None
 
     def result(self) -> list[float | Failed]:
-        """The scores. A request for all that fails is split into one per rollout, so that one bad rollout costs only its own score."""
+        """The scores. A request for all that fails is split into one per rollout, so that one bad rollout costs only its own score. What
+        had no answer in time is not: where nobody answers, each of them would wait as long again."""
         found = iter(self._answers())
         scores = [sequence if isinstance(sequence, Failed) else next(found) for sequence in self.sequences]
         return [score if isinstance(score, Failed) or math.isfinite(score) else Failed(f"the model gave {score}") for score in scores]
@@ -64,17 +65,22 @@ class _PendingScores:
         """Of what was sent."""
         if self.batch is None:
             return []
+        sent = [sequence for sequence in self.sequences if not isinstance(sequence, Failed)]
         try:
             return list(self.batch.result())
         except ScoringError as error:
-            return self._one_by_one() if len(self.sequences) > 1 else [Failed(first_line(error))]
+            if isinstance(error, ScoringTimeoutError) or len(sent) == 1:
+                return [Failed(first_line(error))] * len(sent)
+        return self._one_by_one(sent)
 
-    def _one_by_one(self) -> list[float | Failed]:
-        requests = [self.scorer.scores([sequence]) for sequence in self.sequences if not isinstance(sequence, Failed)]
+    def _one_by_one(self, sent: Sequence[IntArray]) -> list[float | Failed]:
+        requests = [self.scorer.scores([sequence]) for sequence in sent]
         scores: list[float | Failed] = []
         for request in requests:
             try:
                 scores += request.result()
+            except ScoringTimeoutError as error:
+                return scores + [Failed(first_line(error))] * (len(sent) - len(scores))
             except ScoringError as error:
                 scores.append(Failed(first_line(error)))
         return scores

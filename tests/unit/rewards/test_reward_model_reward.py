@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from app.errors import DeadlineError, ModelError, ScoringError
+from app.errors import DeadlineError, ModelError, ScoringError, ScoringTimeoutError
 from app.experience import FinishReason, FloatArray, IntArray, Prompt, Rollout
 from app.rewards.part import Failed
 from app.rewards.reward_model import RewardModelReward
@@ -104,6 +104,33 @@ def test_one_bad_rollout_costs_only_its_own_score() -> None:
 def test_a_dead_service_fails_every_score_with_its_reason() -> None:
     scores = RewardModelReward(FakeScorer(poisoned=frozenset({1, 2, 3}))).score(ROLLOUTS).result()
     assert scores == [Failed("reward replica died: restart it")] * 3
+
+
+def test_a_service_that_does_not_answer_is_waited_for_once() -> None:
+    """Not once more for each rollout: of thousands that would be days."""
+    scorer, late = FakeScorer(poisoned=frozenset({1}), error=ScoringTimeoutError), Failed("reward replica died: restart it")
+    assert RewardModelReward(scorer).score(ROLLOUTS).result() == [late] * 3
+    assert RewardModelReward(scorer, twice).score(ROLLOUTS).result() == [late, Failed("its chat template refuses the conversation"), late]
+    assert scorer.requests == [3, 2]
+
+
+def test_a_service_that_stops_answering_while_rollouts_are_asked_one_by_one_is_waited_for_once() -> None:
+    @dataclass
+    class Waited(Answer):
+        waits: list[Answer]
+
+        def result(self) -> list[float]:
+            self.waits.append(self)
+            return super().result()
+
+    class Dying(FakeScorer):
+        def scores(self, sequences: Sequence[IntArray]) -> Answer:
+            first = int(sequences[0][0]) == 1
+            return Waited(([7.0] if first else ScoringTimeoutError("late")) if len(sequences) == 1 else ScoringError("gone"), waits)
+
+    waits: list[Answer] = []
+    assert RewardModelReward(Dying()).score(ROLLOUTS).result() == [7.0, Failed("late"), Failed("late")]
+    assert len(waits) == 3
 
 
 def test_other_errors_pass_through() -> None:
