@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -69,12 +70,15 @@ class Call:
 
 
 class RuleProcesses:
-    """Processes of one part of the reward; any number of batches may be in flight. Close them with `close`."""
+    """Processes of one part of the reward; any number of batches may be in flight. Close them with `close`.
+
+    One thread speaks to them at a time: that of a loop which has lost its learner may still wait when the next loop asks."""
 
     def __init__(self, name: str, rule: IsolatedPart) -> None:
         self._name, self._rule = name, rule
         self._processes = [self._start() for _ in range(rule.processes)]
         self._queues: list[deque[Call]] = [deque() for _ in self._processes]
+        self._turn = threading.RLock()
 
     def ready(self, deadline_seconds: float) -> None:
         """Wait until every process has the rule. Raises ConfigError where one cannot have it, DeadlineError when they take too long."""
@@ -93,29 +97,31 @@ class RuleProcesses:
             Call(number % len(deadlines), samples[start : start + size], deadlines[number % len(deadlines)])
             for number, start in enumerate(range(0, len(samples), size))
         ]
-        for call in calls:
-            queue = self._queues[call.process]
-            call.alone = bool(queue) and queue[0].alone  # after a death one call follows the other until all are answered
-            queue.append(call)
-            if not call.alone:
-                self._send(call)
+        with self._turn:
+            for call in calls:
+                queue = self._queues[call.process]
+                call.alone = bool(queue) and queue[0].alone  # after a death one call follows the other until all are answered
+                queue.append(call)
+                if not call.alone:
+                    self._send(call)
         return PendingRule(self, calls)
 
     def finish(self, call: Call) -> Sequence[float | Failed]:
         """Wait for the answer of a call, and for those of its process before it; until its deadline at the most."""
-        queue = self._queues[call.process]
-        while call.answer is None and not call.parts:
-            first = queue[0]
-            if first.reference is None:
-                self._send(first)
-            try:
-                first.answer = ray.get(first.reference, timeout=max(LAST_LOOK_SECONDS, first.deadline.end - time.monotonic()))
-                queue.popleft()
-            except GetTimeoutError:
-                self._late(queue)
-            except RayError as error:
-                self._lost(queue, error)
-        return call.answer if call.answer is not None else [answer for part in call.parts for answer in self.finish(part)]
+        with self._turn:
+            queue = self._queues[call.process]
+            while call.answer is None and not call.parts:
+                first = queue[0]
+                if first.reference is None:
+                    self._send(first)
+                try:
+                    first.answer = ray.get(first.reference, timeout=max(LAST_LOOK_SECONDS, first.deadline.end - time.monotonic()))
+                    queue.popleft()
+                except GetTimeoutError:
+                    self._late(queue)
+                except RayError as error:
+                    self._lost(queue, error)
+            return call.answer if call.answer is not None else [answer for part in call.parts for answer in self.finish(part)]
 
     def close(self) -> None:
         """End all processes."""

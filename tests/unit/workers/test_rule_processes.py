@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -133,3 +136,22 @@ def test_a_hang_costs_what_is_left_of_its_batch_and_nothing_of_the_next(world: W
     assert following.result() == [4, LATE]
     assert healthy.result() == [6]
     assert world.now <= began + DEADLINE + 1
+
+
+def test_a_batch_that_is_still_waited_for_after_its_loop_has_ended_is_not_in_the_way_of_the_next(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a learner is lost while a rule takes longer than the loop waits for its thread."""
+    both_wait = threading.Barrier(2)
+
+    def get(answer: tuple[float, Any], timeout: float) -> Any:
+        with suppress(threading.BrokenBarrierError):
+            both_wait.wait(0.5)
+        return World.get(world, answer, timeout)
+
+    monkeypatch.setattr(world, "get", get)
+    mine = processes()
+    given_up, following = mine.submit(samples(["1", "2"])), mine.submit(samples(["3", "4"]))
+    with ThreadPoolExecutor(2) as threads:
+        answers = [threads.submit(pending.result) for pending in (given_up, following)]
+        assert [answer.result() for answer in answers] == [[1, 2], [3, 4]]
