@@ -20,7 +20,7 @@ import torch
 
 from app.config.ppo import PpoConfig
 from app.durable import writing
-from app.errors import CheckpointError, ConfigError
+from app.errors import CheckpointError, ConfigError, first_line
 from app.experience import DoubleArray, Experience, FinishReason, IntArray, Prompt, Rollout, Scores, TokenBatch, pad_rows, prompt_groups
 from app.run_layout import SAVING
 
@@ -143,10 +143,17 @@ def read_step(folder: Path, step: int) -> tuple[Batch, PpoConfig]:
         raise ConfigError(f"{folder}: no rollouts of step {step} there ({range_text}; ppo.keep_rollouts says how many are kept)")
     try:
         table = pq.read_table(path)
-        facts = json.loads(table.schema.metadata[FACTS])
-        columns = table.to_pydict()
-    except (OSError, pa.ArrowInvalid, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: no rollouts of ours, or damaged ({error}): restore the file") from error
+        if not table.num_rows:
+            raise ValueError("it has no rows")
+        return _batch(table.to_pydict(), json.loads(table.schema.metadata[FACTS]))
+    except (OSError, pa.ArrowException, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: no rollouts of ours, or damaged ({type(error).__name__}: {first_line(error)}): "
+            "restore the file, or read it with the version that wrote it"
+        ) from error
+
+
+def _batch(columns: Mapping[str, Sequence[Any]], facts: Mapping[str, Any]) -> tuple[Batch, PpoConfig]:
     rollouts = _rollouts(columns)
     batch = Batch(
         step=facts["step"],

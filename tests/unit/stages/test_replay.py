@@ -22,7 +22,7 @@ from app.data.prompt_stream import PromptStream
 from app.display import PlainDisplay
 from app.errors import DiskError
 from app.experience import Experience, FinishReason, Minibatch, PolicyOutputs, Prompt, Rollout, TokenBatch, Totals
-from app.kept_rollouts import RolloutRecorder, kept_steps, read_step, step_path
+from app.kept_rollouts import FACTS, RolloutRecorder, kept_steps, read_step, step_path
 from app.rewards.length import LengthReward
 from app.rewards.mix import Part, RewardMix, RuleSource
 from app.rewards.reward_model import RewardModelReward
@@ -160,6 +160,32 @@ def test_what_is_not_there_is_told(run: Path, step: str, code: int, message: str
     step_path(run / "ppo" / "rollouts", 4).write_text("no parquet")
     assert main(["replay", str(run), step]) == code
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spoil", ["no column", "no rows", "other type", "unknown finish", "metadata", "no padding", "newer key"])
+def test_a_file_that_parquet_reads_and_we_do_not_is_told_too(run: Path, spoil: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = step_path(run / "ppo" / "rollouts", 4)
+    table = pq.read_table(path)
+    facts = json.loads(table.schema.metadata[FACTS])
+
+    def with_column(name: str, column: Sequence[Any]) -> pa.Table:
+        return table.set_column(table.schema.get_field_index(name), name, pa.array(column))
+
+    def with_facts(text: str) -> pa.Table:
+        return table.replace_schema_metadata({FACTS: text})
+
+    spoilt = {
+        "no column": lambda: table.drop_columns(["score"]),
+        "no rows": lambda: table.slice(0, 0),
+        "other type": lambda: with_column("ids", ["text"] * len(table)),
+        "unknown finish": lambda: with_column("finish", ["never"] * len(table)),
+        "metadata": lambda: with_facts("{half"),
+        "no padding": lambda: with_facts(json.dumps({key: value for key, value in facts.items() if key != "pad_id"})),
+        "newer key": lambda: with_facts(json.dumps(facts | {"config": facts["config"] | {"of_tomorrow": 1}})),
+    }
+    pq.write_table(spoilt[spoil](), path)
+    assert main(["replay", str(run), "4"]) == 2
+    assert f"{path}: no rollouts of ours, or damaged (" in capsys.readouterr().err
 
 
 def test_a_resumed_run_drops_what_the_lost_steps_left(run: Path) -> None:
