@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from app.errors import CheckpointError, first_line
+
 INK, MUTED, RULE, LINE = "#1f2933", "#7b8794", "#e4e7eb", "#2f6f8f"
 SMOOTH_FROM = 40
 """Points from which a curve is drawn faintly, with its running mean on top."""
@@ -37,18 +39,25 @@ class Curve:
 
 
 def read_curves(path: Path) -> dict[str, dict[str, Curve]]:
-    """Stage -> metric -> curve, in the order of first appearance. A step logged again after a resume has the later value."""
+    """Stage -> metric -> curve, in the order of first appearance. A step logged again after a resume has the later value.
+
+    Raises CheckpointError for a line that is none of ours."""
     stages: dict[str, dict[str, Curve]] = defaultdict(dict)
     if not path.exists():
         return {}
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if not line.endswith("\n"):
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
                 break  # the run is still writing it
-            event: Mapping[str, Any] = json.loads(line)
-            curves = stages[event["stage"]]
-            for name, value in event["metrics"].items():
-                curves.setdefault(name, Curve(name)).points[event["step"]] = value
+            try:
+                event: Mapping[str, Any] = json.loads(line)
+                stage, step, metrics = event["stage"], event["step"], event["metrics"].items()
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                raise CheckpointError(
+                    f"{path}:{number}: no line of a run's metrics ({type(error).__name__}: {first_line(error)}): mend or remove that line"
+                ) from error
+            for name, value in metrics:
+                stages[stage].setdefault(name, Curve(name)).points[step] = value
     return dict(stages)
 
 

@@ -188,6 +188,14 @@ def test_a_file_that_parquet_reads_and_we_do_not_is_told_too(run: Path, spoil: s
     assert f"{path}: no rollouts of ours, or damaged (" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("line", [b"garbage", b"[1, 2]", b'{"stage": "ppo", "step": 4}', b"\xff"])
+def test_a_spoilt_line_of_the_log_is_named(run: Path, line: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    log = run / "metrics.jsonl"
+    log.write_bytes(log.read_bytes() + line + b"\n")
+    assert main(["replay", str(run), "4"]) == 2
+    assert f"{log}:6: no line of a run's metrics (" in capsys.readouterr().err
+
+
 def test_a_resumed_run_drops_what_the_lost_steps_left(run: Path) -> None:
     folder = run / "ppo" / "rollouts"
     batch, config = read_step(folder, 4)
