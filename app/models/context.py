@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from app.errors import ConfigError
+from app.planning.shapes import stored_json
 
 EMBEDDED_CONTEXT = 512
 """Of the model that `model.path = "embedded"` builds."""
 
 
 def context_of(path: str) -> int | None:
-    """The context length that a local model folder's config names; None where nothing local says it."""
+    """The context length that a local model folder's config names; None where nothing local says it. Raises ModelError for a damaged
+    config."""
     if path == "embedded":
         return EMBEDDED_CONTEXT
     file = Path(path).expanduser() / "config.json"
     if not file.is_file():
         return None
-    length = json.loads(file.read_text()).get("max_position_embeddings")
+    length = stored_json(file).get("max_position_embeddings")
     return length if isinstance(length, int) else None
 
 

@@ -5,7 +5,6 @@ Everything is written under a temporary name beside its target and renamed when 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from app.durable import sync, sync_tree
 from app.errors import ConfigError, ModelError, first_line
 from app.models.load import DTYPES, check_model_folder, load_tokenizer
 from app.models.saving import save_folder
+from app.planning.shapes import stored_json
 
 ADAPTER_FILE = "adapter_config.json"
 CLASSIFIER = "ForSequenceClassification"
@@ -136,7 +136,7 @@ def _merged(path: str, shape: Shape) -> PreTrainedModel:
     """The base of an adapter with the adapter added to its weights, computed in float32."""
     from peft import PeftModel
 
-    settings = json.loads((Path(path).expanduser() / ADAPTER_FILE).read_text())
+    settings = stored_json(Path(path).expanduser() / ADAPTER_FILE)
     base = settings.get("base_model_name_or_path")
     if not base:
         raise ModelError(f"adapter {path}: its {ADAPTER_FILE} names no base_model_name_or_path; add the base model's folder or hub name")
@@ -158,7 +158,7 @@ def _cast(model: PreTrainedModel, origin: str, shape: Shape) -> None:
 def _adapters_tokenizer(path: str, shape: Shape) -> PreTrainedTokenizerBase:
     """The adapter's own tokenizer where it has one, else its base's."""
     own = any((Path(path).expanduser() / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-    base = json.loads((Path(path).expanduser() / ADAPTER_FILE).read_text())["base_model_name_or_path"]
+    base = stored_json(Path(path).expanduser() / ADAPTER_FILE)["base_model_name_or_path"]
     return load_tokenizer(path if own else base, shape.trust_remote_code)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -35,6 +34,7 @@ from app.models.gguf import PACKAGED, convert_gguf, packaged_gguf
 from app.models.logits import learn_logits
 from app.models.open_assistant import OpenAssistantConfig, load_open_assistant
 from app.models.saving import save_folder
+from app.planning.shapes import stored_json
 from app.run_layout import BASE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -186,8 +186,10 @@ def _ask_hub(name: str) -> None:
 def _missing_weights(folder: Path) -> str | None:
     """What is missing: a shard named by the index, or any weights at all."""
     for index in folder.glob("*.index.json"):
-        shards = set(json.loads(index.read_text())["weight_map"].values())
-        absent = sorted(shard for shard in shards if not (folder / shard).is_file())
+        shards = stored_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            return f"{index.name} has no weight_map"
+        absent = sorted(shard for shard in set(shards.values()) if not (folder / shard).is_file())
         if absent:
             return f"{absent[0]} is missing"
     if not any(file.is_file() for pattern in _WEIGHTS for file in folder.glob(pattern)):
@@ -199,7 +201,7 @@ def _has_chat_template(folder: Path) -> bool:
     if (folder / "chat_template.jinja").is_file():
         return True
     settings = folder / "tokenizer_config.json"
-    return settings.is_file() and bool(json.loads(settings.read_text()).get("chat_template"))
+    return settings.is_file() and bool(stored_json(settings).get("chat_template"))
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

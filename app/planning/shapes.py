@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from app.errors import ModelError, first_line
+
 Kind = Literal["neox", "llama", "gpt2"]
 KINDS: dict[str, Kind] = {"gpt_neox": "neox", "gpt2": "gpt2"}
 """`model_type` -> how its layers are built; every other decoder counts as one of Llama's kind (RMS norms, gated MLP)."""
@@ -165,13 +167,24 @@ _SAME_SIZE = 0.02  # share by which the sizes in two names may differ
 
 def shape_of(path: str) -> ModelShape | None:
     """The shape of what `model.path` names: a folder's `config.json`, else its name (`EleutherAI/pythia-12b-deduped`,
-    `runs/pythia/sft-12b/sft/model`, `models/x-7b`); None where neither tells."""
+    `runs/pythia/sft-12b/sft/model`, `models/x-7b`); None where neither tells. Raises ModelError for a damaged `config.json`."""
     if path == "embedded":
         return EMBEDDED
     file = Path(path).expanduser() / "config.json"
     if file.is_file():
-        return shape_from_config(json.loads(file.read_text()))
+        return shape_from_config(stored_json(file))
     return _named(path.lower())
+
+
+def stored_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model folder. Raises ModelError where it holds anything else."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {file.parent}: its {file.name} cannot be read ({first_line(error)}); copy that file again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"model {file.parent}: its {file.name} holds a {type(value).__name__}, not an object; copy that file again")
+    return value
 
 
 def _named(path: str) -> ModelShape | None:

@@ -205,6 +205,23 @@ def test_incomplete_models(refused: Refused, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(("text", "reason"), [('{"half": ', "cannot be read (Expecting value"), ("[]", "holds a list, not an object")])
+def test_a_damaged_file_of_a_model_is_named(refused: Refused, tmp_path: Path, name: str, text: str, reason: str) -> None:
+    run = f"--run.dir={tmp_path / 'run'}"
+    model = model_folder(tmp_path / "model")
+    (Path(model) / name).write_text(text)
+    message = f"model {model}: its {name} {reason}"
+    assert message in refused("ppo", TINY, f"--model.path={model}", f"--reward.path={model_folder(tmp_path / 'rm')}", run)
+    if name == "config.json":
+        assert message in refused("plan", TINY, f"--model.path={model}")
+    if name == "tokenizer_config.json":
+        assert message in refused("chat", model)
+    else:
+        assert message in refused("pipeline", TINY, f"--model.path={model}", "--data.max_length=64", run)
+    assert not (tmp_path / "run").exists()
+
+
 def test_models_that_cannot_do_what_a_command_needs(refused: Refused, data: Callable[..., str], tmp_path: Path) -> None:
     """An encoder and a reward model write no answers; `corral rm` alone starts from them, without a chat template too."""
     run = f"--run.dir={tmp_path / 'run'}"
