@@ -10,12 +10,12 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Config(BaseModel):
-    """Immutable and strict; field docstrings become descriptions (`--help` prints them).
+    """Immutable and strict, numbers finite; field docstrings become descriptions (`--help` prints them).
 
     A section of which only some keys are given keeps the others as the default of its field has them, which need not be those of its
     class: `policy: OptimizerConfig = OptimizerConfig(eps=1e-5)` has that eps whatever else of it is set."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

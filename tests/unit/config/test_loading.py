@@ -224,6 +224,13 @@ def test_options_that_contradict_each_other_are_refused(recipe: Path, overrides:
     assert all(part in message for part in parts), message
 
 
+@pytest.mark.parametrize("key", ["ppo.policy.lr", "ppo.kl.coef", "rollout.temperature", "alarms.kl.limit"])
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_numbers_are_finite(recipe: Path, key: str, value: str) -> None:
+    """An infinite rate or temperature would be noticed in the first update, and a limit of NaN never."""
+    assert f"command line: --{key}: {key} = " in refusal(recipe, f"--{key}={value}")
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
