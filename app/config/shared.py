@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from app.config.deepspeed_presets import PRESETS, Preset
 from app.errors import ConfigError
@@ -87,6 +87,13 @@ class OptimizerConfig(Config):
     """Optimizer steps of linear warm-up from 0."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this global norm."""
+
+    @field_validator("betas")
+    @classmethod
+    def _moments_decay(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("both are from 0 to below 1, such as [0.9, 0.95]")
+        return betas
 
     def doubt(self, key: str, steps: int) -> str | None:
         """What to tell of a warm-up that a training of so many optimizer steps ends in; None where it reaches the full rate."""

@@ -224,6 +224,13 @@ def test_options_that_contradict_each_other_are_refused(recipe: Path, overrides:
     assert all(part in message for part in parts), message
 
 
+@pytest.mark.parametrize("betas", ["[0.9, 1.0]", "[-0.1, 0.95]"])
+def test_moments_decay(recipe: Path, betas: str) -> None:
+    """Adam would refuse them, once its workers are up."""
+    message = refusal(recipe, f"--ppo.policy.betas={betas}")
+    assert f"ppo.policy.betas = {betas}" in message and "from 0 to below 1" in message
+
+
 @pytest.mark.parametrize("key", ["ppo.policy.lr", "ppo.kl.coef", "rollout.temperature", "alarms.kl.limit"])
 @pytest.mark.parametrize("value", ["inf", "nan"])
 def test_numbers_are_finite(recipe: Path, key: str, value: str) -> None:
