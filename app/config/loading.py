@@ -256,7 +256,9 @@ def _describe(error: ValidationError, settings: Settings, source: str) -> str:
     """One line about the first problem."""
     problems = error.errors(include_url=False)
     first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])  # it explains a missing one
-    path = ".".join(str(part) for part in first["loc"])
+    *around, last = first["loc"] or ("",)
+    in_list = isinstance(last, int)  # the number of an entry that is no table
+    path = ".".join(str(part) for part in (around if in_list else first["loc"]))
     reason = first["msg"].removeprefix("Value error, ")
     key = find_key(path)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -269,15 +271,19 @@ def _describe(error: ValidationError, settings: Settings, source: str) -> str:
         return f"{where}: unknown key {path}: {f'did you mean {near[0]}?' if near else ', '.join(entries.model_fields)}{more}"
     if key.section is not None and first["type"] == "value_error":  # a rule about a whole section, again
         return f"{where}: {path}: {reason}{more}"
+    if isinstance(last, int) and key.name == path and path in settings:
+        reason = f"entry {last + 1}: {reason[0].lower() + reason[1:]}"
+        return f"{where}: {path} = {json.dumps(settings[path].value)}: {reason}; default: {toml_value(key.default)}{more}"
     if first["type"] == "missing":
         return f"{where}: {path} is required: set it too{more}"
     value = json.dumps(first["input"], default=str)
     if first["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return f"{where}: {path} = {value}: {_no_table(key, path)}{more}"
-    key = key.leaf(path) or key
+    leaf = key.leaf(path)
     if first["type"] == "tuple_type":
-        reason = f"should be a {key.choices or 'list'}, in brackets"
-    return f"{where}: {path} = {value}: {reason[0].lower() + reason[1:]}; default: {toml_value(key.default)}{more}"
+        reason = f"should be a {(leaf or key).choices or 'list'}, in brackets"
+    default = f"; default: {toml_value(leaf.default)}" if leaf else ""  # what a free table holds has none that is known here
+    return f"{where}: {path} = {value}: {reason[0].lower() + reason[1:]}{default}{more}"
 
 
 def _no_table(key: RecipeKey, path: str) -> str:

@@ -134,6 +134,8 @@ def test_with_values_checks_the_whole_recipe() -> None:
         ("--data.sets.a.format=csv", ["data.sets.a.format", "'oasst'", 'default: "auto"']),
         ("--ppo.lora=x", ["should be a table", "such as ppo.lora.rank"]),
         ("--tune.space.ppo.steps=4", ["should be a table"]),
+        ("--ppo.policy.betas=[0.9]", ["command line: --ppo.policy.betas", "= [0.9]: entry 2: field required; default: [0.9, 0.95]"]),
+        ("--ppo.policy.betas=[1, 'x']", ["--ppo.policy.betas", 'betas = [1, "x"]: entry 2: input should be a valid number', "default: [0"]),
         ("--ppo.minibatches=7", ["choose a multiple"]),
         ("--ppo.reuse_forward=true", ["ppo.reuse_forward needs epochs = minibatches = 1", "set ppo.reuse_forward = false"]),
         ("--rollout.top_p=0.7", ["set rollout.top_p = 1.0"]),
@@ -155,6 +157,11 @@ def test_with_values_checks_the_whole_recipe() -> None:
 def test_a_wrong_override_is_refused_with_its_remedy(recipe: Path, override: str, parts: list[str]) -> None:
     message = refusal(recipe, override)
     assert all(part in message for part in parts), message
+
+
+def test_the_default_of_a_table_is_none_of_what_it_holds(recipe: Path) -> None:
+    message = refusal(recipe, "--reward.parts.brief.type=length", "--reward.parts.brief.maximum=long")
+    assert message.endswith('reward.parts.brief.maximum = "long": input should be a valid integer, unable to parse string as an integer')
 
 
 VALUE_HEAD = ["--ppo.critic_model=value_head"]
