@@ -63,9 +63,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     file = output_path(arguments.report or default_name(date, arguments.model, config))
 
     from app.data.templates import build_template
-    from app.models.load import check_model_folder, load_tokenizer
+    from app.models.load import check_language_model, load_tokenizer
 
-    check_model_folder(arguments.model)
+    check_language_model(arguments.model)
     prompts = read_prompts(recipe, arguments.n)
     template = build_template(recipe.data.template, load_tokenizer(arguments.model, recipe.model.trust_remote_code))
 

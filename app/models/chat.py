@@ -11,17 +11,18 @@ from app.data.templates import build_template
 from app.errors import ModelError
 from app.formats.records import Message
 from app.models.context import context_of
-from app.models.load import check_model_folder, load_causal_lm, load_tokenizer
+from app.models.load import check_language_model, load_causal_lm, load_tokenizer
 
 
 class Chat:
     """A conversation with the model in `path`, on a GPU where there is one (then in bfloat16).
 
-    temperature: 0 takes the likeliest token every time. Raises ModelError for a folder that cannot be loaded or has no template.
+    temperature: 0 takes the likeliest token every time. Raises ModelError for a folder that cannot be loaded, writes no
+    answers or has no template.
     """
 
     def __init__(self, path: str, *, temperature: float = 1.0, max_new_tokens: int = 256, system: str | None = None) -> None:
-        check_model_folder(path)
+        check_language_model(path)
         self._template = build_template("auto", load_tokenizer(path))
         on_gpu = torch.cuda.is_available()
         self._model = load_causal_lm(path, "bf16" if on_gpu else "fp32")

@@ -10,7 +10,7 @@ import pytest
 from app.errors import ModelError
 from app.models.chat import Chat
 from jobs.main import main
-from tests.tiny_models import CONTEXT, make_llama
+from tests.tiny_models import CONTEXT, make_llama, make_reward_model
 
 
 @pytest.fixture
@@ -52,6 +52,12 @@ def test_command_reads_lines_until_the_input_ends(folder: str, monkeypatch: pyte
     first, second = capsys.readouterr().out.splitlines()
     assert first
     assert first == second
+
+
+def test_a_reward_model_writes_no_answers(folder: str, tmp_path: Path) -> None:
+    """Loaded as a language model it would have an output head drawn at random."""
+    with pytest.raises(ModelError, match="a reward model or an encoder writes no answers"):
+        Chat(make_reward_model(tmp_path / "rm", folder))
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,7 @@ RM = ["rm", "pairs.jsonl", "--model=rm"]
         (["samples", "--model=lm"], "--prompts"),
         (["samples", "--model=lm", "--prompts=nowhere.jsonl"], "no such file, folder or glob"),
         (["samples", "--model=./nowhere", "--prompts=prompts.jsonl"], "no such folder"),
+        (["samples", "--model=rm", "--prompts=prompts.jsonl"], "a reward model or an encoder writes no answers"),
         ([*SAMPLES, "--config=nowhere.json"], "nowhere.json: cannot be read"),
         ([*SAMPLES, "--config=beam.json"], "beam.json: configuration 1 (beam5): generate_args.num_beams = 5"),
         ([*SAMPLES, "--num-samples=0"], "--num-samples=0"),
