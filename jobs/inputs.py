@@ -53,7 +53,10 @@ def check_inputs(recipe: Recipe, command: str) -> None:
     if command == "evaluate" and recipe.run.storage is None:  # else the model may still be there only
         _check_run_has_ppo_model(Path(recipe.run.dir))
     if recipe.reward.path is not None:
-        _check_model(recipe.reward.path, trained=False, writes=False)
+        try:
+            _check_reward_model(recipe.reward.path)
+        except ModelError as error:
+            raise ModelError(f"reward.path: {error}") from error
         if command in CRITIC_COMMANDS and recipe.ppo.has_critic_model:
             _check_critic(recipe, recipe.reward.path)
     elif command in REWARD_COMMANDS and not _finds_own_reward_model(recipe, command):
@@ -126,7 +129,7 @@ def _check_reward_parts(recipe: Recipe) -> None:
         try:
             if isinstance(part, RewardModelPart):
                 for path in part.paths:
-                    _check_model(path, trained=False, writes=False)
+                    _check_reward_model(path)
             elif isinstance(part, RulePart):
                 part.check()
         except CorralError as error:
@@ -225,6 +228,17 @@ def _check_model(path: str, *, trained: bool, writes: bool) -> None:
     if writes and not language_model:
         raise ModelError(f"model.path = {path}: a reward model or an encoder writes no answers; name a causal language model")
     check_model_folder(path, chat_template=trained and language_model)
+
+
+def _check_reward_model(path: str) -> None:
+    from app.models.load import check_model_folder, has_output_head
+
+    scores_nothing = path in BUILT_IN_MODELS or path.endswith(".gguf")
+    if not scores_nothing:
+        check_model_folder(path, chat_template=False)
+        scores_nothing = Path(path).expanduser().is_dir() and has_output_head(path)
+    if scores_nothing:
+        raise ModelError(f"model {path}: a language model scores nothing; give the folder that `corral rm` left as DIR/rm/model")
 
 
 def _check_critic(recipe: Recipe, path: str) -> None:

@@ -161,6 +161,11 @@ def scores_text(path: str | Path) -> bool:
     return config.get("model_type") == OpenAssistantConfig.model_type or _is_classifier(config.get("architectures"))
 
 
+def has_output_head(path: str | Path) -> bool:
+    """Whether the model's config says that it is a language model: nothing in its folder scores."""
+    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in _stored_config(path).get("architectures") or ())
+
+
 def _is_classifier(architectures: list[str] | None) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in architectures or ())
 

@@ -238,6 +238,15 @@ def test_models_that_cannot_do_what_a_command_needs(refused: Refused, data: Call
         assert "ranked" in error, "the model was accepted: the data is read after it is checked"
     for command in ("ppo", "tune"):
         assert "PPO's critic" in refused(command, TINY, f"--model.path={whole}", f"--reward.path={encoder}", run)
+    language_model = model_folder(tmp_path / "lm")
+    (Path(language_model) / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    for path in (language_model, "embedded", str(tmp_path / "x.gguf")):
+        for command in ("ppo", "tune"):
+            error = refused(command, TINY, f"--model.path={whole}", f"--reward.path={path}", run)
+            assert f"reward.path: model {path}: a language model scores nothing" in error
+        part = f'--reward.parts.mine={{type="reward_model", paths=["{path}"]}}'
+        error = refused("ppo", TINY, f"--model.path={whole}", f"--reward.path={reward_model}", part, "--scoring.reference.cpus=0.05", run)
+        assert f"reward.parts.mine: model {path}: a language model scores nothing" in error
     without_critic = ["--ppo.algorithm.name=rloo", "--ppo.samples_per_prompt=2"]
     for remedy in (without_critic, ["--ppo.critic_model=value_head"]):
         check_inputs(load_recipe(TINY, [f"--model.path={whole}", f"--reward.path={encoder}", *remedy]), "ppo")
