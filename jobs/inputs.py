@@ -174,6 +174,8 @@ def _check_lengths(recipe: Recipe, command: str) -> None:
         require_context(context, recipe.data.max_length, "data.max_length")
     if command != "sft":
         require_context(context, *_longest(recipe))
+        if recipe.rollout.max_model_len is not None:
+            require_context(context, recipe.rollout.max_model_len, "rollout.max_model_len")
 
 
 def _longest(recipe: Recipe) -> tuple[int, str]:

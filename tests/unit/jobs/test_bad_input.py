@@ -268,6 +268,8 @@ def test_a_reward_that_cannot_work(refused: Refused, tmp_path: Path) -> None:
 def test_sequences_longer_than_the_model_takes(refused: Refused, tmp_path: Path) -> None:
     error = refused("sft", TINY, "--data.max_length=600", f"--run.dir={tmp_path / 'run'}")
     assert "data.max_length = 600 tokens, and the model's context is 512" in error
+    error = refused("ppo", TINY, "--rollout.max_model_len=513", f"--run.dir={tmp_path / 'run'}")
+    assert "rollout.max_model_len = 513 tokens, and the model's context is 512" in error
     model = model_folder(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text('{"max_position_embeddings": 64}')
     error = refused("ppo", TINY, f"--model.path={model}", f"--reward.path={model}", f"--run.dir={tmp_path / 'run'}")
