@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from app.errors import CheckpointError
+from app.errors import CheckpointError, first_line
 from app.process_record import runs_here
 from app.run_layout import MANIFEST, METRICS_FILE, PROGRESS_FILE
 from app.storage.place import Place
@@ -64,12 +64,22 @@ def _status_or_why_not(place: Place) -> RunStatus | None:
 
 
 def read_status(place: Place) -> RunStatus | None:
-    """The state of the run in a folder; None where there is none. Raises OSError, and CheckpointError for a manifest that is none."""
+    """The state of the run in a folder; None where there is none. Raises OSError, and CheckpointError for files that are none of a run."""
     manifest = _read_json(place, MANIFEST)
     if manifest is None or "sessions" not in manifest or not manifest["sessions"]:
         return None
-    session = manifest["sessions"][-1]
     progress = _read_json(place, PROGRESS_FILE) or {}
+    try:
+        return _status(place, manifest, progress)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{place.url}: {MANIFEST} or {PROGRESS_FILE} is none of a run ({type(error).__name__}: {first_line(error)}): "
+            "restore it, or remove that folder"
+        ) from error
+
+
+def _status(place: Place, manifest: Mapping[str, Any], progress: Mapping[str, Any]) -> RunStatus:
+    session = manifest["sessions"][-1]
     last = last_points((place.read(METRICS_FILE, -TAIL_BYTES) or b"").decode("utf-8", "replace"))
     stage = progress.get("stage")
     active = max([session["started"], session.get("ended", 0.0), *(point["time"] for point in last.values())])

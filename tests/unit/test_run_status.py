@@ -93,6 +93,11 @@ def test_runs_are_found_behind_a_url_and_a_broken_manifest_is_named(tmp_path: Pa
     assert broken.reason is not None and "a/manifest.json is no valid JSON" in broken.reason
     with pytest.raises(CheckpointError, match=r"a/manifest.json is no valid JSON"):
         find_runs(open_place(str(tmp_path / "a")))
+    for spoilt in ({"sessions": 3}, {"sessions": [{}]}, {"sessions": ["word"]}, {"sessions": [me() | {"started": "today"}]}):
+        (tmp_path / "a" / "manifest.json").write_text(json.dumps(spoilt))
+        sound, broken = find_runs(open_place(str(tmp_path)))
+        assert (sound.state, broken.state) == ("finished", "unreadable"), spoilt
+        assert broken.reason is not None and "a: manifest.json or progress.json is none of a run (" in broken.reason
 
 
 def test_the_job_of_a_run_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
