@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,10 +64,15 @@ def tool_recipe(name: str, keys: Sequence[str], overrides: Sequence[str], values
 def output_path(path: str, *, folder: bool = False) -> Path:
     """Where a tool will write, a file or a folder, with the folders above it made. Raises ConfigError where nothing can be written."""
     target = Path(path).expanduser()
+    holder = target if folder else target.parent
     try:
-        (target if folder else target.parent).mkdir(parents=True, exist_ok=True)
+        holder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{path}: its folder cannot be made ({error.strerror}); give another path") from error
+    try:
+        tempfile.TemporaryFile(dir=holder).close()
+    except OSError as error:
+        raise ConfigError(f"{path}: its folder cannot be written ({error.strerror}); give another path") from error
     if target.is_dir() and not folder:
         raise ConfigError(f"{path}: is a folder; give the path of a file in it")
     return target

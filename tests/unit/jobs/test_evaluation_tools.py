@@ -99,6 +99,8 @@ RM = ["rm", "pairs.jsonl", "--model=rm"]
         ([*RM, "--ppo.steps=3"], "corral evaluate rm does not read ppo.steps"),
         ([*RM, "--data.max_lenth=3"], "did you mean data.max_length?"),
         ([*RM, "--json=."], "is a folder"),
+        ([*RM, "--json=/proc/rm.json"], "/proc/rm.json: its folder cannot be written"),
+        ([*BEST[:-1], "--output=/proc"], "/proc: its folder cannot be written"),
         (["samples", "--model=lm"], "--prompts"),
         (["samples", "--model=lm", "--prompts=nowhere.jsonl"], "no such file, folder or glob"),
         (["samples", "--model=./nowhere", "--prompts=prompts.jsonl"], "no such folder"),
