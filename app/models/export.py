@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -84,8 +85,8 @@ def write_export(loaded: Loaded, folder: Path, shape: Shape) -> list[Path]:
     require_free(folder)
     temporary = folder.with_name(f".{folder.name}.exporting")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         save_folder(temporary, loaded.model, loaded.tokenizer, max_shard_size=shape.shard_size)
         sync_tree(temporary)
         temporary.rename(folder)
@@ -114,7 +115,7 @@ def _load(path: str, shape: Shape, dtype: str | None) -> PreTrainedModel:
             trust_remote_code=shape.trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model {path}: cannot be loaded ({first_line(error)}); check the folder") from error
     if report["missing_keys"]:
         raise ModelError(f"model {path}: no weights for {_some(report['missing_keys'])}; give a folder with the whole model")

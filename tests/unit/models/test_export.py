@@ -182,6 +182,16 @@ def test_a_failed_export_leaves_nothing(folder: str, tmp_path: Path, refused: An
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_folder_that_cannot_be_made_is_told(folder: str, refused: Any) -> None:
+    assert "/proc/exported: cannot be written (" in refused(folder, "--output=/proc/exported")
+
+
+def test_cut_off_weights_are_told(folder: str, tmp_path: Path, refused: Any) -> None:
+    weights = Path(folder) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert f"model {folder}: cannot be loaded (" in refused(folder, f"--output={tmp_path / 'exported'}")
+
+
 def test_a_hub_that_cannot_be_reached_is_one_line_before_anything_is_written(
     folder: str, tmp_path: Path, refused: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
