@@ -112,7 +112,8 @@ def _leaf(info: FieldInfo, value: Any, path: tuple[str, ...]) -> Iterator[Recipe
     if isinstance(value, Config):
         yield from _leaves(value, path)
     else:
-        yield RecipeKey(".".join(path), info.annotation, value, " ".join((info.description or "").split()), info.is_required())
+        description, required = " ".join((info.description or "").split()), info.is_required() and value is None
+        yield RecipeKey(".".join(path), info.annotation, value, description, required)
 
 
 def section_keys(sections: Iterable[str]) -> list[RecipeKey]:

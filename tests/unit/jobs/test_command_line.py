@@ -44,6 +44,8 @@ def test_help_names_what_a_value_is_chosen_from_and_keys_as_they_are_typed(capsy
         "--data.sets.NAME.path (not set)",
         "--reward.parts.NAME.type (required)",
         "--reward.parts.NAME.weight (1.0)",
+        "--alarms.kl.limit (100.0)",
+        "--alarms.entropy.limit (0.01)",
     ):
         assert f"  {line}" in lines
     assert not any(line.startswith("  --data.sets.path") for line in lines)
