@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from app.data.templates import build_template
 from app.errors import ModelError
@@ -28,6 +28,9 @@ class Chat:
         self._model = load_causal_lm(path, "bf16" if on_gpu else "fp32")
         if on_gpu:
             torch.nn.Module.to(self._model, "cuda")  # in place
+        self._model.generation_config = (
+            GenerationConfig()
+        )  # the folder's may hold a nucleus or a repetition penalty, which PPO does without
         self._context = context_of(path)
         self._temperature, self._max_new_tokens = temperature, max_new_tokens
         self._opening = [Message("system", system)] if system else []

@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 import pytest
+from transformers import GenerationConfig
 
 from app.errors import ModelError
 from app.models.chat import Chat
@@ -52,6 +53,13 @@ def test_command_reads_lines_until_the_input_ends(folder: str, monkeypatch: pyte
     first, second = capsys.readouterr().out.splitlines()
     assert first
     assert first == second
+
+
+def test_the_folders_own_sampling_does_not_count(folder: str) -> None:
+    """PPO samples from the whole distribution, whatever generation_config.json says."""
+    answer = chat(folder).reply("Hello", lambda piece: None)
+    GenerationConfig(do_sample=True, top_p=0.1, repetition_penalty=50.0, min_new_tokens=8, eos_token_id=1).save_pretrained(folder)
+    assert chat(folder).reply("Hello", lambda piece: None) == answer
 
 
 def test_a_reward_model_writes_no_answers(folder: str, tmp_path: Path) -> None:
