@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -29,8 +30,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Answer line after line until the input ends."""
     if overrides:
         raise ConfigError(f"corral chat has no option {overrides[0]}: `corral chat --help` lists them")
-    if arguments.temperature < 0 or arguments.max_new_tokens < 1:
-        raise ConfigError("corral chat: --temperature must be at least 0, and --max-new-tokens at least 1")
+    if not 0 <= arguments.temperature < math.inf or arguments.max_new_tokens < 1:
+        raise ConfigError("corral chat: --temperature must be at least 0 and finite, and --max-new-tokens at least 1")
     from transformers import set_seed
     from transformers.utils import logging
 

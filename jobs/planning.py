@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -55,8 +56,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise ConfigError(f"--for {command}: name one of {', '.join(COMMANDS)}")
     for option, least in (("rows", 1), ("mean_length", 1), ("price", 0)):
         value = getattr(arguments, option)
-        if value is not None and value < least:
-            raise ConfigError(f"--{option.replace('_', '-')} {value:g}: give {least} or more")
+        if value is not None and not least <= value < math.inf:
+            raise ConfigError(f"--{option.replace('_', '-')} {value:g}: give {least} or more, and a finite number")
     recipe = load_recipe(arguments.recipe, overrides)
     require_known_sizes(recipe, command)
     cluster = find_cluster(arguments.cluster)

@@ -73,6 +73,8 @@ def test_a_reward_model_writes_no_answers(folder: str, tmp_path: Path) -> None:
     [
         (["./nowhere"], "no such folder"),
         ([".", "--temperature=-1"], "--temperature must be"),
+        ([".", "--temperature=nan"], "--temperature must be"),
+        ([".", "--temperature=inf"], "--temperature must be"),
         ([".", "--data.path=x"], "no option --data.path=x"),
     ],
 )

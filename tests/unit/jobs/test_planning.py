@@ -108,6 +108,8 @@ def test_bad_input_is_one_line(words: list[str], message: str, capsys: pytest.Ca
         (["--rows", "0"], "--rows 0: give 1 or more"),
         (["--mean-length", "-5"], "--mean-length -5: give 1 or more"),
         (["--price", "-3"], "--price -3: give 0 or more"),
+        (["--price", "nan"], "--price nan: give 0 or more"),
+        (["--price", "inf"], "--price inf: give 0 or more"),
     ],
 )
 def test_what_would_make_a_plan_meaningless_is_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
