@@ -141,13 +141,10 @@ def _check_data(recipe: Recipe, command: str) -> None:
     for name, source in recipe.data.sets.items():
         if source.path is None and command in STAGE_OF:
             lookup(name, STAGE_OF[command])
-    for source in complete(recipe.data).sources().values():
-        _check_source(source.path)
+    for name, source in complete(recipe.data).sources().items():
+        _check_source(f"data.sets.{name}.path" if name in recipe.data.sets else "data.path", source.path)
     if _mixes_pretraining(recipe, command):
-        try:
-            _check_source(recipe.ppo.pretraining.path)
-        except DataError as error:
-            raise DataError(f"ppo.pretraining: {error}") from error
+        _check_source("ppo.pretraining.path", recipe.ppo.pretraining.path)
 
 
 def _mixes_pretraining(recipe: Recipe, command: str) -> bool:
@@ -162,9 +159,12 @@ def _scores_references(recipe: Recipe, command: str) -> bool:
     return command in MIX_COMMANDS and (recipe.ppo.reward.delta or searched)
 
 
-def _check_source(path: str | None) -> None:
+def _check_source(key: str, path: str | None) -> None:
     if path not in (None, EMBEDDED) and "://" not in path and not is_hub_name(path):
-        local_files(path)
+        try:
+            local_files(path)
+        except DataError as error:
+            raise DataError(str(error).replace("data.path = ", f"{key} = ", 1)) from error
 
 
 def _check_lengths(recipe: Recipe, command: str) -> None:

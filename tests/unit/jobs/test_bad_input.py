@@ -147,7 +147,9 @@ def test_too_little_memory(refused: Refused, tmp_path: Path) -> None:
 
 
 def test_missing_data(refused: Refused, tmp_path: Path) -> None:
-    assert "nowhere.jsonl" in refused("sft", TINY, "--data.path=/nowhere.jsonl", f"--run.dir={tmp_path / 'run'}")
+    assert "data.path = /nowhere.jsonl: " in refused("sft", TINY, "--data.path=/nowhere.jsonl", f"--run.dir={tmp_path / 'run'}")
+    error = refused("sft", TINY, "--data.sets.mine.path=/nowhere.jsonl", f"--run.dir={tmp_path / 'run'}")
+    assert "data.sets.mine.path = /nowhere.jsonl: " in error
 
 
 def test_texts_to_mix_in_that_cannot_be_learnt_from(refused: Refused, data: Callable[..., str], tmp_path: Path) -> None:
@@ -157,7 +159,8 @@ def test_texts_to_mix_in_that_cannot_be_learnt_from(refused: Refused, data: Call
     questions = data(json.dumps({"prompt": "Why?"}), json.dumps({"prompt": "How?"}))
     for path, reason in (("/nowhere.jsonl", "no such file"), (questions, "no text or conversation in it")):
         error = refused("pipeline", TINY, f"--ppo.pretraining.path={path}", *mix, run)
-        assert "ppo.pretraining: " in error and reason in error
+        assert reason in error
+        assert f"ppo.pretraining.path = {path}: " in error if reason == "no such file" else "ppo.pretraining: " in error
     searched = "--tune.space.ppo.pretraining.path={type='choice', values=['a', 'b']}"
     assert "ppo.pretraining.path is the same for all trials" in refused("tune", TINY, searched, run)
     check_inputs(load_recipe(TINY, ["--ppo.pretraining.path=/nowhere.jsonl"]), "pipeline")
