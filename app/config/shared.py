@@ -33,7 +33,9 @@ class RunConfig(Config):
     """Share of the deadline after which the same stacks are written while the wait goes on, once per phase; null: never early."""
 
     @model_validator(mode="after")
-    def _dir_is_local(self) -> RunConfig:
+    def _dir_is_a_folder(self) -> RunConfig:
+        if not self.dir:
+            raise ValueError("dir is empty, which would be the current folder: name a folder for the run, such as runs/mine")
         if "://" in self.dir:
             raise ValueError(f"dir = {self.dir} is a URL, and a run works in a local folder: give the URL as run.storage beside a run.dir")
         return self

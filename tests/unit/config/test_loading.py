@@ -134,6 +134,7 @@ def test_with_values_checks_the_whole_recipe() -> None:
         ("--data.sets.a.format=csv", ["data.sets.a.format", "'oasst'", 'default: "auto"']),
         ("--ppo.lora=x", ["should be a table", "such as ppo.lora.rank"]),
         ("--tune.space.ppo.steps=4", ["should be a table"]),
+        ("--run.dir=", ["run: dir is empty", "such as runs/mine"]),
         ("--ppo.policy.betas=[0.9]", ["command line: --ppo.policy.betas", "= [0.9]: entry 2: field required; default: [0.9, 0.95]"]),
         ("--ppo.policy.betas=[1, 'x']", ["--ppo.policy.betas", 'betas = [1, "x"]: entry 2: input should be a valid number', "default: [0"]),
         ("--ppo.minibatches=7", ["choose a multiple"]),
