@@ -14,7 +14,7 @@ from app.data.pretraining import load_pretraining
 from app.data.reading import EMBEDDED
 from app.data.registry import Stage, complete, lookup
 from app.data.source import is_hub_name, local_files
-from app.errors import ConfigError, CorralError, DataError, ModelError
+from app.errors import ConfigError, CorralError, ModelError
 from app.models.context import context_of, require_context
 from app.rewards.part import RulePart
 from app.rewards.reward_model import RewardModelPart
@@ -161,10 +161,7 @@ def _scores_references(recipe: Recipe, command: str) -> bool:
 
 def _check_source(key: str, path: str | None) -> None:
     if path not in (None, EMBEDDED) and "://" not in path and not is_hub_name(path):
-        try:
-            local_files(path)
-        except DataError as error:
-            raise DataError(str(error).replace("data.path = ", f"{key} = ", 1)) from error
+        local_files(path, key)
 
 
 def _check_lengths(recipe: Recipe, command: str) -> None:

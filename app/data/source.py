@@ -41,19 +41,19 @@ class RawLine:
     data: bytes
 
 
-def local_files(path: str) -> list[Path]:
-    """The files that a local `data.path` names, sorted. Raises DataError when there are none."""
+def local_files(path: str, key: str = "data.path") -> list[Path]:
+    """The files that a local path names, sorted. key: what named it, for messages. Raises DataError when there are none."""
     here = Path(path).expanduser()
     if here.is_file():
         return [here]
     if here.is_dir():
         files = sorted(file for file in here.iterdir() if file.name.endswith(SUFFIXES))
         if not files:
-            raise DataError(f"data.path = {path}: the folder holds no file ending in {', '.join(SUFFIXES)}; name a file or another folder")
+            raise DataError(f"{key} = {path}: the folder holds no file ending in {', '.join(SUFFIXES)}; name a file or another folder")
         return files
     files = sorted(Path(name) for name in glob.glob(str(here), recursive=True))
     if not files:
-        raise DataError(f"data.path = {path}: no such file, folder or glob; check the path (it is relative to {Path.cwd()})")
+        raise DataError(f"{key} = {path}: no such file, folder or glob; check the path (it is relative to {Path.cwd()})")
     return files
 
 

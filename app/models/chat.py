@@ -28,9 +28,8 @@ class Chat:
         self._model = load_causal_lm(path, "bf16" if on_gpu else "fp32")
         if on_gpu:
             torch.nn.Module.to(self._model, "cuda")  # in place
-        self._model.generation_config = (
-            GenerationConfig()
-        )  # the folder's may hold a nucleus or a repetition penalty, which PPO does without
+        # Not the folder's, which may hold a nucleus or a repetition penalty: PPO samples without.
+        self._model.generation_config = GenerationConfig()
         self._context = context_of(path)
         self._temperature, self._max_new_tokens = temperature, max_new_tokens
         self._opening = [Message("system", system)] if system else []
