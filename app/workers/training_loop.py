@@ -103,13 +103,15 @@ class TrainingLoop:
         progress, stop = self.progress, False
         if not progress.before:
             progress.before = self.evaluate()
+        if self.evaluation_due:  # a stop has not waited for it
+            self.judge()
         while progress.step < self.job.steps and not stop and not self.out_of_patience:
             stop = self.train_step()
             step = progress.step
             if step % self.config.log_every == 0 or step == self.job.steps:
                 self.log()
                 self.window = Window()
-            if step % self.config.eval_every == 0 and step < self.job.steps and not stop:
+            if self.evaluation_due and not stop:
                 self.judge()
             if stop or (step % self.config.save_every == 0 and step < self.job.steps):
                 self.checkpoints.save(step, self.engine, {"progress": asdict(progress), "window": asdict(self.window)})
@@ -208,6 +210,12 @@ class TrainingLoop:
         vector = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=self.device)
         dist.all_reduce(vector)
         return dict(zip(names, vector.tolist(), strict=True))
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether the step done last is one that is evaluated, apart from the last of all, and has not been."""
+        step = self.progress.step
+        return self.progress.evaluated_step != step and 0 < step < self.job.steps and step % self.config.eval_every == 0
 
     @property
     def out_of_patience(self) -> bool:

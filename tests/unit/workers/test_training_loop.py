@@ -13,7 +13,7 @@ from app.durable import write_json
 from app.errors import CheckpointError, ConfigError, CorralError, NonFiniteError
 from app.run_layout import HELD_OUT_METRICS
 from app.workers import training_loop
-from app.workers.training_loop import Progress, TrainingLoop
+from app.workers.training_loop import Progress, TrainingLoop, Window
 
 
 @pytest.fixture
@@ -67,3 +67,36 @@ def test_the_best_model_is_taken_once_and_found_again_after_a_stop_before_the_co
     assert loop.take_best() == {"loss": 1.0}
     assert not loop.best_folder.exists()
     assert loop.take_best() == {"loss": 1.0}, "the same command again, and no later evaluation was better"
+
+
+def judged_steps(loop: TrainingLoop, monkeypatch: pytest.MonkeyPatch, stops: set[int]) -> list[int]:
+    """Steps at which a training of ten is evaluated, stopped after some of them and gone on with."""
+    judged: list[int] = []
+    kept: list[Progress] = []
+
+    def train_step() -> bool:
+        loop.progress.step += 1
+        return loop.progress.step in stops
+
+    def judge() -> None:
+        loop.progress.evaluated_step = loop.progress.step
+        judged.append(loop.progress.step)
+
+    loop.config = SimpleNamespace(patience=None, keep_best=False, eval_every=4, log_every=100, save_every=100)  # type: ignore[assignment]
+    loop.job = SimpleNamespace(steps=10, model_folder=Path("model"))  # type: ignore[assignment]
+    loop.window = Window()
+    loop.checkpoints = SimpleNamespace(save=lambda step, engine, state: kept.append(Progress(**state["progress"])))  # type: ignore[assignment]
+    loop.engine = None
+    loop.progress = Progress(before={"loss": 1.0}, evaluated_step=0)
+    for name, replacement in (("train_step", train_step), ("judge", judge), ("log", lambda: None), ("export", lambda folder: None)):
+        monkeypatch.setattr(loop, name, replacement)
+    while loop.run().result is None:
+        loop.progress = kept[-1]
+    return judged
+
+
+def test_a_stop_leaves_no_evaluation_out(loop: TrainingLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It decides on patience and on the best model: a stopped training must come to the model of one that was not."""
+    undisturbed = judged_steps(loop, monkeypatch, stops=set())
+    assert undisturbed == [4, 8, 10]
+    assert judged_steps(loop, monkeypatch, stops={3, 4, 8, 9}) == undisturbed
