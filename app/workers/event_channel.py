@@ -88,7 +88,8 @@ class EventChannel:
         self._tracker = tracker
         self._mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
         self._thread = threading.Thread(target=self._drain, name="corral-events", daemon=True)
-        self._failure: BaseException | None = None
+        self.failure: Exception | None = None
+        """What the tracker has raised: nothing is logged any more."""
         self.last_event = time.monotonic()
         """When something last arrived (time.monotonic)."""
 
@@ -110,8 +111,8 @@ class EventChannel:
         ray.kill(self._mailbox)
         if error is not None:
             return
-        if self._failure is not None:
-            raise self._failure
+        if self.failure is not None:
+            raise self.failure
         if self._thread.is_alive():
             raise DeadlineError(f"metrics of the training workers have not arrived within {DRAIN_SECONDS:g} s: look at the run's logs/")
 
@@ -124,4 +125,4 @@ class EventChannel:
                     self.last_event = time.monotonic()
                     self._tracker.log(*event)
         except Exception as error:  # noqa: BLE001 - handed to the driver's own thread, which raises it
-            self._failure = error
+            self.failure = error

@@ -63,7 +63,7 @@ def fit(
     Checkpoints are in `folder/checkpoints`; the same call goes on from the last one. Gradients are exact: neither the number
     of workers nor the micro-batch size changes the loss curve. `deadline_seconds` is the longest wait between two logged points.
     Raises NonFiniteError, CheckpointError (checkpoints, none of which can be gone on from), Interrupted (when `stop_requested()`
-    turns true, after saving a checkpoint), DeadlineError, what a worker raised, or CorralError when workers died more than
+    turns true, after saving a checkpoint), DeadlineError, what a worker or the tracker raised, or CorralError when workers died more than
     MAX_FAILURES times.
     """
     optimizer, micro, accumulation = config.optimizer, config.micro_batch_size, config.accumulation
@@ -108,6 +108,9 @@ def _wait_for(
     future = in_thread(trainer.fit, "corral-fit")
     asked, began = math.inf, channel.last_event
     while not wait([future], timeout=POLL_SECONDS).done:
+        if channel.failure is not None:
+            channel.request_stop()
+            raise channel.failure
         if stop_requested() and asked == math.inf:
             channel.request_stop()
             asked = time.monotonic()

@@ -25,6 +25,7 @@ class Channel:
     def __init__(self) -> None:
         self.last_event = time.monotonic()
         self.stop_asked = False
+        self.failure = None
 
     def request_stop(self) -> None:
         self.stop_asked = True
