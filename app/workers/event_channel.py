@@ -25,7 +25,7 @@ DRAIN_SECONDS = 60.0
 
 
 class Event(NamedTuple):
-    """What `Tracker.log` takes."""
+    """What `Tracker.log` takes. Without metrics it only says that the worker is at work."""
 
     stage: str
     step: int
@@ -123,6 +123,7 @@ class EventChannel:
                     if event is None:
                         return
                     self.last_event = time.monotonic()
-                    self._tracker.log(*event)
+                    if event.metrics:
+                        self._tracker.log(*event)
         except Exception as error:  # noqa: BLE001 - handed to the driver's own thread, which raises it
             self.failure = error

@@ -32,7 +32,7 @@ MAX_FAILURES = 1
 """Times a run may lose a worker and go on by itself from its last checkpoint."""
 POLL_SECONDS = 0.2
 START_GRACE_SECONDS = 3.0
-"""How long a request to stop waits for workers that are still starting, and have nothing to save."""
+"""How long a request to stop waits for workers that are still starting, of which nothing has been heard: they have nothing to save."""
 RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # reports wait for the controller's next look at its workers, every 2 s by default
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one more process, for a warning that the loop has no use for

@@ -101,10 +101,7 @@ class TrainingLoop:
     def run(self) -> WorkerOutcome:
         """Train to the last step, out of patience, or to a stop request, which alone leaves no model."""
         progress, stop = self.progress, False
-        if not progress.before:
-            progress.before = self.evaluate()
-        if self.evaluation_due:  # a stop has not waited for it
-            self.judge()
+        self.begin()
         while progress.step < self.job.steps and not stop and not self.out_of_patience:
             stop = self.train_step()
             step = progress.step
@@ -126,6 +123,16 @@ class TrainingLoop:
             self.export(self.job.model_folder)
         result = TrainingResult(progress.before, after, progress.step, progress.tokens, progress.seconds)
         return WorkerOutcome(progress.step, result=result)
+
+    def begin(self) -> None:
+        """What is due before the next step. From here on the driver knows that there is something to stop."""
+        progress = self.progress
+        if not progress.before:
+            progress.before = self.evaluate()
+        if self.evaluation_due:  # a stop has not waited for it
+            self.judge()
+        if self.rank == 0:
+            self.job.events.log(self.task.stage, progress.step, {})
 
     def train_step(self) -> bool:
         """One optimizer step; returns whether the driver asked to stop. Raises NonFiniteError."""

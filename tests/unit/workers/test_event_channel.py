@@ -14,6 +14,7 @@ import pytest
 from app.errors import DiskError
 from app.workers import event_channel, training
 from app.workers.event_channel import EventChannel
+from tests.waiting import wait_until
 
 
 class Mailbox:
@@ -65,3 +66,22 @@ def test_a_tracker_that_fails_ends_the_training_at_once_with_its_reason(mailbox:
         train_for_ever(tracker)
     assert tracker.points == [("sft", 1), ("sft", 2)]
     assert mailbox.stopped.is_set()
+
+
+def test_workers_at_work_are_waited_for_before_they_have_logged_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed training logs nothing before its `log_every`th step, and a stop asked for by then is to leave a checkpoint."""
+    monkeypatch.setattr(training, "START_GRACE_SECONDS", 0.0)
+    tracker, ended = Tracker(room=0), Future[Any]()
+    with EventChannel(tracker) as channel:  # type: ignore[arg-type]
+
+        def stop_requested() -> bool:
+            began = channel.last_event
+            channel.sender.log("sft", 200, {})
+            wait_until(lambda: channel.last_event != began, "word of the workers")
+            ended.set_result(SimpleNamespace(return_value="stopped with a checkpoint"))
+            return True
+
+        trainer: Any = SimpleNamespace(fit=ended.result)
+        outcome = training._wait_for(trainer, channel, stop_requested, phase="sft training", deadline_seconds=60)
+    assert outcome == "stopped with a checkpoint"  # type: ignore[comparison-overlap]
+    assert tracker.points == []

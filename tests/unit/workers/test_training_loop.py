@@ -15,12 +15,15 @@ from app.run_layout import HELD_OUT_METRICS
 from app.workers import training_loop
 from app.workers.training_loop import Progress, TrainingLoop, Window
 
+SILENCE = SimpleNamespace(log=lambda *event: None)
+
 
 @pytest.fixture
 def loop() -> TrainingLoop:
     """The only rank, before anything is built."""
     loop = object.__new__(TrainingLoop)
     loop.rank, loop.world_size = 0, 1
+    loop.task = SimpleNamespace(stage="rm")  # type: ignore[assignment]
     return loop
 
 
@@ -48,7 +51,7 @@ def test_a_run_out_of_patience_does_not_train_on_after_a_restart(loop: TrainingL
     metrics = {"loss": 1.0}
     loop.progress = Progress(step=4, before=metrics, evaluated=metrics, evaluated_step=4, best_loss=0.5, stale=2)
     loop.config = SimpleNamespace(patience=2, keep_best=False)  # type: ignore[assignment]
-    loop.job = SimpleNamespace(steps=10, model_folder=Path("model"))  # type: ignore[assignment]
+    loop.job = SimpleNamespace(steps=10, model_folder=Path("model"), events=SILENCE)  # type: ignore[assignment]
     exported: list[Path] = []
     monkeypatch.setattr(loop, "export", exported.append)
     result = loop.run().result
@@ -83,7 +86,7 @@ def judged_steps(loop: TrainingLoop, monkeypatch: pytest.MonkeyPatch, stops: set
         judged.append(loop.progress.step)
 
     loop.config = SimpleNamespace(patience=None, keep_best=False, eval_every=4, log_every=100, save_every=100)  # type: ignore[assignment]
-    loop.job = SimpleNamespace(steps=10, model_folder=Path("model"))  # type: ignore[assignment]
+    loop.job = SimpleNamespace(steps=10, model_folder=Path("model"), events=SILENCE)  # type: ignore[assignment]
     loop.window = Window()
     loop.checkpoints = SimpleNamespace(save=lambda step, engine, state: kept.append(Progress(**state["progress"])))  # type: ignore[assignment]
     loop.engine = None
@@ -100,3 +103,18 @@ def test_a_stop_leaves_no_evaluation_out(loop: TrainingLoop, monkeypatch: pytest
     undisturbed = judged_steps(loop, monkeypatch, stops=set())
     assert undisturbed == [4, 8, 10]
     assert judged_steps(loop, monkeypatch, stops={3, 4, 8, 9}) == undisturbed
+
+
+def test_the_driver_hears_that_a_resumed_training_is_at_work(loop: TrainingLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[tuple[str, int, dict[str, float]]] = []
+    loop.job = SimpleNamespace(steps=10, events=SimpleNamespace(log=lambda *event: heard.append(event)))  # type: ignore[assignment]
+    loop.config = SimpleNamespace(patience=None, eval_every=100)  # type: ignore[assignment]
+    loop.progress = Progress(step=4, before={"loss": 1.0}, evaluated_step=0)
+
+    def train_step() -> bool:
+        assert heard == [("rm", 4, {})]
+        raise NonFiniteError("far enough")
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    with pytest.raises(NonFiniteError):
+        loop.run()
