@@ -4,7 +4,7 @@ Layout: `FOLDER/step-00000050/` holds the parts and, written last, `manifest.jso
 A checkpoint is written under a temporary name and renamed when it is complete; older ones go only after that. Which one is
 the latest is computed from the manifests: there is no pointer that could lie.
 
-A PPO run does only the writing of the parts between two steps; `OverlappedCheckpoints` syncs, hashes and commits them beside the next.
+A training does only the writing of the parts between two steps; `OverlappedCheckpoints` syncs, hashes and commits them beside the next.
 """
 
 from __future__ import annotations

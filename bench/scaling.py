@@ -120,7 +120,8 @@ def run_group(arguments: argparse.Namespace, count: int, folder: Path, turns: An
     )
     task = SftTask(folder, str(Path(arguments.model).absolute()), "fp32", False, config)
     mixture = Mixture.of([""] * ROWS, {})
-    job = TrainingJob(task, config, "fp32", 0, arguments.steps, mixture, folder / "model", folder / f"checkpoints-{count}", events)
+    model, checkpoints = folder / "model", folder / f"checkpoints-{count}"
+    job = TrainingJob(task, config, "fp32", 0, arguments.steps, mixture, model, checkpoints, events, deadline_seconds=1800)
     trainer = TorchTrainer(
         partial(scaling.take_turns, job, turns, arguments.steps, arguments.products),
         scaling_config=ray.train.ScalingConfig(num_workers=count, resources_per_worker={"CPU": workers.cpus}),

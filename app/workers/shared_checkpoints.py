@@ -1,4 +1,4 @@
-"""Checkpoints that all ranks of a training write together and one of them commits.
+"""Checkpoints that all ranks of a training write together and one of them commits, beside the steps that follow.
 
 They are a `CheckpointStore`'s, as in PPO, and not Ray Train's: its list of reported checkpoints is one file rewritten in place, which
 refuses every later start once it was cut short, and it has no checksums.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.distributed as dist
 
-from app.checkpoint import CheckpointStore
+from app.checkpoint import CheckpointStore, OverlappedCheckpoints
 from app.errors import CheckpointError
 from app.workers.deepspeed_engine import save_engine
 
@@ -22,11 +23,18 @@ if TYPE_CHECKING:
 
 
 class SharedCheckpoints:
-    """One rank's view. Every method is a collective."""
+    """One rank's view. `newest` and `save` are collectives. At the end of the `with` block nothing is under way."""
 
-    def __init__(self, folder: Path, keep: int, device: torch.device) -> None:
+    def __init__(self, folder: Path, keep: int, device: torch.device, *, deadline_seconds: float) -> None:
         self.store, self.device = CheckpointStore(folder, keep), device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._commits = OverlappedCheckpoints(self.store, deadline_seconds=deadline_seconds)  # of rank 0; others have none
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._commits.__exit__(kind, error, trace)
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint, chosen by rank 0; None where there is none at all.
@@ -45,16 +53,21 @@ class SharedCheckpoints:
         return found
 
     def save(self, step: int, engine: DeepSpeedEngine, state: Mapping[str, Any]) -> None:
-        """Commit a checkpoint: rank 0 opens and closes it, every rank writes its own shards. `state` is rank 0's, anything that pickles."""
+        """As `OverlappedCheckpoints.save`: rank 0 opens the checkpoint and commits it, once every rank has written its own shards, beside
+        what follows. `state` is rank 0's, anything that pickles. Raises, on rank 0, also what the commit before has raised."""
 
         def write(folder: Path | None) -> None:
             save_engine(engine, self._from_rank_zero(folder), state)
             dist.barrier()  # all shards are there
 
         if self.rank == 0:
-            self.store.save(step, {"workers": self.world_size}, write)
+            self._commits.save(step, {"workers": self.world_size}, write)
         else:
             write(None)
+
+    def settle(self, *, wait_for_it: bool) -> None:
+        """Raise, on rank 0, what the commit under way has raised, after waiting for its end if wanted."""
+        self._commits.settle(wait_for_it=wait_for_it)
 
     def _newest(self) -> Path | None:
         saved = self.store.latest()

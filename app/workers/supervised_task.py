@@ -68,7 +68,8 @@ class SupervisedTask(Protocol):
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """Everything a worker needs. `steps` is the total number of optimizer steps; `mixture` says which rows each of them takes."""
+    """Everything a worker needs. `steps` is the total number of optimizer steps; `mixture` says which rows each of them takes;
+    `deadline_seconds` is the longest wait for a checkpoint to be on the disk."""
 
     task: SupervisedTask
     config: TrainingConfig
@@ -79,6 +80,7 @@ class TrainingJob:
     model_folder: Path
     checkpoint_folder: Path
     events: EventSender
+    deadline_seconds: float
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,8 @@ def fit(
     """Train for `steps` optimizer steps and leave the model in `folder/model`; metrics go to `tracker` while it runs.
 
     Checkpoints are in `folder/checkpoints`; the same call goes on from the last one. Gradients are exact: neither the number
-    of workers nor the micro-batch size changes the loss curve. `deadline_seconds` is the longest wait between two logged points.
+    of workers nor the micro-batch size changes the loss curve. `deadline_seconds` is the longest wait between two logged points, and for
+    a checkpoint to be on the disk.
     Raises NonFiniteError, CheckpointError (checkpoints, none of which can be gone on from), Interrupted (when `stop_requested()`
     turns true, after saving a checkpoint), DeadlineError, what a worker or the tracker raised, or CorralError when workers died more than
     MAX_FAILURES times.
@@ -70,7 +71,9 @@ def fit(
     deepspeed_config(config.deepspeed, optimizer, precision=precision, micro_batch_size=micro, accumulation=accumulation)  # refuses early
     folder = folder.absolute()  # Ray Train changes the workers' directory
     with EventChannel(tracker) as channel:
-        job = TrainingJob(task, config, precision, seed, steps, mixture, folder / MODEL, folder / CHECKPOINTS, channel.sender)
+        job = TrainingJob(
+            task, config, precision, seed, steps, mixture, folder / MODEL, folder / CHECKPOINTS, channel.sender, deadline_seconds
+        )  # fmt: skip
         trainer, phase = _trainer(job, folder), f"{task.stage} training"
         outcome = _wait_for(trainer, channel, stop_requested, phase=phase, deadline_seconds=deadline_seconds)
     if outcome.error is not None:

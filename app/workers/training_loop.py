@@ -73,7 +73,9 @@ class TrainingLoop:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         write_stacks_on_signal(f"training rank {self.rank}")
         self.device: torch.device = ray.train.torch.get_device()
-        self.checkpoints = SharedCheckpoints(job.checkpoint_folder, self.config.keep_checkpoints, self.device)
+        self.checkpoints = SharedCheckpoints(
+            job.checkpoint_folder, self.config.keep_checkpoints, self.device, deadline_seconds=job.deadline_seconds
+        )
         saved = self.checkpoints.newest()
         self.train_rows, self.held_out = self.task.load_rows()
         self.shapes = [self.task.shape(row) for row in self.train_rows]
@@ -99,11 +101,18 @@ class TrainingLoop:
                 self.look_for_best()
 
     def run(self) -> WorkerOutcome:
-        """Train to the last step, out of patience, or to a stop request, which alone leaves no model."""
+        """Train to the last step, out of patience, or to a stop request, which alone leaves no model. Every checkpoint is committed when
+        it returns."""
+        with self.checkpoints:
+            return self.train()
+
+    def train(self) -> WorkerOutcome:
+        """`run`, of which the last checkpoint may still be on its way to the disk."""
         progress, stop = self.progress, False
         self.begin()
         while progress.step < self.job.steps and not stop and not self.out_of_patience:
             stop = self.train_step()
+            self.checkpoints.settle(wait_for_it=False)
             step = progress.step
             if step % self.config.log_every == 0 or step == self.job.steps:
                 self.log()

@@ -33,9 +33,11 @@ from app.workers.supervised_task import SupervisedTask, TrainingJob, TrainingRes
 from app.workers.training import fit
 from app.workers.training_loop import train_worker
 from tests.tiny_models import SPECIAL, VOCABULARY, make_neox
+from tests.waiting import wait_until
 
 SEED = 3
 ROWS, HELD_OUT_ROWS = 21, 7
+DEADLINE = 300.0
 MIXTURE = Mixture.of([""] * ROWS, {})
 SHAPE = {"batch_size": 8, "micro_batch_size": 2, "log_every": 2, "eval_every": 2, "save_every": 3}
 OPTIMIZER = {"lr": 2e-2, "eps": 1e-4, "warmup_steps": 2}
@@ -63,7 +65,8 @@ RM = RewardModelConfig.model_validate(
 )
 CONFIGS: dict[str, TrainingConfig] = {"sft": SFT, "rm": RM}
 WORKER_DIES, JOB_DIES = 4, 7
-"""Finished optimizer steps at which rank 1, and later the whole job, is killed: behind the checkpoints of steps 3 and 6."""
+"""Finished optimizer steps at which rank 1, and later the whole job, is killed: behind the checkpoints of steps 3 and 6, which are on the
+disk by then."""
 
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "zero0": ("fp32", {"zero_stage": 0}),
@@ -84,13 +87,15 @@ LAYOUT_STEPS = 4
 
 @dataclass(frozen=True)
 class Fault:
-    """SIGKILL to `pid` (None: the worker itself) from rank 1, once, in the last micro-batch of the step after `step`.
+    """SIGKILL to `pid` (None: the worker itself) from rank 1, once, in the last micro-batch of the step after `step`, as soon as the
+    checkpoint `behind` is committed.
 
     `marker` then holds the worker's process id.
     """
 
     step: int
     marker: Path
+    behind: Path
     pid: int | None = None
 
     def strike(self, engine: Any) -> None:
@@ -98,6 +103,7 @@ class Fault:
             return
         if self.marker.exists():
             return
+        wait_until(self.behind.is_dir, "the commit of the checkpoint before")
         self.marker.write_text(str(os.getpid()))
         os.kill(self.pid or os.getpid(), signal.SIGKILL)
         time.sleep(600)  # Ray ends the workers of a dead driver; nothing of this run may be computed meanwhile
@@ -171,7 +177,7 @@ def train(stage: str, root: Path, faults: tuple[Fault, ...] = ()) -> TrainingRes
     assert config.max_steps is not None
     return fit(
         make_task(stage, root, faults), config, steps=config.max_steps, mixture=MIXTURE, precision="fp32", seed=SEED,
-        folder=root / stage, tracker=Points(root / f"{stage}.jsonl"), deadline_seconds=300,
+        folder=root / stage, tracker=Points(root / f"{stage}.jsonl"), deadline_seconds=DEADLINE,
     )  # fmt: skip
 
 
@@ -180,7 +186,7 @@ def undisturbed_job(stage: str, root: Path, folder: Path, events: EventSender) -
     config = CONFIGS[stage]
     assert config.max_steps is not None
     task, model, checkpoints = make_task(stage, root), folder / "model", folder / "checkpoints"
-    return TrainingJob(task, config, "fp32", SEED, config.max_steps, MIXTURE, model, checkpoints, events)
+    return TrainingJob(task, config, "fp32", SEED, config.max_steps, MIXTURE, model, checkpoints, events, DEADLINE)
 
 
 def layout_job(layout: str, root: Path, folder: Path, events: EventSender) -> TrainingJob:
@@ -190,7 +196,7 @@ def layout_job(layout: str, root: Path, folder: Path, events: EventSender) -> Tr
         | {"optimizer": OPTIMIZER | {"max_grad_norm": 0.5}, "deepspeed": deepspeed, "workers": TWO_WORKERS}
     )
     task = SftTask(root / "sft-data", str(root / "base"), precision, False, config, seed=SEED)  # type: ignore[arg-type]
-    return TrainingJob(task, config, precision, SEED, LAYOUT_STEPS, MIXTURE, folder / "model", folder / "checkpoints", events)
+    return TrainingJob(task, config, precision, SEED, LAYOUT_STEPS, MIXTURE, folder / "model", folder / "checkpoints", events, DEADLINE)
 
 
 def one_after_the_other(jobs: Sequence[TrainingJob]) -> list[WorkerOutcome]:
@@ -215,7 +221,10 @@ def main() -> None:
     """A run whose rank 1 dies, goes on by itself, and then takes this driver with it."""
     stage, root = sys.argv[1], Path(sys.argv[2])
     ray.init(logging_level="ERROR", log_to_driver=False)
-    train(stage, root, (Fault(WORKER_DIES, root / f"{stage}.worker-died"), Fault(JOB_DIES, root / f"{stage}.job-died", os.getpid())))
+    checkpoints = root / stage / "checkpoints"
+    worker_dies = Fault(WORKER_DIES, root / f"{stage}.worker-died", checkpoints / "step-00000003")
+    job_dies = Fault(JOB_DIES, root / f"{stage}.job-died", checkpoints / "step-00000006", os.getpid())
+    train(stage, root, (worker_dies, job_dies))
     sys.exit("the run ended, and should have been killed")
 
 

@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from app.data.token_cache import TRAIN_FILE
 from app.durable import write_json
-from app.errors import CheckpointError, ConfigError, CorralError, NonFiniteError
+from app.errors import CheckpointError, ConfigError, CorralError, DiskError, NonFiniteError
 from app.run_layout import HELD_OUT_METRICS
 from app.workers import training_loop
 from app.workers.training_loop import Progress, TrainingLoop, Window
 
 SILENCE = SimpleNamespace(log=lambda *event: None)
+
+
+class Checkpoints:
+    """Commits are under way until somebody waits for them. fails: steps whose checkpoint cannot be committed."""
+
+    def __init__(self, fails: Collection[int] = ()) -> None:
+        self.kept: list[Progress] = []
+        self.under_way: list[int] = []
+        self.fails = fails
+
+    def save(self, step: int, engine: object, state: Mapping[str, Any]) -> None:
+        self.settle(wait_for_it=True)
+        self.kept.append(Progress(**state["progress"]))
+        self.under_way = [step]
+
+    def settle(self, *, wait_for_it: bool) -> None:
+        for step in self.under_way:
+            if step in self.fails:
+                raise DiskError(f"the checkpoint of step {step} cannot be written")
+        self.under_way = [] if wait_for_it else self.under_way
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.settle(wait_for_it=True)
 
 
 @pytest.fixture
@@ -24,6 +52,7 @@ def loop() -> TrainingLoop:
     loop = object.__new__(TrainingLoop)
     loop.rank, loop.world_size = 0, 1
     loop.task = SimpleNamespace(stage="rm")  # type: ignore[assignment]
+    loop.checkpoints = Checkpoints()  # type: ignore[assignment]
     return loop
 
 
@@ -72,10 +101,10 @@ def test_the_best_model_is_taken_once_and_found_again_after_a_stop_before_the_co
     assert loop.take_best() == {"loss": 1.0}, "the same command again, and no later evaluation was better"
 
 
-def judged_steps(loop: TrainingLoop, monkeypatch: pytest.MonkeyPatch, stops: set[int]) -> list[int]:
-    """Steps at which a training of ten is evaluated, stopped after some of them and gone on with."""
+def in_ten_steps(loop: TrainingLoop, monkeypatch: pytest.MonkeyPatch, checkpoints: Checkpoints, stops: set[int] = frozenset()) -> list[int]:
+    """Prepare a training of ten steps, of which a checkpoint is due at the fifth, and stops are asked for in some. The steps at which it
+    is evaluated, as they come."""
     judged: list[int] = []
-    kept: list[Progress] = []
 
     def train_step() -> bool:
         loop.progress.step += 1
@@ -85,24 +114,48 @@ def judged_steps(loop: TrainingLoop, monkeypatch: pytest.MonkeyPatch, stops: set
         loop.progress.evaluated_step = loop.progress.step
         judged.append(loop.progress.step)
 
-    loop.config = SimpleNamespace(patience=None, keep_best=False, eval_every=4, log_every=100, save_every=100)  # type: ignore[assignment]
+    loop.config = SimpleNamespace(patience=None, keep_best=False, eval_every=4, log_every=100, save_every=5)  # type: ignore[assignment]
     loop.job = SimpleNamespace(steps=10, model_folder=Path("model"), events=SILENCE)  # type: ignore[assignment]
     loop.window = Window()
-    loop.checkpoints = SimpleNamespace(save=lambda step, engine, state: kept.append(Progress(**state["progress"])))  # type: ignore[assignment]
+    loop.checkpoints = checkpoints  # type: ignore[assignment]
     loop.engine = None
     loop.progress = Progress(before={"loss": 1.0}, evaluated_step=0)
     for name, replacement in (("train_step", train_step), ("judge", judge), ("log", lambda: None), ("export", lambda folder: None)):
         monkeypatch.setattr(loop, name, replacement)
-    while loop.run().result is None:
-        loop.progress = kept[-1]
     return judged
 
 
 def test_a_stop_leaves_no_evaluation_out(loop: TrainingLoop, monkeypatch: pytest.MonkeyPatch) -> None:
     """It decides on patience and on the best model: a stopped training must come to the model of one that was not."""
-    undisturbed = judged_steps(loop, monkeypatch, stops=set())
+    undisturbed = in_ten_steps(loop, monkeypatch, Checkpoints())
+    assert loop.run().result is not None
     assert undisturbed == [4, 8, 10]
-    assert judged_steps(loop, monkeypatch, stops={3, 4, 8, 9}) == undisturbed
+    checkpoints = Checkpoints()
+    stopped = in_ten_steps(loop, monkeypatch, checkpoints, stops={3, 4, 8, 9})
+    while loop.run().result is None:
+        loop.progress = checkpoints.kept[-1]
+    assert stopped == undisturbed
+
+
+@pytest.mark.parametrize(("stops", "steps", "saved"), [(set(), 10, 5), ({7}, 7, 7)])
+def test_the_workers_end_when_their_last_checkpoint_is_committed(
+    loop: TrainingLoop, monkeypatch: pytest.MonkeyPatch, stops: set[int], steps: int, saved: int
+) -> None:
+    checkpoints = Checkpoints()
+    in_ten_steps(loop, monkeypatch, checkpoints, stops)
+    assert loop.run().steps == steps
+    assert checkpoints.kept[-1].step == saved
+    assert not checkpoints.under_way
+
+
+@pytest.mark.parametrize(("fails", "stops", "ends"), [(5, set(), 6), (7, {7}, 7)])
+def test_a_checkpoint_that_cannot_be_committed_ends_the_training_after_the_next_step_or_with_the_stop(
+    loop: TrainingLoop, monkeypatch: pytest.MonkeyPatch, fails: int, stops: set[int], ends: int
+) -> None:
+    in_ten_steps(loop, monkeypatch, Checkpoints({fails}), stops)
+    with pytest.raises(DiskError, match=f"of step {fails}"):
+        loop.run()
+    assert loop.progress.step == ends
 
 
 def test_the_driver_hears_that_a_resumed_training_is_at_work(loop: TrainingLoop, monkeypatch: pytest.MonkeyPatch) -> None:
