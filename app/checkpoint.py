@@ -112,7 +112,14 @@ class CheckpointStore:
 
     def latest(self) -> SavedCheckpoint | None:
         """The newest complete checkpoint, or None where there is none at all. One whose parts are missing, cut or changed is passed over
-        with a warning. Raises CheckpointError where none is complete: starting over is not for a program to decide."""
+        with a warning. Raises CheckpointError where none is complete, or they cannot be read: starting over is not for a program to
+        decide."""
+        try:
+            return self._latest()
+        except OSError as error:
+            raise CheckpointError(f"{self.folder}: cannot be read ({error.strerror}): mend that, and the same command goes on") from error
+
+    def _latest(self) -> SavedCheckpoint | None:
         folders = self._folders()
         for path in folders:
             if saved := read_checkpoint(path):
@@ -128,8 +135,13 @@ class CheckpointStore:
         return writing(f"{self.folder}: the checkpoint of step {step}", UNWRITTEN)
 
     def _folders(self) -> list[Path]:
-        """Newest first; a step saved again sorts above its older copy."""
-        return sorted((p for p in self.folder.glob(f"{PREFIX}*") if p.is_dir()), reverse=True)
+        """Newest first; a step saved again sorts above its older copy. Raises OSError where they cannot be listed, of which `glob` would
+        say that there are none."""
+        try:
+            found = list(self.folder.iterdir())
+        except FileNotFoundError:
+            return []
+        return sorted((p for p in found if p.name.startswith(PREFIX) and p.is_dir()), reverse=True)
 
     def _free_name(self, step: int) -> Path:
         """A step saved again (after a resume) gets a name of its own, so that the earlier copy stays until this one is complete."""

@@ -330,3 +330,23 @@ def test_tree_hash_sees_names_and_contents_only(tmp_path: Path) -> None:
     assert tree_hash(tmp_path / "a") == tree_hash(tmp_path / "b")
     (tmp_path / "b" / "deep" / "config.json").rename(tmp_path / "b" / "config.json")
     assert tree_hash(tmp_path / "a") != tree_hash(tmp_path / "b")
+
+
+@pytest.mark.parametrize(("number", "reason"), [(errno.EACCES, "Permission denied"), (errno.ESTALE, "Stale file handle")])
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, reason: str
+) -> None:
+    """The run would begin anew, and its first checkpoint would drop the later ones."""
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(100, {}, parts("hours of work"))
+
+    def refuse(path: object) -> object:
+        raise OSError(number, reason)
+
+    with monkeypatch.context() as broken:
+        for name in ("scandir", "listdir"):
+            broken.setattr(os, name, refuse)
+        with pytest.raises(CheckpointError, match=rf"^{tmp_path}: cannot be read \({reason}\): mend that"):
+            store.latest()
+    saved = store.latest()
+    assert saved is not None and saved.step == 100
