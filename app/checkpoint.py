@@ -43,7 +43,15 @@ class SavedCheckpoint(NamedTuple):
 
 
 def read_checkpoint(path: Path) -> SavedCheckpoint | None:
-    """The checkpoint in this folder, or None, with a warning, where it is missing, cut or changed."""
+    """The checkpoint in this folder, or None, with a warning, where it is missing, cut or changed, or goes while it is read."""
+    try:
+        return _read(path)
+    except FileNotFoundError as error:
+        logger.warning("checkpoint %s has gone while it was read and is passed over: %s", path, error)
+        return None
+
+
+def _read(path: Path) -> SavedCheckpoint | None:
     if not (path / MANIFEST).is_file():
         logger.warning("checkpoint %s has no manifest and is passed over", path)
         return None
@@ -124,6 +132,8 @@ class CheckpointStore:
         for path in folders:
             if saved := read_checkpoint(path):
                 return saved
+        if folders != self._folders():  # a run that works there has replaced them meanwhile
+            return self._latest()
         if folders:
             raise CheckpointError(
                 f"{self.folder}: {folders[0].name} and all older checkpoints are damaged: restore one of them, "

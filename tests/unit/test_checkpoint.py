@@ -12,15 +12,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from app.checkpoint import CheckpointStore, OverlappedCheckpoints, read_checkpoint
-from app.durable import file_hashes, tree_hash
+from app.durable import file_hashes, tree_hash, wrong_size
 from app.errors import CheckpointError, DeadlineError, DiskError, NonFiniteError
 from tests.waiting import wait_until
 
@@ -293,6 +294,7 @@ def test_a_commit_without_end_is_late(tmp_path: Path, disk: threading.Event) -> 
 SAVER = """
 import sys, time
 from pathlib import Path
+from typing import Any
 from app.checkpoint import CheckpointStore, OverlappedCheckpoints
 def write(folder):
     (folder / "weights.bin").write_bytes(b"x" * 50_000)
@@ -350,3 +352,20 @@ def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(
             store.latest()
     saved = store.latest()
     assert saved is not None and saved.step == 100
+
+
+def test_a_checkpoint_that_a_newer_one_replaces_while_it_is_read_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `corral export` may find them beside a run."""
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(1, {}, parts("one"))
+    looked_at_sizes = wrong_size
+
+    def replaced_meanwhile(folder: Path, files: Mapping[str, Any]) -> str | None:
+        found = looked_at_sizes(folder, files)
+        if folder.name == "step-00000001":
+            CheckpointStore(tmp_path, keep=1).save(2, {}, parts("two"))
+        return found
+
+    monkeypatch.setattr("app.durable.wrong_size", replaced_meanwhile)
+    saved = store.latest()
+    assert saved is not None and saved.step == 2
