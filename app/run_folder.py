@@ -131,8 +131,7 @@ class RunFolder:
             "files": files,
         }
         write_json(folder / MANIFEST, manifest)
-        self._manifest["stages"][stage] = {key: manifest[key] for key in ("parents", "sha256", "seconds", "code_version", "finished")}
-        write_json(self.path / MANIFEST, self._manifest)
+        self._enter(stage, manifest)
         self._hashed[stage] = str(manifest["sha256"])
         return self._hashed[stage]
 
@@ -143,6 +142,8 @@ class RunFolder:
             self._hashed.pop(stage, None)
             return None
         self._hashed[stage] = manifest["sha256"]
+        if self._manifest["stages"].get(stage, {}).get("sha256") != manifest["sha256"]:
+            self._enter(stage, manifest)  # the process that finished it was killed before it could
         return dict(manifest["results"])
 
     def results(self, stage: str) -> dict[str, Any] | None:
@@ -153,6 +154,11 @@ class RunFolder:
             return self.finished(stage)
         whole = self._is_current(manifest) and wrong_size(self.path / stage, manifest["files"]) is None
         return dict(manifest["results"]) if whole else None
+
+    def _enter(self, stage: str, manifest: Mapping[str, Any]) -> None:
+        """Note a finished stage in the run's own manifest."""
+        self._manifest["stages"][stage] = {key: manifest[key] for key in ("parents", "sha256", "seconds", "code_version", "finished")}
+        write_json(self.path / MANIFEST, self._manifest)
 
     def _is_current(self, manifest: Mapping[str, Any]) -> bool:
         """Whether a stage is one of this run, and came from the parents that are there now."""

@@ -48,6 +48,26 @@ def test_a_finished_stage_is_found_again_with_its_results(tmp_path: Path) -> Non
     assert chain["config"]["ppo"]["batch_size"] == 64
 
 
+def test_a_kill_between_the_two_records_of_a_finished_stage_leaves_it_in_the_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder.open(recipe(tmp_path), "pipeline")
+    write_model(run.stage("sft"))
+
+    def killed(path: Path, value: Any) -> None:
+        if path == tmp_path / "manifest.json":
+            raise KeyboardInterrupt
+        durable.write_json(path, value)
+
+    with monkeypatch.context() as dying:
+        dying.setattr(run_folder, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.finish("sft", {"steps": 3}, {"data": "abc"})
+    again = RunFolder.open(recipe(tmp_path), "pipeline")
+    assert again.finished("sft") == {"steps": 3}
+    chain = json.loads((tmp_path / "manifest.json").read_text())["stages"]
+    assert chain["sft"]["parents"] == {"data": "abc"}
+    assert chain["sft"]["sha256"] == tree_hash(tmp_path / "sft" / "model")
+
+
 def test_keys_that_do_not_change_the_result_may_differ(tmp_path: Path) -> None:
     run = RunFolder.open(recipe(tmp_path / "a"), "sft")
     run.finish("sft", {"steps": 3}, {})
