@@ -1,7 +1,7 @@
 """The run folder: which run it belongs to, which of its stages are finished, and what each of them came from.
 
 `DIR/manifest.json` names the run (config, data, code version) and the chain data -> SFT -> RM -> PPO; `DIR/<stage>/manifest.json`
-is written last of all a stage writes, so a stage without one is unfinished.
+is written last of all a stage writes, so a stage without one is unfinished. `DIR/<stage>/parents.json` says what it began with.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from app.config.tune import BY_ANSWERS
 from app.durable import damage, file_hashes, hash_of, read_json, without_non_finite, write_json, wrong_size
 from app.errors import CheckpointError
 from app.process_record import me
-from app.run_layout import LOCK, MANIFEST, MODEL, SUMMARY_FILE
+from app.run_layout import CHECKPOINTS, LOCK, MANIFEST, MODEL, PARENTS, SUMMARY_FILE
 
 NOT_IDENTITY = re.compile(
     r"run\.(dir|storage|resume|deadline_seconds|stacks_after)|(sft|rm)\.keep_checkpoints|tracking\..*|alarms\..*|evaluation\..*"
@@ -107,6 +107,20 @@ class RunFolder:
             )
         self._manifest["data"] = {"sha256": sha256, **facts}
         write_json(self.path / MANIFEST, self._manifest)
+
+    def begin(self, stage: str, parents: Mapping[str, str]) -> None:
+        """Note what a stage starts from, as `finish` is given it. CheckpointError where checkpoints, which it would go on from, are of one
+        that started from something else."""
+        folder = self.stage(stage)
+        record = folder / PARENTS
+        before = read_json(record) if record.is_file() else (self.manifest(stage) or {"parents": parents})["parents"]
+        changed = sorted(name for name in {*before, *parents} if before.get(name) != parents.get(name))
+        if changed and any((folder / CHECKPOINTS).glob(f"[!.]*/{MANIFEST}")):
+            raise CheckpointError(
+                f"{folder}: its checkpoints began with another {' and '.join(changed)}: restore that, or remove {folder} "
+                f"to begin {stage} anew"
+            )
+        write_json(record, dict(parents))
 
     def finish(self, stage: str, results: Mapping[str, Any], parents: Mapping[str, str]) -> str:
         """Commit a stage: nothing in its model folder may change after this.

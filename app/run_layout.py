@@ -4,6 +4,8 @@ from __future__ import annotations
 
 MANIFEST = "manifest.json"
 """Of a run, a stage, a checkpoint: what it is and what belongs to it, written last."""
+PARENTS = "parents.json"
+"""Of a stage: the data and models that it began with, by content hash."""
 LOCK = ".lock"
 """Held by the process that works in the run folder."""
 

@@ -23,13 +23,12 @@ from app.config.search_space import Space, Suggestions, points, suggest
 from app.config.tune import POPULATION
 from app.durable import read_json, write_json
 from app.errors import CheckpointError, Interrupted
-from app.run_layout import SEARCH
+from app.run_layout import PARENTS, SEARCH
 from app.stages.tuning.records import VALUES, SearchRecords, read_ended, read_history, trial_name
 from app.stages.tuning.schedules import METRIC, MODE, scheduler
 from app.stages.tuning.trial import TrialInputs, run_trial, trial_resources
 from app.tracking import RunTracker
 
-PARENTS = "parents.json"
 SNAPSHOT_SECONDS = "2"
 """How much of a search that is killed Tune may have to look up in our own records."""
 
