@@ -7,17 +7,19 @@ import math
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
+from typing import TextIO
 
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from app.display import BothDisplays, Display, PlainDisplay, StageProgress, open_display
-from app.durable import without_non_finite, write_json
-from app.errors import first_line
+from app.durable import without_non_finite, write_json, writing
+from app.errors import DiskError, first_line
 from app.run_layout import EVENTS_FILE, LOG_FILE, METRICS_FILE, PROGRESS_FILE
 from app.trackers.delivery import Delivery
 from app.trackers.service import Point, TrackingService
@@ -59,18 +61,40 @@ class _Stage:
         return pace * max(0, self.total - self.step)
 
 
+def recording(run_path: Path) -> AbstractContextManager[None]:
+    """Within this block a disk that is full, read-only or gone is a DiskError."""
+    return writing(f"{run_path}: what the run records", "make it writable; the same command goes on from the last checkpoint")
+
+
+class _Log(PlainDisplay):
+    """In the run's folder; the disk there may be full."""
+
+    def __init__(self, run_path: Path, stream: TextIO) -> None:
+        super().__init__(stream, LOG_SECONDS, dated=True)
+        self._run_path = run_path
+
+    def _line(self, text: str) -> None:
+        with recording(self._run_path):
+            super()._line(text)
+
+    def close(self) -> None:
+        with recording(self._run_path):
+            super().close()
+
+
 class RunTracker:
     """The Tracker of a run; a context manager. Opened again on the same folder, it appends.
 
     A line of metrics.jsonl is `{"time": unix seconds, "stage": ..., "step": ..., "metrics": {...}}`; a metric that is not finite is
     null there, named with its value under `non_finite`, and announced on the display.
-    services: name -> where every metric goes too; they are closed with the tracker.
+    services: name -> where every metric goes too; they are closed with the tracker. Methods raise DiskError.
     """
 
     def __init__(
         self, run_path: Path, *, display: Display | None = None, services: Mapping[str, TrackingService] = MappingProxyType({})
     ) -> None:
         run_path.mkdir(parents=True, exist_ok=True)
+        self._path = run_path
         self._lock = threading.RLock()
         self._stages: dict[str, _Stage] = {}
         self._announced: set[tuple[str, str]] = set()
@@ -80,7 +104,7 @@ class RunTracker:
         self._file = (run_path / METRICS_FILE).open("a", encoding="utf-8")
         self._events = EventFileWriter(str(run_path / TENSORBOARD_FOLDER))
         self._log = (run_path / LOG_FILE).open("a", encoding="utf-8")
-        self._display: Display = BothDisplays(display or open_display(), PlainDisplay(self._log, LOG_SECONDS, dated=True))
+        self._display: Display = BothDisplays(display or open_display(), _Log(run_path, self._log))
         self._progress_path = run_path / PROGRESS_FILE
         self._deliveries = [Delivery(name, service, self.note) for name, service in services.items()]
         for name, service in services.items():
@@ -91,7 +115,8 @@ class RunTracker:
         with self._lock:
             self._stages[stage] = _Stage(total_steps, done, time.monotonic(), {})
             self._display.begin(self._stages[stage].progress(stage))
-            write_json(self._progress_path, {"stage": stage, "steps": total_steps, "done": done})
+            with recording(self._path):
+                write_json(self._progress_path, {"stage": stage, "steps": total_steps, "done": done})
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Record scalars of one step. A stage that was not begun is recorded without being shown."""
@@ -106,7 +131,7 @@ class RunTracker:
     def event(self, stage: str, step: int, text: str) -> None:
         """Append `{"time", "stage", "step", "text"}` to events.jsonl, and show the text."""
         line = json.dumps({"time": round(time.time(), 3), "stage": stage, "step": step, "text": text}, ensure_ascii=False)
-        with self._lock, self._events_path.open("a", encoding="utf-8") as file:
+        with self._lock, recording(self._path), self._events_path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         self.note(f"{stage}: step {step}: {text}")
 
@@ -126,10 +151,11 @@ class RunTracker:
         line = {"time": round(now, 3), "stage": stage, "step": step, "metrics": without_non_finite(values)}
         if strange:
             line["non_finite"] = strange
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
         scalars = [Summary.Value(tag=f"{stage}/{name}", simple_value=value) for name, value in values.items()]
-        self._events.add_event(Event(wall_time=now, step=step, summary=Summary(value=scalars)))
+        with recording(self._path):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+            self._events.add_event(Event(wall_time=now, step=step, summary=Summary(value=scalars)))
         for delivery in self._deliveries:
             delivery.log(Point(stage, step, now, values))
         for name in strange:
@@ -141,15 +167,24 @@ class RunTracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for delivery in self._deliveries:  # without the lock: they may still have something to note
-            delivery.close(failed=error is not None)
-        with self._lock:
-            self._display.close()
-            if error is not None:
-                PlainDisplay(self._log, dated=True).note(f"{type(error).__name__}: {first_line(error)}")
-            self._log.close()
-            self._file.close()
-            self._events.close()
+        with nullcontext() if error is None else suppress(OSError, DiskError):  # what has ended the session is told, not this
+            self._close(error)
+
+    def _close(self, error: BaseException | None) -> None:
+        try:
+            for delivery in self._deliveries:  # without the lock: they may still have something to note
+                delivery.close(failed=error is not None)
+        finally:
+            with self._lock, ExitStack() as closing:  # all of it, whatever happens to some; the last one first
+                closing.callback(self._close_files)
+                closing.callback(self._display.close)
+                if error is not None:
+                    PlainDisplay(self._log, dated=True).note(f"{type(error).__name__}: {first_line(error)}")
+
+    def _close_files(self) -> None:
+        with recording(self._path), ExitStack() as closing:
+            for file in (self._events, self._file, self._log):
+                closing.callback(file.close)
 
 
 def drop_partial_line(path: Path) -> None:

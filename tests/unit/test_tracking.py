@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from app import tracking
 from app.display import LiveDisplay, PlainDisplay, StageProgress, duration, open_display
+from app.errors import DiskError
 from app.tracking import RunTracker
 
 
@@ -183,3 +187,43 @@ def test_durations(seconds: float, text: str) -> None:
 def test_importing_the_tracker_loads_neither_torch_nor_ray() -> None:
     code = "import sys, app.tracking; sys.exit(bool({'torch', 'ray', 'tensorflow', 'matplotlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@contextmanager
+def no_room() -> Iterator[None]:
+    """No file of this process may grow: what a full disk is to whoever writes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        lambda tracker: tracker.log("ppo", 2, {"kl": 0.1}),
+        lambda tracker: tracker.event("ppo", 2, "alarm"),
+        lambda tracker: tracker.note("going on"),
+        lambda tracker: tracker.begin("ppo", 3),
+    ],
+)
+def test_a_full_disk_is_told_in_one_line_which_the_end_of_the_session_does_not_hide(
+    tmp_path: Path, record: Callable[[RunTracker], None]
+) -> None:
+    tracker = RunTracker(tmp_path, display=PlainDisplay(io.StringIO()))
+    tracker.log("ppo", 1, {"kl": 0.1})
+    tracker.note("step 1")
+    tracker.event("ppo", 1, "alarm")
+    expected = rf"^{tmp_path}: what the run records cannot be written \(File too large\): free space there, or make it writable; [^\n]*$"
+    with no_room(), pytest.raises(DiskError, match=expected), tracker:
+        record(tracker)
+    assert [line["step"] for line in lines(tmp_path)] == [1]
+
+
+def test_the_end_of_a_session_on_a_full_disk_does_not_hide_why_it_ended(tmp_path: Path) -> None:
+    tracker = RunTracker(tmp_path, display=PlainDisplay(io.StringIO()))
+    tracker.note("step 1")
+    with no_room(), pytest.raises(DiskError, match="the checkpoint of step 3"), tracker:
+        raise DiskError("the checkpoint of step 3 cannot be written")
