@@ -179,10 +179,10 @@ class Pipeline:
         )
 
     def _once(self, stage: str, train: Callable[[], Mapping[str, Any]]) -> str:
-        """Do a stage and commit it, unless it is finished; returns its model folder. Raises CheckpointError where it would go on from
-        checkpoints of another model or other data."""
+        """Do a stage and commit it, unless it is finished and came from what there is now; returns its model folder. Raises CheckpointError
+        where it would go on from checkpoints of another model or other data."""
         manifest = self.run.manifest(stage)
-        if self.run.finished(stage) is None or manifest is None:
+        if manifest is None or manifest["parents"] != self.parents or self.run.finished(stage) is None:
             self.run.begin(stage, self.parents)
             self.parents[stage] = self.run.finish(stage, train(), self.parents)
             raise_unserved(f"stopped when {stage} was finished")

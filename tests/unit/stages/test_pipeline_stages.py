@@ -92,3 +92,12 @@ def test_without_a_checkpoint_a_stage_begins_with_what_there_is(run: RunFolder) 
         once(run, "rm", train, sft="b")
     once(run, "rm", train, sft="b")
     assert train.went_on == [False, True]
+
+
+def test_a_stage_that_another_command_made_from_something_else_is_not_taken(run: RunFolder) -> None:
+    """`corral rm` trains on `model.path` itself, `corral pipeline` with the same recipe on what SFT made of it."""
+    once(run, "rm", Training(run, "rm"))
+    train = Training(run, "rm")
+    with pytest.raises(CheckpointError, match="its checkpoints began with another sft"):
+        once(run, "rm", train, sft="a")
+    assert train.went_on == []
