@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -113,7 +114,8 @@ class TrialReporter:
 
 def trial_state(loop: Mapping[str, Any], judge: Judge, watch: AlarmWatch, recipe: Recipe) -> dict[str, Any]:
     """Everything of a trial that is not in its learner, JSON-able."""
-    return {"loop": dict(loop), "steps": judge.kept, "alarms": watch.history, "kl": recipe.ppo.kl.model_dump(mode="json")}
+    alarms = [{name: value for name, value in step.items() if math.isfinite(value)} for step in watch.history]  # as from metrics.jsonl
+    return {"loop": dict(loop), "steps": judge.kept, "alarms": alarms, "kl": recipe.ppo.kl.model_dump(mode="json")}
 
 
 def restored_loop(state: Mapping[str, Any], recipe: Recipe) -> LoopState:

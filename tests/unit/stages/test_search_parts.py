@@ -182,6 +182,19 @@ def test_everything_of_a_trial_comes_back_from_its_checkpoint(tmp_path: Path, re
     assert later is not None and later.step == 3
 
 
+def test_a_step_that_the_loss_scaling_of_fp16_has_skipped_is_no_reason_not_to_keep_a_trial(tmp_path: Path, reports: Reports) -> None:
+    """Its gradient norm is infinite, which the loop lets pass and JSON cannot hold."""
+    searched = recipe(tune__save_every=3)
+    told, _, watch = reporter(tmp_path, searched)
+    steps(told, watch, 1, 2)
+    watch.look(metrics(2.0) | {"policy_grad_norm": math.inf})
+    steps(told, watch, 3, 3)
+    saved = CheckpointStore(tmp_path / "trial_a" / "checkpoints").latest()
+    assert saved is not None and reports.pointers
+    history = AlarmWatch(searched.alarms, saved.state["alarms"]).history
+    assert history[-2] == metrics(2.0) and history[-1] == metrics(3.0)
+
+
 def test_a_trial_over_its_budget_is_stopped_before_anything_of_the_step_is_kept(tmp_path: Path, reports: Reports) -> None:
     told, _, watch = reporter(tmp_path, recipe(tune__kl_budget=0.5, tune__save_every=1))
     with pytest.raises(Marked) as stopped:
