@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 import threading
@@ -11,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from app.errors import CorralError, Interrupted, first_line
+from app.errors import CorralError, DiskError, Interrupted, first_line
 from app.run_layout import LOGS, REPORT_FILE, SUMMARY_FILE
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from app.data.corpus import Corpus
     from app.run_folder import RunFolder
     from app.tracking import RunTracker
+
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ def _ended(run: RunFolder) -> Iterator[None]:
     from app.workers.pending import TRACE
 
     try:
-        yield
+        with _full_disk_told(run):
+            yield
     except KeyboardInterrupt as error:
         _note(run, "interrupted")
         raise Interrupted(f"stopped; {_kept(run)} The same command goes on from there") from error
@@ -90,7 +95,24 @@ def _ended(run: RunFolder) -> Iterator[None]:
     except BaseException as error:
         _note(run, "failed", f"{type(error).__name__}: {first_line(error)}")
         raise
-    run.end_session("finished")
+    with _full_disk_told(run):
+        run.end_session("finished")
+
+
+@contextmanager
+def _full_disk_told(run: RunFolder) -> Iterator[None]:
+    """Raises DiskError where any file of the run met a disk that is full or read-only, and nobody has said which by then."""
+    try:
+        yield
+    except CorralError:  # a deadline's is an OSError too
+        raise
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        raise DiskError(
+            f"{error.filename or run.path} cannot be written ({error.strerror}): free space there, or make it writable; "
+            "the same command goes on"
+        ) from error
 
 
 def _note(run: RunFolder, outcome: str, reason: str | None = None) -> None:

@@ -36,6 +36,22 @@ def test_on_a_full_disk_the_first_error_is_told(tmp_path: Path, monkeypatch: pyt
             raise DiskError("the checkpoint of step 3 cannot be written")
 
 
+def test_a_disk_that_is_full_for_any_file_of_the_run_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever part of a stage has met it: the report, answers side by side, a stage's manifest, or the record of the end itself."""
+    run = RunFolder.open(recipe(tmp_path), "sft")
+    expected = (
+        r"report\.html cannot be written \(No space left on device\): free space there, or make it writable; the same command goes on$"
+    )
+    with pytest.raises(DiskError, match=expected), _ended(run):
+        raise OSError(28, "No space left on device", str(run.path / "report.html"))
+    assert read_json(run.path / "manifest.json")["sessions"][-1]["reason"].startswith(f"{run.path}/report.html cannot be written")
+    with pytest.raises(ConnectionResetError), _ended(run):
+        raise ConnectionResetError(104, "Connection reset by peer")
+    monkeypatch.setattr("app.run_folder.write_json", full)
+    with pytest.raises(DiskError, match=rf"^{run.path} cannot be written"), _ended(run):
+        pass
+
+
 def test_logs_that_cannot_be_kept_leave_no_ray_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[bool] = []
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
