@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -291,10 +292,26 @@ def test_a_commit_without_end_is_late(tmp_path: Path, disk: threading.Event) -> 
         checkpoints.settle()
 
 
+def test_a_commit_that_is_late_is_not_waited_for_again_at_the_end(
+    tmp_path: Path, disk: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+
+    def nothing_done(futures: object, timeout: float) -> SimpleNamespace:
+        waited.append(timeout)
+        return SimpleNamespace(done=set())
+
+    monkeypatch.setattr("app.checkpoint.wait", nothing_done)
+    checkpoints = OverlappedCheckpoints(CheckpointStore(tmp_path), deadline_seconds=1800)
+    checkpoints.save(1, {}, parts("one"))
+    with pytest.raises(DeadlineError), checkpoints:
+        checkpoints.settle()
+    assert sum(waited) == 1800
+
+
 SAVER = """
 import sys, time
 from pathlib import Path
-from typing import Any
 from app.checkpoint import CheckpointStore, OverlappedCheckpoints
 def write(folder):
     (folder / "weights.bin").write_bytes(b"x" * 50_000)
