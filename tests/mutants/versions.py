@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tests.mutants.files import (
+    ACTOR_CRITIC,
     ENGINE,
     ENGINE_THREAD,
-    LEARNER,
     LONG_TAIL_TESTS,
     LOOP,
     LOOP_TESTS,
@@ -108,7 +108,7 @@ MUTANTS = (
     ),
     Mutant(
         "version",
-        LEARNER,
+        ACTOR_CRITIC,
         "if not mismatch <= limit:",
         "if mismatch > 10 * limit:",
         "dropout in the learner goes unnoticed",

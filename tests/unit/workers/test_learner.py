@@ -13,7 +13,8 @@ from app.config.ppo import PpoConfig
 from app.data.batch_order import PassLimit
 from app.errors import LearnerError
 from app.experience import Minibatch, PolicyOutputs, TokenBatch
-from app.workers.learner import LearnerSpec, LearnerWorker, minibatch_rows
+from app.workers.actor_critic import ActorCritic, minibatch_rows
+from app.workers.learner import LearnerSpec, LearnerWorker
 from app.workers.learner_group import RayLearner
 
 
@@ -21,10 +22,8 @@ def test_every_row_is_learnt_from_once_an_epoch() -> None:
     tokens = tokens_of(12)
     tokens.prompt_lengths_B[:] = torch.tensor([5, 1, 9, 3, 3, 7, 2, 8, 6, 4, 5, 1])
 
-    def hand(rank: int) -> LearnerWorker:
-        worker = LearnerWorker()
-        worker._rank, worker._world, worker._limit = rank, 2, PassLimit(rows=1)
-        return worker
+    def hand(rank: int) -> ActorCritic:
+        return models_of(rank, 2)
 
     for epoch in (0, 1):
         minibatches = minibatch_rows(12, 3, seed=4, epoch=epoch)
@@ -33,6 +32,12 @@ def test_every_row_is_learnt_from_once_an_epoch() -> None:
             hands = [hand(rank)._micro_batches(rows, tokens) for rank in (0, 1)]
             assert sorted(torch.cat([*hands[0], *hands[1]]).tolist()) == sorted(rows.tolist())
     assert not torch.equal(minibatch_rows(12, 1, seed=4, epoch=0)[0], minibatch_rows(12, 1, seed=4, epoch=1)[0])
+
+
+def models_of(rank: int, world: int) -> ActorCritic:
+    """A rank without any models."""
+    limit, device = PassLimit(rows=1), torch.device("cpu")
+    return ActorCritic(None, None, PpoConfig(), limit, temperature=1.0, seed=0, rank=rank, world=world, device=device)
 
 
 def tokens_of(rows: int) -> TokenBatch:
@@ -55,8 +60,7 @@ def test_answers_of_the_ranks_come_back_in_row_order(critic: bool, monkeypatch: 
 
 @pytest.mark.parametrize(("apart", "refused"), [(0.0, False), (9e-4, False), (-2e-3, True), (math.nan, True)])
 def test_the_first_step_must_start_from_the_proximal_log_probs(apart: float, refused: bool) -> None:
-    worker = LearnerWorker()
-    worker._spec, worker._rank = LearnerSpec("", "", "fp32", 1.0, PpoConfig()), 0
+    models = models_of(0, 1)
     zeros_BT = torch.zeros(2, 2)
     tokens = tokens_of(2)
     tokens.mask_BT[0, 1] = False
@@ -65,9 +69,9 @@ def test_the_first_step_must_start_from_the_proximal_log_probs(apart: float, ref
     outputs = PolicyOutputs(logprobs_BT, None, zeros_BT)
     if refused:
         with pytest.raises(LearnerError, match=r"turn dropout off"):
-            worker._mismatch(outputs, minibatch)
+            models._mismatch(outputs, minibatch)
     else:
-        assert worker._mismatch(outputs, minibatch) == pytest.approx(abs(apart))
+        assert models._mismatch(outputs, minibatch) == pytest.approx(abs(apart))
 
 
 @pytest.mark.parametrize("shares", [True, False])
