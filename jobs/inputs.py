@@ -16,6 +16,8 @@ from app.data.registry import Stage, complete, lookup
 from app.data.source import is_hub_name, local_files
 from app.errors import ConfigError, CorralError, ModelError
 from app.models.context import context_of, require_context
+from app.planning.memory import WIDTHS
+from app.planning.shapes import cache_bytes, stored_json
 from app.rewards.part import RulePart
 from app.rewards.reward_model import RewardModelPart
 from app.run_folder import RunFolder
@@ -36,6 +38,7 @@ BASE_MODEL_COMMANDS = ("sft", "pipeline")
 CRITIC_COMMANDS = ("ppo", "tune")
 MIX_COMMANDS = ("ppo", "tune", "pipeline")
 REWARD_COMMANDS = ("ppo", "tune", "evaluate")
+ENGINE_COMMANDS = ("ppo", "tune", "pipeline", "evaluate")
 
 
 def check_inputs(recipe: Recipe, command: str) -> None:
@@ -48,6 +51,7 @@ def check_inputs(recipe: Recipe, command: str) -> None:
     if recipe.model.path not in BUILT_IN_MODELS:
         _check_model(recipe.model.path, trained=command not in BASE_MODEL_COMMANDS, writes=command != "rm")
     _check_lengths(recipe, command)
+    _check_cache(recipe, command)
     if command in MIX_COMMANDS:
         _check_reward_parts(recipe)
     if command == "evaluate" and recipe.run.storage is None:  # else the model may still be there only
@@ -173,6 +177,20 @@ def _check_lengths(recipe: Recipe, command: str) -> None:
         require_context(context, *_longest(recipe))
         if recipe.rollout.max_model_len is not None:
             require_context(context, recipe.rollout.max_model_len, "rollout.max_model_len")
+
+
+def _check_cache(recipe: Recipe, command: str) -> None:
+    """Whether an engine's KV cache holds the longest sequence, where the model's folder is here; vLLM would say it a minute later."""
+    file, rollout = Path(recipe.model.path).expanduser() / "config.json", recipe.rollout
+    if command not in ENGINE_COMMANDS or rollout.engines.gpus or not file.is_file():
+        return
+    tokens = rollout.max_model_len or _longest(recipe)[0]
+    needed = cache_bytes(stored_json(file), tokens, WIDTHS[recipe.model.precision])
+    if needed > rollout.kv_cache_gib * 2**30:
+        raise ConfigError(
+            f"rollout.kv_cache_gib = {rollout.kv_cache_gib:g}: prompt and answer of {tokens} tokens need {needed / 2**30:.2g} GiB of it: "
+            "raise it, or lower data.max_prompt_length or rollout.max_new_tokens"
+        )
 
 
 def _longest(recipe: Recipe) -> tuple[int, str]:

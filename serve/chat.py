@@ -16,14 +16,14 @@ from fastapi.exceptions import RequestValidationError
 from ray import serve
 from ray.llm._internal.common.callbacks.base import CallbackBase
 from starlette.responses import JSONResponse
-from transformers import PretrainedConfig
 
 from app.config.serving import DOORS, ChatModelConfig, ServingConfig
 from app.errors import ConfigError, ModelError
 from app.models.context import context_of
 from app.models.heads import Precision
 from app.models.load import check_model_folder, load_config, seen_from_anywhere, writes_text
-from app.planning.shapes import shape_from_config
+from app.planning.memory import WIDTHS
+from app.planning.shapes import cache_bytes
 from app.workers.engine_settings import DTYPES, ENGINE_VARIABLES, cpu_settings
 from app.workers.processes import process_environment
 from serve import access_log
@@ -34,7 +34,6 @@ from serve.http_guard import Guard
 from serve.scoring import versioned
 
 APPLICATION, ROUTE = "chat", "/v1"
-DTYPE_BYTES: Mapping[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 MAX_ONGOING_REQUESTS = 1024
 """Of the door and of each engine, which takes as many of them at a time as its KV cache holds."""
 
@@ -48,7 +47,8 @@ def check_chat_models(models: Mapping[str, ChatModelConfig], precision: Precisio
         gpus = model.workers.gpus
         if gpus > 1 and gpus != int(gpus):
             raise ConfigError(f"serving.chat.{name}.workers.gpus = {gpus}: an engine has whole GPUs, or a share of one")
-        needed = 0 if gpus else _cache_bytes(load_config(model.path, trust_remote_code), _length(model), precision)
+        config = load_config(model.path, trust_remote_code).get_text_config().to_dict()
+        needed = 0 if gpus else cache_bytes(config, _length(model), WIDTHS[precision])
         if needed > model.kv_cache_gib * 2**30:  # vLLM would refuse too, a minute later and in a log
             raise ConfigError(
                 f"serving.chat.{name}: a conversation of {_length(model)} tokens needs {needed / 2**30:.2g} GiB of KV cache, and "
@@ -160,15 +160,6 @@ def _server(name: str, engine: Any, settled: object) -> serve.Application:
 def _length(model: ChatModelConfig) -> int:
     """Tokens of the longest conversation."""
     return min(model.max_model_len, context_of(model.path) or model.max_model_len)
-
-
-def _cache_bytes(config: PretrainedConfig, tokens: int, precision: Precision) -> int:
-    """KV cache of one conversation; 0 for models that keep less of it than keys and values of every layer, which vLLM counts itself."""
-    text = config.get_text_config()
-    shape = shape_from_config(text.to_dict())
-    if shape is None or getattr(text, "sliding_window", None) or getattr(text, "kv_lora_rank", None):
-        return 0
-    return tokens * shape.kv_bytes(DTYPE_BYTES[precision])
 
 
 def _front(config: ServingConfig, credentials: Credentials) -> FastAPI:

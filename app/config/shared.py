@@ -138,6 +138,16 @@ def require_one_way(config: Trainable) -> None:
         raise ValueError("freeze_layers and lora exclude each other: adapters freeze the whole trunk")
 
 
+SET_ELSEWHERE = {
+    "train_batch_size": "batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "batch_size and micro_batch_size",
+    "optimizer": "lr and the keys beside it",
+    "scheduler": "schedule and warmup_steps beside lr",
+}
+"""Keys of the DeepSpeed JSON that a training sets, or brings the thing itself for, and what sets them."""
+
+
 class DeepSpeedConfig(Config):
     """The DeepSpeed engine of one role."""
 
@@ -167,6 +177,14 @@ class DeepSpeedConfig(Config):
         if not isinstance(given, Mapping) or given.get("preset") not in PRESETS:
             return given  # without a preset, or refused by the checks of the fields
         return merge(PRESETS[given["preset"]], given)
+
+    @field_validator("extra")
+    @classmethod
+    def _not_what_is_set_elsewhere(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        for key, instead in SET_ELSEWHERE.items():
+            if key in extra:
+                raise ValueError(f"deepspeed.extra.{key} would contradict what follows from other keys: leave it out, and set {instead}")
+        return extra
 
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> DeepSpeedConfig:

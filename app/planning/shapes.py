@@ -162,6 +162,18 @@ SHAPES: dict[str, ModelShape] = {
 """Of models whose names say who they are; any other is read from its `config.json`, or scaled from Pythia-1.4B by the size in its name."""
 
 _SIZE_IN_NAME = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)(m|b)(?![a-z0-9])", re.IGNORECASE)
+
+
+def cache_bytes(config: Mapping[str, Any], tokens: int, width: int) -> int:
+    """KV cache of one sequence for a `config.json`, `width` bytes per number; 0 where it names no sizes, and for models that keep less than
+    keys and values of every layer, which vLLM counts itself."""
+    text = config.get("text_config") or config
+    shape = shape_from_config(config)
+    if shape is None or text.get("sliding_window") or text.get("kv_lora_rank"):
+        return 0
+    return tokens * shape.kv_bytes(width)
+
+
 _SAME_SIZE = 0.02  # share by which the sizes in two names may differ
 
 

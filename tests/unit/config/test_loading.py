@@ -177,6 +177,8 @@ KL_FORMS = '--tune.space.ppo.kl.loss_form={type = "choice", values = ["k2", "k3"
         ([*NO_CRITIC, "--ppo.algorithm.ppo.value_clip=0.3"], ["ppo.algorithm.ppo.value_clip is not read", "belongs to ppo"]),
         ([*NO_CRITIC, "--ppo.critic.lr=1e-5"], ["ppo.critic.lr is not read", "rloo trains no critic"]),
         ([*NO_CRITIC, '--tune.space.ppo.critic.lr={type = "uniform", low = 1e-6, high = 1e-5}'], ["tune.space", "rloo trains no critic"]),
+        (["--ppo.deepspeed.extra.train_batch_size=3"], ["deepspeed.extra.train_batch_size", "set batch_size"]),
+        (["--ppo.deepspeed.extra.optimizer.type=SGD"], ["deepspeed.extra.optimizer", "set lr"]),
         (["--ppo.kl.loss_form=k2"], ["ppo.kl.loss_form is not read", "in the reward alone", "choose another ppo.kl.place than reward"]),
         (["--ppo.kl.horizon=500"], ["ppo.kl.horizon is not read", "choose another ppo.kl.controller than fixed"]),
         (["--ppo.reward.overlong_penalty=2"], ["overlong_penalty is not read", "choose another ppo.reward.overlong_buffer than null"]),

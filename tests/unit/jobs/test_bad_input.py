@@ -279,6 +279,20 @@ def test_sequences_longer_than_the_model_takes(refused: Refused, tmp_path: Path)
     assert "data.max_prompt_length + rollout.max_new_tokens = 96 tokens, and the model's context is 64" in error
 
 
+def test_a_kv_cache_that_does_not_hold_one_sequence(tmp_path: Path) -> None:
+    """24 layers x 2 x 1024 numbers x 4 bytes are 192 KiB a token, and 320 tokens 60 MiB."""
+    folder = model_folder(tmp_path / "model")
+    sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "vocab_size": 1000, "max_position_embeddings": 512}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(sizes))
+    given = {"model.path": folder, "reward.path": folder, "data.max_prompt_length": 256, "rollout.max_new_tokens": 64}
+    small, enough = {**given, "rollout.kv_cache_gib": 0.058}, {**given, "rollout.kv_cache_gib": 0.059}
+    with pytest.raises(ConfigError, match=r"rollout\.kv_cache_gib = 0\.058: .* 320 tokens need 0\.059 GiB of it"):
+        check_inputs(with_values(Recipe(), small), "ppo")
+    check_inputs(with_values(Recipe(), enough), "ppo")
+    check_inputs(with_values(Recipe(), small), "rm")
+    check_inputs(with_values(Recipe(), small | {"rollout.engines.gpus": 1, "ppo.workers.gpus": 1}), "ppo")
+
+
 def test_answers_longer_than_a_reward_model_takes(refused: Refused, tmp_path: Path) -> None:
     """Whatever the policy takes: each of them would fail to be scored."""
     run = f"--run.dir={tmp_path / 'run'}"
