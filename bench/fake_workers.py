@@ -35,12 +35,13 @@ class FakeEngine:
         for module in ("torch", "app.models.adapters"):  # prompts and pushes that arrive here name them, and need nothing of them
             sys.modules.setdefault(module, MagicMock())
 
-    async def generate(self, prompts: Sequence[Any], seeds: Sequence[int]) -> AsyncIterator[tuple[int, Answer]]:
+    async def generate(self, prompts: Sequence[Any], seeds: Sequence[int]) -> AsyncIterator[list[tuple[int, Answer]]]:
+        """No two responses end with the same step, which is the most to carry."""
         versions = np.full(self._length, self._version, dtype=np.int32)
         logprobs = np.full(self._length, LOGPROB, dtype=np.float32)
         for place, seed in enumerate(seeds):
             ids = np.random.default_rng(seed).integers(VOCABULARY, size=self._length, dtype=np.int32)
-            yield place, Answer(ids, logprobs, versions, "length")
+            yield [(place, Answer(ids, logprobs, versions, "length"))]
 
     async def logprobs(self, sequences: Sequence[Any]) -> list[Any]:
         return fake_logprobs(sequences)
