@@ -108,7 +108,7 @@ def cards(summary: Mapping[str, Any]) -> list[dict[str, str]]:
 def comparison(summary: Mapping[str, Any]) -> list[Row]:
     """Before and after PPO, on the same held-out prompts with the same seeds."""
     measures = [
-        ("Reward-model score", "reward", 3, "What PPO was trained to raise."),
+        ("Reward-model score", "reward", 3, "What PPO was trained to raise, alone or with the other parts of its reward."),
         ("Gold score", "gold", 3, "The task's own judge, which no training step ever saw."),
         ("Answer length, tokens", "length", 1, "Longer answers are an easy way to please a reward model."),
         ("Distinct answers", "distinct", None, "The share of different texts. A fall means that the model repeats itself."),

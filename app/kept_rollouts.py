@@ -137,6 +137,8 @@ def read_step(folder: Path, step: int) -> tuple[Batch, PpoConfig]:
     Raises ConfigError where it is not there, CheckpointError where its file is damaged.
     """
     path = step_path(folder, step)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder: name the folder of a run that has come to PPO")
     if not path.is_file():
         there = kept_steps(folder)
         range_text = f"it has steps {there[0]} to {there[-1]}" if there else "it has none"
