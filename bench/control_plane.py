@@ -117,7 +117,7 @@ class FakeCluster:
         learner = RayLearner(workers, ranks, deadline_seconds=DEADLINE)
         pool.ready()
         learner.ready()
-        publisher = WeightPublisher(learner, pool, [prompts[0].ids], limit=1e-3, nccl_tensor_parallel=None)
+        publisher = WeightPublisher(learner, pool, [prompts[0].ids], limit=1e-3)
         config = PpoConfig(steps=1 + steps, batch_size=size.samples, micro_batch_size=1, save_every=2 + steps)
         stream = PromptStream.over(prompts)
         parts = Parts(learner, pool, publisher, one_reward_model(scorer), scorer, recorder, recorder, stream, 0, self._length)

@@ -247,7 +247,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 for core, titles in enumerate((SERVING, LEARNING)):
                     pin(titles, core)
             canaries = [np.random.default_rng(0).integers(vocabulary, size=PROMPT_TOKENS + 8, dtype=np.int32)]
-            publisher = WeightPublisher(learner, pool, canaries, limit=ppo.max_logprob_mismatch, nccl_tensor_parallel=None)
+            publisher = WeightPublisher(learner, pool, canaries, limit=ppo.max_logprob_mismatch)
             turns, lengths = Turns(publisher, partial(matrix_rate, shape), peer_step), Lengths(learner)
             parts = Parts(
                 lengths, pool, turns, one_reward_model(scorer), scorer, recorder, recorder, PromptStream.over(prompts),

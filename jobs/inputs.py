@@ -212,7 +212,7 @@ def _check_colocation(recipe: Recipe) -> None:
 
 def _check_transfer(recipe: Recipe, command: str) -> None:
     """Whether the learner can send weights the way that the engines get them."""
-    if command in MIX_COMMANDS and recipe.rollout.over_nccl and not recipe.ppo.workers.gpus:
+    if command in MIX_COMMANDS and recipe.rollout.chosen_transfer == "nccl" and not recipe.ppo.workers.gpus:
         raise ConfigError(
             f"weights go over NCCL to engines of rollout.engines.gpus = {recipe.rollout.engines.gpus:g}, and ppo.workers.gpus = 0 leaves "
             'the learner no GPU to send from: set ppo.workers.gpus = 1, or rollout.transfer = "object_store"'

@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from app.config.shared import WorkersConfig
 from app.schema import Config
 
+Transfer = Literal["object_store", "nccl", "ipc"]
+
 
 class RolloutConfig(Config):
     """vLLM engines."""
@@ -42,8 +44,9 @@ class RolloutConfig(Config):
     token labelled with its policy version; start anew under them; or end first, while the push waits."""
     max_restarts: int = Field(3, ge=0)
     """Engine processes that may be lost and replaced in the course of a run before it stops."""
-    transfer: Literal["auto", "object_store", "nccl"] = "auto"
-    """How weights reach the engines; `auto` takes nccl where engines own their GPUs (not a part of one), else the object store."""
+    transfer: Literal["auto", "object_store", "nccl", "ipc"] = "auto"
+    """How weights reach the engines; `auto` takes nccl where engines own their GPUs (not a part of one), else the object store. `ipc`, with
+    rollout.colocate, has them read from the GPU's memory, where the learner has them."""
 
     @property
     def shares_gpus(self) -> bool:
@@ -56,14 +59,19 @@ class RolloutConfig(Config):
         return self.engines.gpus > 0 if self.enforce_eager is None else not self.enforce_eager
 
     @property
-    def over_nccl(self) -> bool:
-        """Whether weights reach the engines over NCCL, two processes of one group of which cannot share a GPU; else the object store."""
+    def chosen_transfer(self) -> Transfer:
+        """What `transfer` comes to. Two processes of one NCCL group cannot share a GPU."""
         if self.transfer == "auto":
-            return self.engines.gpus >= 1 and not self.colocate
-        return self.transfer == "nccl"
+            return "nccl" if self.engines.gpus >= 1 and not self.colocate else "object_store"
+        return self.transfer
 
     @model_validator(mode="after")
-    def _nccl_joins_whole_gpus(self) -> RolloutConfig:
+    def _transfer_fits_the_gpus(self) -> RolloutConfig:
+        if self.transfer == "ipc" and not self.shares_gpus:
+            raise ValueError(
+                'rollout.transfer = "ipc" hands over what lies on one GPU, and engines do not share those of the learner: set '
+                'rollout.colocate = true and rollout.engines.gpus, or rollout.transfer = "auto"'
+            )
         if self.transfer == "nccl" and (self.engines.gpus < 1 or self.colocate):
             given = "rollout.colocate = true" if self.colocate else f"rollout.engines.gpus = {self.engines.gpus:g}"
             raise ValueError(
@@ -79,7 +87,7 @@ class RolloutConfig(Config):
             raise ValueError(
                 f"rollout.min_engines = {self.min_engines} is more than rollout.engines.count = {self.engines.count}: lower it"
             )
-        if self.over_nccl or self.colocate:
+        if self.chosen_transfer == "nccl" or self.colocate:
             raise ValueError(
                 "rollout.min_engines lets engines join at any time, which neither an NCCL group nor a learner's GPU allows: "
                 'set rollout.transfer = "object_store" and rollout.colocate = false, or drop rollout.min_engines'

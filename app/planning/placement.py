@@ -120,7 +120,7 @@ def _reward_model(recipe: Recipe, roles: Roles) -> tuple[StagePlacement, ...]:
 def _ppo(recipe: Recipe, name: str, roles: tuple[Role, ...], trials: int) -> StagePlacement:
     """A push carries what is trained of the policy as float32, unless it goes from GPU to GPU."""
     shape, rollout, push = shape_of(recipe.model.path), recipe.rollout, None
-    if shape is not None and not rollout.over_nccl:
+    if shape is not None and rollout.chosen_transfer == "object_store":
         policy = trained_model(shape, recipe.ppo, shape.parameters)
         push = Push(FLOAT32 * policy.trained, FLOAT32 * (policy.parameters - policy.trained))
     return StagePlacement(name, roles, overlapping=recipe.ppo.max_lag > 0, push=push, trials=trials)

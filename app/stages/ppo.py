@@ -229,9 +229,11 @@ def _resume_and_run(
 
 
 def weight_publisher(recipe: Recipe, learner: RayLearner, pool: VllmRolloutPool, canaries: Sequence[IntArray]) -> WeightPublisher:
-    """Weights go over NCCL where the engines own their GPUs, else through the object store."""
-    tensor_parallel = recipe.rollout.engines.tensor_parallel if recipe.rollout.over_nccl else None
-    return WeightPublisher(learner, pool, canaries, limit=recipe.ppo.max_logprob_mismatch, nccl_tensor_parallel=tensor_parallel)
+    """Weights go the way of `rollout.transfer`."""
+    rollout, limit = recipe.rollout, recipe.ppo.max_logprob_mismatch
+    return WeightPublisher(
+        learner, pool, canaries, limit=limit, transfer=rollout.chosen_transfer, tensor_parallel=rollout.engines.tensor_parallel
+    )
 
 
 def steps_before(path: Path, last: int) -> list[dict[str, float]]:

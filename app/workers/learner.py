@@ -16,6 +16,7 @@ import ray
 import torch
 
 from app.config.ppo import PpoConfig
+from app.config.rollout import Transfer
 from app.config.shared import OptimizerConfig
 from app.data.batch_order import PassLimit
 from app.experience import Experience, FloatArray, IntArray, TokenBatch
@@ -89,15 +90,15 @@ class LearnerWorker:
         """Full parameters of the language model under its own names, adapters merged. Collective under ZeRO 3."""
         return self._outbox.merged()
 
-    def connect_nccl(self, engines: Sequence[Any], tensor_parallel: int, address: tuple[str, int]) -> None:
-        """Open the NCCL group of rank 0 and all engine workers."""
-        from app.workers.nccl_transfer import connect
+    def connect_engines(self, engines: Sequence[Any], transfer: Transfer, tensor_parallel: int, address: tuple[str, int]) -> None:
+        """Make ready for `send_policy`. Collective."""
+        from app.workers.gpu_transfer import connect
 
-        self._nccl = connect(self, engines, rank=self._rank, tensor_parallel=tensor_parallel, address=address)
+        self._sender = connect(self, engines, transfer, rank=self._rank, tensor_parallel=tensor_parallel, address=address)
 
-    def broadcast_nccl(self, version: int) -> None:
-        """Send the policy to every engine, as `version`. Collective."""
-        self._nccl.send(version)
+    def send_policy(self, version: int) -> None:
+        """Give the policy to every engine, as `version`. Collective."""
+        self._sender.send(version)
 
     def save(self, folder: str) -> None:
         """Every engine and every rank's random state. Collective."""

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 import torch
 
+from app.config.rollout import Transfer
 from app.errors import CheckpointError, CorralError, WeightPushError
 from app.experience import Experience, FloatArray, IntArray, TokenBatch
 from app.workers.learner import LearnerSpec, LearnerWorker
@@ -71,12 +72,14 @@ class RayLearner:
     def pushed_policy(self) -> PushedPolicy:
         return self._each("pushed_policy", failure=WeightPushError)[0]
 
-    def connect_nccl(self, engines: Sequence[Any], *, tensor_parallel: int) -> None:
+    def connect_engines(self, engines: Sequence[Any], transfer: Transfer, *, tensor_parallel: int) -> None:
+        """Make ready for `send_policy`."""
         address = self._each("address")[0]
-        self._each("connect_nccl", list(engines), tensor_parallel, address, failure=WeightPushError)
+        self._each("connect_engines", list(engines), transfer, tensor_parallel, address, failure=WeightPushError)
 
-    def broadcast_nccl(self, version: int) -> None:
-        self._each("broadcast_nccl", version, failure=WeightPushError)
+    def send_policy(self, version: int) -> None:
+        """Have the ranks give all engines the policy as it is now, as `version`."""
+        self._each("send_policy", version, failure=WeightPushError)
 
     def save(self, folder: str) -> None:
         self._each("save", folder, failure=CheckpointError)

@@ -1,6 +1,6 @@
 """The weight-transfer backend `object_store` of vLLM: an engine loads arrays that Ray has already carried into its process.
 
-It works everywhere, with checksums: see `app.workers.pushed_policy`, which also says what travels. `app.workers.nccl_transfer` is the other
+It works everywhere, with checksums: see `app.workers.pushed_policy`, which also says what travels. `app.workers.gpu_transfer` is the other
 way.
 """
 

@@ -159,7 +159,7 @@ def load_engine(model_path: str, config: RolloutConfig, *, precision: str, max_m
     from vllm import LLM
     from vllm.config import WeightTransferConfig
 
-    from app.workers.object_store_transfer import BACKEND, register_object_store_backend
+    from app.workers.object_store_transfer import register_object_store_backend
 
     register_object_store_backend()
     on_gpu = config.engines.gpus > 0
@@ -175,7 +175,7 @@ def load_engine(model_path: str, config: RolloutConfig, *, precision: str, max_m
         logprobs_mode="processed_logprobs",  # of the distribution that was sampled from: after temperature
         distributed_executor_backend="uni" if config.engines.tensor_parallel == 1 else "mp",
         tensor_parallel_size=config.engines.tensor_parallel,
-        weight_transfer_config=WeightTransferConfig(backend="nccl" if config.over_nccl else BACKEND),
+        weight_transfer_config=WeightTransferConfig(backend=config.chosen_transfer),
         enable_sleep_mode=config.shares_gpus,
         seed=seed % 2**31,
         **(gpu_settings(config) if on_gpu else cpu_settings(config.kv_cache_gib, max_model_len)),

@@ -37,7 +37,7 @@ class VllmRolloutPool:
         self._start = start
         self.exact = exact
         self._restarts_left = config.max_restarts
-        self._over_nccl = config.over_nccl
+        self._in_a_group = config.chosen_transfer == "nccl"
         self._deadline_seconds = deadline_seconds
         self._note = note
         self._current: tuple[str, tuple[Any, ...]] = ("pid", ())  # the call that gives a new engine the weights of now
@@ -100,7 +100,7 @@ class VllmRolloutPool:
         Engines that are in an NCCL group with the lost learner are ended, and others take their places."""
         with self._changing:
             self._current = ("pid", ())
-            if not self._over_nccl:
+            if not self._in_a_group:
                 self.each("discard")
                 return
             for engine in self.engines:

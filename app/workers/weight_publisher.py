@@ -1,8 +1,8 @@
 """The learner's policy weights into the rollout engines, and the check that they arrived.
 
-Two ways: the object store (`app.workers.object_store_transfer`; what is not trained travels once) and NCCL
-(`app.workers.nccl_transfer`; engines that own their GPUs; the whole policy each time, adapters merged). Either way the push ends with a
-check: both sides compute the log-probs of canary sequences, and they must agree.
+Two ways: the object store (`app.workers.object_store_transfer`; what is not trained travels once), and from GPU to GPU, over NCCL or
+within one by CUDA IPC (`app.workers.gpu_transfer`; the whole policy each time, adapters merged). Either way the push ends with a check:
+both sides compute the log-probs of canary sequences, and they must agree.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from app.config.rollout import Transfer
 from app.errors import NonFiniteError, WeightPushError
 from app.experience import FloatArray, IntArray, Rollout
 
@@ -36,29 +37,36 @@ def canary_mismatch(engine: Sequence[FloatArray], learner: Sequence[FloatArray])
 
 
 class WeightPublisher:
-    """`Publisher`: pushes through the object store or NCCL, then compares canary log-probs on every engine."""
+    """`Publisher`: pushes the weights, then compares canary log-probs on every engine."""
 
     def __init__(
-        self, learner: RayLearner, pool: VllmRolloutPool, canaries: Sequence[IntArray], *, limit: float, nccl_tensor_parallel: int | None
+        self,
+        learner: RayLearner,
+        pool: VllmRolloutPool,
+        canaries: Sequence[IntArray],
+        *,
+        limit: float,
+        transfer: Transfer = "object_store",
+        tensor_parallel: int = 1,
     ) -> None:
-        """nccl_tensor_parallel: GPUs per engine where weights go over NCCL; None takes the object store."""
+        """tensor_parallel: GPUs per engine."""
         self._learner = learner
         self._pool = pool
         self._canaries = list(canaries)
         self._limit = limit
-        self._nccl = nccl_tensor_parallel is not None
-        if nccl_tensor_parallel is not None:
-            learner.connect_nccl(pool.engines, tensor_parallel=nccl_tensor_parallel)
+        self._through_store = transfer == "object_store"
+        if not self._through_store:
+            learner.connect_engines(pool.engines, transfer, tensor_parallel=tensor_parallel)
 
     def publish(self, version: int) -> dict[str, float]:
         began, metrics = time.perf_counter(), dict[str, float]()
-        if self._nccl:
-            self._learner.broadcast_nccl(version)
-            self._pool.refuse_replacements()
-        else:
+        if self._through_store:
             policy = self._learner.pushed_policy()
             self._pool.load(policy, version)
             metrics = {"push/bytes": float(policy.bytes), "push/share": policy.share}
+        else:
+            self._learner.send_policy(version)
+            self._pool.refuse_replacements()
         pushed = time.perf_counter()
         metrics |= {"push/canary_mismatch": self._verify(version)}
         return metrics | {"push/seconds": pushed - began, "push/verify_seconds": time.perf_counter() - pushed}

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from app.config.ppo import PolicyAdapterConfig, PpoConfig
-from app.config.rollout import RolloutConfig
+from app.config.rollout import RolloutConfig, Transfer
 from app.config.shared import DeepSpeedConfig, OptimizerConfig, WorkersConfig
 from app.errors import WeightPushError
 from app.experience import Experience, Prompt, Rollout, TokenBatch, pad_rows
 from app.models.heads import init_reward_model, save_reward_model
 from app.models.load import load_causal_lm, load_tokenizer
+from app.workers.gpu_transfer import init_info
 from app.workers.learner import LearnerSpec
 from app.workers.learner_group import RayLearner, learner_group
 from app.workers.rollout_pool import VllmRolloutPool, rollout_pool
@@ -91,7 +92,7 @@ def check_whole_policy(
         before = pool.logprobs(canaries)
         metrics = learner.update(config.make_algorithm().credit(experience, kl_coef=0.0), step=0)
         assert metrics["first_step_mismatch"] < LIMIT
-        publisher = WeightPublisher(learner, pool, canaries, limit=LIMIT, nccl_tensor_parallel=None)
+        publisher = WeightPublisher(learner, pool, canaries, limit=LIMIT)
         with pytest.raises(WeightPushError, match="policy version 1"):
             publisher._verify(1)  # the engine still holds the old weights, and that is noticed
         pushed = publisher.publish(1)
@@ -118,7 +119,7 @@ def check_adapters(spec: LearnerSpec, pool: VllmRolloutPool, prompts: list[Promp
     config = spec.config.model_copy(update={"lora": PolicyAdapterConfig(rank=2), "workers": WorkersConfig(cpus=0.5)})
     with learner_group(replace(spec, config=config), deadline_seconds=300) as learner:
         learner.ready()
-        publisher = WeightPublisher(learner, pool, canaries, limit=LIMIT, nccl_tensor_parallel=None)
+        publisher = WeightPublisher(learner, pool, canaries, limit=LIMIT)
         whole = publisher.publish(4)
         before = pool.logprobs(canaries)
         assert canary_mismatch(before, [direct_logprobs(spec.policy_path, ids) for ids in canaries]) < LIMIT  # new adapters add nothing
@@ -188,3 +189,13 @@ def check_checkpoint(learner: RayLearner, experience: Experience, config: PpoCon
     learner.inspect(experience.tokens)  # with ppo.reuse_forward the update goes on from these forward passes
     learner.update(credited, step=1)
     assert canary_mismatch(straight, learner.logprobs(canaries)) < 1e-5
+
+
+@pytest.mark.parametrize("transfer", ["nccl", "ipc"])
+def test_vllm_is_told_what_it_asks_for(transfer: Transfer) -> None:
+    """Its own classes, whose other end refuses what it does not know."""
+    found = init_info(transfer, rank=2, members=9, address=("10.0.0.1", 4000))
+    assert found.backend == transfer and found.packed and not found.is_sender
+    assert init_info(transfer, rank=0, members=9, address=("10.0.0.1", 4000)).is_sender
+    group = {field.name: getattr(found, field.name) for field in fields(found) if field.name.startswith(("master", "world"))}
+    assert group == ({"master_address": "10.0.0.1", "master_port": 4000, "world_size": 9} if transfer == "nccl" else {})

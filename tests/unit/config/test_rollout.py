@@ -14,22 +14,29 @@ from app.config.shared import WorkersConfig
 
 
 @pytest.mark.parametrize(
-    ("transfer", "gpus", "colocate", "over_nccl", "shares_gpus"),
+    ("transfer", "gpus", "colocate", "chosen", "shares_gpus"),
     [
-        ("auto", 0, False, False, False),
-        ("auto", 1, False, True, False),
-        ("auto", 0.5, False, False, False),  # the rest of it may be the learner's, or another engine's
-        ("auto", 1, True, False, True),
-        ("auto", 0, True, False, False),
-        ("object_store", 1, False, False, False),
-        ("nccl", 1, False, True, False),
+        ("auto", 0, False, "object_store", False),
+        ("auto", 1, False, "nccl", False),
+        ("auto", 0.5, False, "object_store", False),  # the rest of it may be the learner's, or another engine's
+        ("auto", 1, True, "object_store", True),
+        ("auto", 0, True, "object_store", False),
+        ("object_store", 1, False, "object_store", False),
+        ("nccl", 1, False, "nccl", False),
+        ("ipc", 0.5, True, "ipc", True),
     ],
 )
 def test_weights_go_over_nccl_to_engines_that_own_their_gpus(
-    transfer: str, gpus: float, colocate: bool, over_nccl: bool, shares_gpus: bool
+    transfer: str, gpus: float, colocate: bool, chosen: str, shares_gpus: bool
 ) -> None:
     config = RolloutConfig.model_validate({"transfer": transfer, "engines": {"gpus": gpus}, "colocate": colocate})
-    assert (config.over_nccl, config.shares_gpus) == (over_nccl, shares_gpus)
+    assert (config.chosen_transfer, config.shares_gpus) == (chosen, shares_gpus)
+
+
+@pytest.mark.parametrize("given", [{}, {"engines": {"gpus": 1}}, {"colocate": True}])
+def test_the_memory_of_a_gpu_is_handed_over_only_where_it_is_shared(given: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=r"set rollout\.colocate = true and rollout\.engines\.gpus"):
+        RolloutConfig.model_validate({"transfer": "ipc", **given})
 
 
 @pytest.mark.parametrize(
@@ -47,7 +54,7 @@ def test_nccl_is_refused_where_an_engine_has_no_gpu_of_its_own(given: dict[str, 
 
 def test_learner_and_engine_on_one_gpu_are_in_no_group_of_nccl() -> None:
     recipe = load_recipe(Path(__file__).parents[3] / "jobs" / "recipes" / "smollm2" / "pipeline-one-gpu.toml")
-    assert recipe.ppo.workers.gpus + recipe.rollout.engines.gpus <= 1 and not recipe.rollout.over_nccl
+    assert recipe.ppo.workers.gpus + recipe.rollout.engines.gpus <= 1 and recipe.rollout.chosen_transfer == "object_store"
 
 
 @pytest.mark.parametrize(("gpus", "parallel"), [(0, 1), (0.5, 1), (1, 1), (4, 4)])

@@ -16,9 +16,9 @@ import pytest
 
 from app.config.rollout import RolloutConfig
 from app.errors import WeightPushError
-from app.workers import nccl_transfer
+from app.workers import gpu_transfer
 from app.workers.engine_thread import EngineThread, Landed
-from app.workers.nccl_transfer import EngineActorsClient
+from app.workers.gpu_transfer import EngineActorsClient
 from app.workers.rollout_engine import RolloutEngine
 from tests.waiting import wait_until
 
@@ -98,7 +98,7 @@ def no_vllm_and_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def get(calls: list[Future[Any]]) -> list[Any]:
         return [call.result(10) for call in calls]
 
-    monkeypatch.setattr(nccl_transfer, "ray", SimpleNamespace(get=get))
+    monkeypatch.setattr(gpu_transfer, "ray", SimpleNamespace(get=get))
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from app.config.rollout import Transfer
 from app.errors import NonFiniteError, WeightPushError
 from app.workers.learner_group import RayLearner
 from app.workers.pushed_policy import PushedPolicy, Shipment
@@ -32,11 +33,11 @@ class Sides:
     def pushed_policy(self) -> PushedPolicy:
         return POLICY
 
-    def connect_nccl(self, engines: int, *, tensor_parallel: int) -> None:
-        self.calls.append(("connect", engines, tensor_parallel))
+    def connect_engines(self, engines: int, transfer: str, *, tensor_parallel: int) -> None:
+        self.calls.append(("connect", engines, transfer, tensor_parallel))
 
-    def broadcast_nccl(self, version: int) -> None:
-        self.calls.append(("broadcast", version))
+    def send_policy(self, version: int) -> None:
+        self.calls.append(("send", version))
 
     def refuse_replacements(self) -> None:
         """The engines have been told with the weights; the pool is, that those it loses cannot be replaced."""
@@ -52,7 +53,7 @@ class Sides:
 
 
 def publisher(sides: Sides) -> WeightPublisher:
-    return WeightPublisher(cast(RayLearner, sides), cast(VllmRolloutPool, sides), CANARIES, limit=1e-3, nccl_tensor_parallel=None)
+    return WeightPublisher(cast(RayLearner, sides), cast(VllmRolloutPool, sides), CANARIES, limit=1e-3)
 
 
 def test_weights_are_labelled_and_compared() -> None:
@@ -64,11 +65,13 @@ def test_weights_are_labelled_and_compared() -> None:
     assert sides.calls[1][0] == "logprobs"
 
 
-def test_over_nccl_the_version_travels_with_the_weights() -> None:
+@pytest.mark.parametrize("transfer", ["nccl", "ipc"])
+def test_from_gpu_to_gpu_the_version_travels_with_the_weights(transfer: Transfer) -> None:
     sides = Sides(apart=5e-4)
-    publisher = WeightPublisher(cast(RayLearner, sides), cast(VllmRolloutPool, sides), CANARIES, limit=1e-3, nccl_tensor_parallel=4)
+    learner, pool = cast(RayLearner, sides), cast(VllmRolloutPool, sides)
+    publisher = WeightPublisher(learner, pool, CANARIES, limit=1e-3, transfer=transfer, tensor_parallel=4)
     metrics = publisher.publish(7)
-    assert sides.calls[:3] == [("connect", 2, 4), ("broadcast", 7), ("logprobs", CANARIES)]
+    assert sides.calls[:3] == [("connect", 2, transfer, 4), ("send", 7), ("logprobs", CANARIES)]
     assert "push/bytes" not in metrics and metrics["push/seconds"] >= 0
 
 
