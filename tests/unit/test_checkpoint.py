@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from app.checkpoint import CheckpointStore, OverlappedCheckpoints, read_checkpoint
-from app.durable import file_hashes, tree_hash, wrong_size
+from app.durable import tree_hash, wrong_size
 from app.errors import CheckpointError, DeadlineError, DiskError, NonFiniteError
 from tests.waiting import wait_until
 
@@ -211,21 +211,6 @@ def test_saving_after_a_resume_from_an_older_step_drops_the_later_damaged_one(tm
     cut_a_part(store.save(20, {}, parts("two")))
     store.save(15, {}, parts("15"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000015"]
-
-
-@pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Commits wait for this event."""
-    ready = threading.Event()
-    hashes = file_hashes
-
-    def slow_hashes(folder: Path) -> dict[str, dict[str, object]]:
-        assert ready.wait(60)
-        return hashes(folder)
-
-    monkeypatch.setattr("app.checkpoint.file_hashes", slow_hashes)
-    yield ready
-    ready.set()
 
 
 def steps_in(folder: Path) -> list[str]:

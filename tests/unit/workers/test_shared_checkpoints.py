@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from app.durable import file_hashes, read_json
+from app.durable import read_json
 from app.errors import CheckpointError, DiskError
 from app.workers.shared_checkpoints import SharedCheckpoints
 
@@ -24,21 +23,6 @@ def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SharedCheckp
     monkeypatch.setattr("torch.distributed.barrier", lambda: None)
     monkeypatch.setattr("app.workers.shared_checkpoints.save_engine", lambda engine, folder, state: (folder / "shard").write_text(engine))
     return SharedCheckpoints(tmp_path / "checkpoints", keep=3, device=torch.device("cpu"), deadline_seconds=60)
-
-
-@pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Commits wait for this event."""
-    ready = threading.Event()
-    hashes = file_hashes
-
-    def slow_hashes(folder: Path) -> dict[str, dict[str, Any]]:
-        assert ready.wait(60)
-        return hashes(folder)
-
-    monkeypatch.setattr("app.checkpoint.file_hashes", slow_hashes)
-    yield ready
-    ready.set()
 
 
 def steps_in(checkpoints: SharedCheckpoints) -> list[str]:
