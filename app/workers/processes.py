@@ -23,6 +23,9 @@ comparison at its first token, and DeepSpeed imports all of the compiler (3 s in
 COMPILED = {"TORCHDYNAMO_DISABLE": "0"}
 """For a process that compiles all the same."""
 
+NO_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
+"""For a process that reserves none: Ray leaves it all GPUs of the node, and DeepSpeed would put its model on the first of them."""
+
 WAITING_YIELDS = {"OMP_WAIT_POLICY": "PASSIVE"}
 """For the learner's processes: threads that wait for their team sleep instead of spinning. Reward model and reference compute at the same
 time, on a CPU on the same cores, which spinning threads would keep from them. Measured in docs/results/ppo_speed.md."""
@@ -30,8 +33,8 @@ time, on a CPU on the same cores, which spinning threads would keep from them. M
 
 def process_environment(workers: WorkersConfig, **more: str) -> dict[str, str]:
     """Environment variables of one process of a role. Threads are set here because OpenMP reads them at start."""
-    compiler = {} if workers.gpus else NOTHING_COMPILED
-    return {"OMP_NUM_THREADS": str(workers.threads), **KEEP_FREED_MEMORY, **compiler, **more}
+    on_cpus = {} if workers.gpus else {**NOTHING_COMPILED, **NO_GPUS}
+    return {"OMP_NUM_THREADS": str(workers.threads), **KEEP_FREED_MEMORY, **on_cpus, **more}
 
 
 def process_options(workers: WorkersConfig, **more: str) -> dict[str, Any]:
