@@ -23,6 +23,9 @@ from app.workers.network import use_node_address
 from app.workers.pushed_policy import PushedPolicy, Weights
 from app.workers.stacks import write_stacks_on_signal
 
+WORKER_EXTENSION = "app.workers.object_store_worker.ObjectStoreWorker"
+"""By name, because importing it imports vLLM."""
+
 WAIT_SECONDS = 0.02
 """Between two looks whether the requests in flight have ended, with rollout.in_flight = "wait"."""
 
@@ -159,9 +162,6 @@ def load_engine(model_path: str, config: RolloutConfig, *, precision: str, max_m
     from vllm import LLM
     from vllm.config import WeightTransferConfig
 
-    from app.workers.object_store_transfer import register_object_store_backend
-
-    register_object_store_backend()
     on_gpu = config.engines.gpus > 0
     if config.compiles and not on_gpu:
         require_compiler()
@@ -176,6 +176,7 @@ def load_engine(model_path: str, config: RolloutConfig, *, precision: str, max_m
         distributed_executor_backend="uni" if config.engines.tensor_parallel == 1 else "mp",
         tensor_parallel_size=config.engines.tensor_parallel,
         weight_transfer_config=WeightTransferConfig(backend=config.chosen_transfer),
+        worker_extension_cls=WORKER_EXTENSION,
         enable_sleep_mode=config.shares_gpus,
         seed=seed % 2**31,
         **(gpu_settings(config) if on_gpu else cpu_settings(config.kv_cache_gib, max_model_len)),
