@@ -53,3 +53,10 @@ def test_vllm_has_every_setting_of_an_engine(config: dict[str, Any], monkeypatch
 
     given = told(RolloutConfig.model_validate(config), monkeypatch)
     assert given.keys() <= {field.name for field in dataclasses.fields(EngineArgs)}
+
+
+@pytest.mark.parametrize("config", ON_GPUS)
+def test_a_step_ends_with_its_tokens(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs vLLM would begin the next step before it hands out the last one: weights that come in between two calls would come into the
+    middle of a pass, whose tokens get the version that is current when they are handed out."""
+    assert told(RolloutConfig.model_validate(config), monkeypatch)["async_scheduling"] is False
