@@ -3,6 +3,7 @@ share the learner's."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -63,25 +64,35 @@ def connect(
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
     class PolicySource(WeightSource):
+        def __init__(self) -> None:
+            # Once: under ZeRO 3 even the shapes of merged weights are known only where they are gathered.
+            self._metadata = [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in worker.policy_parameters()]
+
         def metadata(self) -> list[ParamMeta]:
-            return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in worker.policy_parameters()]
+            return self._metadata
 
         def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
             return worker.policy_parameters()
 
     in_group = tensor_parallel if transfer == "nccl" else None
-    client = EngineActorsClient(engines, in_group)
+    client, source = EngineActorsClient(engines, in_group), PolicySource()
+    largest = max(math.prod(meta.shape) * meta.dtype.itemsize for meta in source.metadata())
+    members = 1 + len(engines) * tensor_parallel
     trainer = WeightTransferTrainerFactory.trainer_init(
-        init_info(transfer, rank=rank, members=1 + len(engines) * tensor_parallel, address=address), client=client, source=PolicySource()
+        init_info(transfer, rank=rank, members=members, address=address, largest=largest), client=client, source=source
     )
     return GpuSender(trainer, client)
 
 
-def init_info(transfer: Transfer, *, rank: int, members: int, address: tuple[str, int]) -> Any:
-    """What vLLM is told of its trainer's side. Weights travel in buffers of fixed size: a second copy of the policy may not fit."""
+def init_info(transfer: Transfer, *, rank: int, members: int, address: tuple[str, int], largest: int) -> Any:
+    """What vLLM is told of its trainer's side. Weights travel in buffers of fixed size: a second copy of the policy may not fit.
+
+    largest: bytes of the largest weight, which has to fit into one that is handed over by CUDA IPC; that of a large vocabulary may be
+    more than vLLM's default."""
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+    from vllm.distributed.weight_transfer.packed_tensor import DEFAULT_PACKED_BUFFER_SIZE_BYTES
 
     if transfer == "ipc":
-        return IPCTrainerInitInfo(rank=rank, packed=True)
+        return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=max(largest, DEFAULT_PACKED_BUFFER_SIZE_BYTES))
     return NCCLTrainerInitInfo(rank=rank, packed=True, master_address=address[0], master_port=address[1], world_size=members)

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +14,12 @@ import pytest
 import torch
 
 from app.config.ppo import PolicyAdapterConfig, PpoConfig
-from app.config.rollout import RolloutConfig, Transfer
+from app.config.rollout import RolloutConfig
 from app.config.shared import DeepSpeedConfig, OptimizerConfig, WorkersConfig
 from app.errors import WeightPushError
 from app.experience import Experience, Prompt, Rollout, TokenBatch, pad_rows
 from app.models.heads import init_reward_model, save_reward_model
 from app.models.load import load_causal_lm, load_tokenizer
-from app.workers.gpu_transfer import init_info
 from app.workers.learner import LearnerSpec
 from app.workers.learner_group import RayLearner, learner_group
 from app.workers.rollout_pool import VllmRolloutPool, rollout_pool
@@ -189,13 +188,3 @@ def check_checkpoint(learner: RayLearner, experience: Experience, config: PpoCon
     learner.inspect(experience.tokens)  # with ppo.reuse_forward the update goes on from these forward passes
     learner.update(credited, step=1)
     assert canary_mismatch(straight, learner.logprobs(canaries)) < 1e-5
-
-
-@pytest.mark.parametrize("transfer", ["nccl", "ipc"])
-def test_vllm_is_told_what_it_asks_for(transfer: Transfer) -> None:
-    """Its own classes, whose other end refuses what it does not know."""
-    found = init_info(transfer, rank=2, members=9, address=("10.0.0.1", 4000))
-    assert found.backend == transfer and found.packed and not found.is_sender
-    assert init_info(transfer, rank=0, members=9, address=("10.0.0.1", 4000)).is_sender
-    group = {field.name: getattr(found, field.name) for field in fields(found) if field.name.startswith(("master", "world"))}
-    assert group == ({"master_address": "10.0.0.1", "master_port": 4000, "world_size": 9} if transfer == "nccl" else {})
