@@ -95,4 +95,7 @@ def init_info(transfer: Transfer, *, rank: int, members: int, address: tuple[str
 
     if transfer == "ipc":
         return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=max(largest, DEFAULT_PACKED_BUFFER_SIZE_BYTES))
-    return NCCLTrainerInitInfo(rank=rank, packed=True, master_address=address[0], master_port=address[1], world_size=members)
+    # One buffer, because each has a CUDA stream of its own, and weights that are gathered or merged on one are not waited for on another.
+    return NCCLTrainerInitInfo(
+        rank=rank, packed=True, packed_num_buffers=1, master_address=address[0], master_port=address[1], world_size=members
+    )

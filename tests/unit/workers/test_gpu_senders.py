@@ -122,6 +122,11 @@ def test_all_ranks_gather_the_policy_equally_often_and_once_a_push(transfer: Tra
     assert [said for said in engine.said if isinstance(said, int)] == [1, 2]
 
 
+def test_weights_that_are_gathered_on_a_stream_are_sent_from_it() -> None:
+    """vLLM takes its buffers in turns, each on a CUDA stream of its own, and lets none of them wait for another."""
+    assert init_info("nccl", rank=0, members=2, address=("10.0.0.1", 4000), largest=1).packed_num_buffers == 1
+
+
 @pytest.mark.parametrize(("largest", "room"), [(12, GIB), (3 * GIB, 3 * GIB)])
 def test_the_largest_weight_fits_into_the_memory_that_is_handed_over(largest: int, room: int) -> None:
     """The embeddings of Qwen2.5 7B have 1.02 GiB in bf16; vLLM refuses a weight that is larger than its buffer."""
