@@ -54,6 +54,12 @@ class RolloutConfig(Config):
         return self.colocate and self.engines.gpus > 0
 
     @property
+    def loads_alone(self) -> bool:
+        """Whether engines have to be up before other processes come onto their GPUs. vLLM measures what a GPU has while it loads, and
+        takes what others allocate meanwhile for its own, or gives up where they free something."""
+        return self.shares_gpus or 0 < self.engines.gpus < 1
+
+    @property
     def compiles(self) -> bool:
         """Whether engines compile their model."""
         return self.engines.gpus > 0 if self.enforce_eager is None else not self.enforce_eager

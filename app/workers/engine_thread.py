@@ -109,6 +109,7 @@ class EngineThread:
     def _begin(self, llm: Any) -> None:
         self._llm, self._core = llm, llm.llm_engine
         self._hold(self._version)
+        self._rest()  # the learner is the next to load
 
     def _hold(self, version: int) -> None:
         self._version = version

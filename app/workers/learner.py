@@ -68,6 +68,7 @@ class LearnerWorker:
         self._models = build_models(spec, rank, world, device)
         scale = scale_of(config.lora) if config.lora else None
         self._outbox = PolicyOutbox(self._models.engines["policy"], scale=scale, sends=rank == 0)
+        self._make_room()
 
     def inspect(self, tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """See `ActorCritic.inspect`, as for the next two."""
@@ -82,9 +83,13 @@ class LearnerWorker:
     def pushed_policy(self) -> PushedPolicy:
         """The policy as rank 0 puts it into Ray's object store. Collective."""
         policy = self._outbox.push()
-        if self._spec.shares_gpu:
-            torch.cuda.empty_cache()  # what the update has used: the engine is the next to want it, and it is another process
+        self._make_room()
         return policy
+
+    def _make_room(self) -> None:
+        """Give back what torch keeps of a shared GPU's memory for its next tensors: the engine wakes next, and it is another process."""
+        if self._spec.shares_gpu:
+            torch.cuda.empty_cache()
 
     def policy_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Full parameters of the language model under its own names, adapters merged. Collective under ZeRO 3."""
@@ -98,7 +103,9 @@ class LearnerWorker:
 
     def send_policy(self, version: int) -> None:
         """Give the policy to every engine, as `version`. Collective."""
+        self._make_room()  # the engine wakes to receive it
         self._sender.send(version)
+        self._make_room()  # of the buffer that it was sent in
 
     def save(self, folder: str) -> None:
         """Every engine and every rank's random state. Collective."""
@@ -118,6 +125,7 @@ class LearnerWorker:
         for name, engine in self._models.engines.items():
             load_engine(engine, Path(folder) / name)
             apply_settings(engine, getattr(self._spec.config, name))
+        self._make_room()
 
     def export(self, folder: str) -> None:
         """Rank 0 writes the policy as a Hugging Face folder. Collective."""

@@ -200,7 +200,8 @@ def rollout_pool(
     note: Note = lambda text: None,
     exact: bool = False,
 ) -> Iterator[VllmRolloutPool]:
-    """Start the engines and end their processes at exit. They load while the caller goes on; `ready` waits for them.
+    """Start the engines and end their processes at exit. They load while the caller goes on, and `ready` waits for them; engines on GPUs
+    that others come to as well have loaded when the block begins. Raises as `VllmRolloutPool.ready`.
 
     model_path: HF folder or hub name that the engines start from (policy version 0); placement: a Ray scheduling strategy
     per engine (default: wherever there is room); exact: see `VllmRolloutPool`.
@@ -215,6 +216,8 @@ def rollout_pool(
 
     pool = VllmRolloutPool(start, config, deadline_seconds=deadline_seconds, note=note, exact=exact)
     try:
+        if config.loads_alone:
+            pool.ready()
         yield pool
     finally:
         pool.close()

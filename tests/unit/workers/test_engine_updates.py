@@ -51,6 +51,15 @@ class Core:
         for name in names:
             del self.left[name]
 
+    def sleep(self, level: int) -> None:
+        self.log.append(f"sleep {level}")
+
+    def wake_up(self) -> None:
+        self.log.append("wake")
+
+    def is_sleeping(self) -> bool:
+        return next((said for said in reversed(self.log) if said in ("sleep 1", "wake")), "wake") == "sleep 1"
+
     def step(self) -> list[Any]:
         self.log.append("step")
         time.sleep(0.001)
@@ -195,3 +204,16 @@ def test_weights_from_the_object_store_come_in_between_two_steps_or_not_at_all(a
     log = actor.core.log[actor.core.log.index("start_weight_update") :]
     assert log[:5] == ["start_weight_update", "update_weights", "update_weights", "finish_weight_update", "version 5"]
     assert set(log[5:]) == {"step"}
+
+
+def test_on_a_shared_gpu_an_engine_sleeps_whenever_it_has_nothing_to_do() -> None:
+    """Also when it has loaded: the learner that it shares the GPU with comes next."""
+    core, landed = Core(), list[Landed]()
+    thread = EngineThread(lambda: core, redo=False, sleeps=True)
+    assert core.log == ["version 0", "sleep 1"]
+    thread.call(lambda: thread.admit([np.array(1)], [None], landed.append)).result(10)
+    wait_until(core.is_sleeping, "that it sleeps", pause=0.001)
+    assert core.log[2:] == ["wake", "add 0", "step", "sleep 1"] and len(landed) == 1
+    seen = len(core.log)
+    thread.call(lambda: thread.load(lambda: iter([{}]), 3)).result(10)
+    assert core.log[seen:] == ["wake", "start_weight_update", "update_weights", "finish_weight_update", "version 3", "sleep 1"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -74,14 +75,32 @@ def test_the_first_step_must_start_from_the_proximal_log_probs(apart: float, ref
         assert models._mismatch(outputs, minibatch) == pytest.approx(abs(apart))
 
 
-@pytest.mark.parametrize("shares", [True, False])
-def test_on_a_gpu_that_an_engine_shares_the_memory_of_the_update_is_given_back_behind_the_push(
-    shares: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    journal: list[str] = []
-    monkeypatch.setattr("torch.cuda.empty_cache", lambda: journal.append("given back"))
-    worker = LearnerWorker()
+@pytest.fixture
+def journal(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a learner does, and when it gives memory of its GPU back."""
+    said: list[str] = []
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: said.append("given back"))
+    monkeypatch.setattr("app.workers.deepspeed_engine.load_engine", lambda engine, folder: said.append("loaded"))
+    monkeypatch.setattr("app.workers.deepspeed_engine.apply_settings", lambda engine, optimizer: None)
+    return said
+
+
+def worker_of(shares: bool, journal: list[str]) -> LearnerWorker:
+    worker: Any = LearnerWorker()
     worker._spec = LearnerSpec("", "", "bf16", 1.0, PpoConfig(), shares_gpu=shares)
-    worker._outbox = SimpleNamespace(push=lambda: journal.append("pushed") or "policy")  # type: ignore[assignment]
-    assert worker.pushed_policy() == "policy"
-    assert journal == ["pushed", "given back"][: 1 + shares]
+    worker._outbox = SimpleNamespace(push=lambda: journal.append("pushed") or "policy")
+    worker._sender = SimpleNamespace(send=lambda version: journal.append("sent"))
+    worker._models = SimpleNamespace(engines={"policy": None}, forget_passes=lambda: None)
+    return cast(LearnerWorker, worker)
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_the_memory_of_a_gpu_is_given_back_before_the_engine_on_it_wakes(shares: bool, journal: list[str]) -> None:
+    def done(work: Callable[[LearnerWorker], Any], *expected: str) -> bool:
+        journal.clear()
+        work(worker_of(shares, journal))
+        return journal == [said for said in expected if shares or said != "given back"]
+
+    assert done(lambda worker: worker.pushed_policy(), "pushed", "given back")  # the update's
+    assert done(lambda worker: worker.send_policy(3), "given back", "sent", "given back")  # it wakes twice: to receive, and to sample
+    assert done(lambda worker: worker.load("folder"), "loaded", "given back")

@@ -234,3 +234,18 @@ def test_nobody_replaces_an_engine_for_a_cancelled_batch(monkeypatch: pytest.Mon
     with pytest.raises(EngineDiedError):
         sampling.result()
     assert heir not in pool.engines and not heir.seeds
+
+
+@pytest.mark.parametrize(("gpus", "colocate", "waits"), [(0, False, False), (1, False, False), (0.5, False, True), (1, True, True)])
+def test_on_a_gpu_that_others_come_to_as_well_engines_load_first(
+    gpus: float, colocate: bool, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM gives up where another process frees memory of the GPU while it loads, and takes what others allocate for its own."""
+    journal: list[str] = []
+    actor = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_, **__: "engine"))
+    monkeypatch.setattr(rollout_pool, "ray", SimpleNamespace(remote=lambda _: actor, kill=lambda _: None))
+    monkeypatch.setattr(VllmRolloutPool, "ready", lambda self: journal.append("ready"))
+    config = RolloutConfig(engines=WorkersConfig(gpus=gpus), colocate=colocate)
+    with rollout_pool.rollout_pool("policy", config, precision="bf16", max_prompt_length=8, eos_ids=[1], seed=0, deadline_seconds=1):
+        journal.append("others")
+    assert journal == (["ready", "others"] if waits else ["others"])
