@@ -89,6 +89,8 @@ class EngineThread:
     def begin_update(self) -> None:
         """Make ready for new weights. Until `end_update` no step is taken."""
         self._wake()
+        if self._updating:  # the learner was lost meanwhile
+            self.transfer("abandon_weight_update")
         self._updating = True
         self.transfer("start_weight_update")
 
@@ -103,7 +105,7 @@ class EngineThread:
         self._rest()
 
     def transfer(self, method: str, *args: Any) -> None:
-        """One step of vLLM's weight-transfer interface on the engine's workers."""
+        """One step of vLLM's weight-transfer interface, or of our part of it (app.workers.object_store_worker), on the engine's workers."""
         self._llm.collective_rpc(method, args=args)
 
     def _begin(self, llm: Any) -> None:

@@ -31,11 +31,16 @@ class Core:
     def __init__(self) -> None:
         self.llm_engine = self
         self.log: list[Any] = []
+        self.updating = False
         self.left: dict[str, int] = {}
         self.salts: dict[str, str] = {}
 
     def collective_rpc(self, method: str, args: tuple[Any, ...]) -> None:
         self.log.append(method)
+        if method in ("start_weight_update", "finish_weight_update", "abandon_weight_update"):
+            if self.updating is (method == "start_weight_update"):
+                raise RuntimeError(f"{method}: an update is under way: {self.updating}")
+            self.updating = method == "start_weight_update"
         time.sleep(0.02)  # time for a step, if one were taken
 
     def set_weight_version(self, version: str) -> None:
@@ -186,7 +191,8 @@ def test_after_a_push_that_broke_off_no_step_is_taken_before_a_whole_one(actor: 
     seen = len(actor.core.log)
     time.sleep(0.05)
     assert actor.core.log[seen:] == []
-    assert push(actor, 10)[-2:] == ["version 10", "step"]
+    log = push(actor, 10)
+    assert log[:3] == ["start_weight_update", "abandon_weight_update", "start_weight_update"] and log[-2:] == ["version 10", "step"]
 
 
 @pytest.mark.parametrize("actor", ["keep"], indirect=True)
