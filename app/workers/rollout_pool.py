@@ -91,7 +91,7 @@ class VllmRolloutPool:
         self._load("load_folder", path, version)
 
     def refuse_replacements(self) -> None:
-        """The weights have come another way, which a new engine cannot go: one that is lost from now on cannot be replaced."""
+        """The weights come another way, which a new engine cannot go: one that is lost from now on cannot be replaced."""
         self._restarts_left = 0
 
     def discard(self) -> None:
@@ -136,7 +136,7 @@ class VllmRolloutPool:
         while True:
             if not self._restarts_left:
                 raise RolloutError(
-                    f"rollout engine {k} died and cannot be replaced (rollout.max_restarts is used up, or weights go over NCCL): "
+                    f"rollout engine {k} died and cannot be replaced (rollout.max_restarts is used up, or weights go over NCCL or IPC): "
                     "look at its last lines under the run's logs/; the same command goes on from the last checkpoint"
                 )
             self._restarts_left -= 1

@@ -56,6 +56,7 @@ class WeightPublisher:
         self._limit = limit
         self._through_store = transfer == "object_store"
         if not self._through_store:
+            pool.refuse_replacements()  # from now on: weights are sent to these
             learner.connect_engines(pool.engines, transfer, tensor_parallel=tensor_parallel)
 
     def publish(self, version: int) -> dict[str, float]:
@@ -66,7 +67,6 @@ class WeightPublisher:
             metrics = {"push/bytes": float(policy.bytes), "push/share": policy.share}
         else:
             self._learner.send_policy(version)
-            self._pool.refuse_replacements()
         pushed = time.perf_counter()
         metrics |= {"push/canary_mismatch": self._verify(version)}
         return metrics | {"push/seconds": pushed - began, "push/verify_seconds": time.perf_counter() - pushed}

@@ -40,7 +40,7 @@ class Sides:
         self.calls.append(("send", version))
 
     def refuse_replacements(self) -> None:
-        """The engines have been told with the weights; the pool is, that those it loses cannot be replaced."""
+        self.calls.append(("no other engines",))
 
     def load(self, policy: PushedPolicy, version: int) -> None:
         self.calls.append(("load", policy, version))
@@ -71,7 +71,7 @@ def test_from_gpu_to_gpu_the_version_travels_with_the_weights(transfer: Transfer
     learner, pool = cast(RayLearner, sides), cast(VllmRolloutPool, sides)
     publisher = WeightPublisher(learner, pool, CANARIES, limit=1e-3, transfer=transfer, tensor_parallel=4)
     metrics = publisher.publish(7)
-    assert sides.calls[:3] == [("connect", 2, transfer, 4), ("send", 7), ("logprobs", CANARIES)]
+    assert sides.calls == [("no other engines",), ("connect", 2, transfer, 4), ("send", 7), ("logprobs", CANARIES)]
     assert "push/bytes" not in metrics and metrics["push/seconds"] >= 0
 
 
