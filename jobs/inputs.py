@@ -212,6 +212,11 @@ def _check_colocation(recipe: Recipe) -> None:
 
 def _check_transfer(recipe: Recipe, command: str) -> None:
     """Whether the learner can send weights the way that the engines get them."""
+    if command == "tune" and recipe.rollout.chosen_transfer == "ipc":
+        raise ConfigError(
+            'rollout.transfer = "ipc" hands over what lies on one GPU, and the engines of a trial have GPUs of their own: leave '
+            "rollout.transfer and rollout.colocate out"
+        )
     if command in MIX_COMMANDS and recipe.rollout.chosen_transfer == "nccl" and not recipe.ppo.workers.gpus:
         raise ConfigError(
             f"weights go over NCCL to engines of rollout.engines.gpus = {recipe.rollout.engines.gpus:g}, and ppo.workers.gpus = 0 leaves "

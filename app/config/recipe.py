@@ -121,6 +121,22 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _ranks_have_a_gpu_each(self) -> Recipe:
+        """Ray puts fractions that fit onto one GPU, and NCCL refuses two ranks of a group there."""
+        beside = self.rollout.engines.gpus if self.rollout.shares_gpus else 0.0
+        for name, workers, more in (("sft", self.sft.workers, 0.0), ("rm", self.rm.workers, 0.0), ("ppo", self.ppo.workers, beside)):
+            key, share = f"{name}.workers.gpus = {workers.gpus:g}", workers.gpus + more
+            if workers.gpus > 1:
+                raise ValueError(f"{key}: a rank computes on one GPU: set {name}.workers.gpus = 1, and raise {name}.workers.count")
+            if workers.gpus and workers.count > 1 and share <= 0.5:
+                with_engine = f" and its engine {beside:g}" if more else ""
+                raise ValueError(
+                    f"{key}{with_engine}: {workers.count} ranks would come onto one GPU, where NCCL does not let them meet: set "
+                    f"{name}.workers.gpus = 1, or {name}.workers.count = 1"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _precision_can_be_trained_in(self) -> Recipe:
         for name, section in (("sft", self.sft), ("rm", self.rm), ("ppo", self.ppo)):
             section.deepspeed.require_precision(self.model.precision, f"{name}.deepspeed")

@@ -66,6 +66,13 @@ class WorkersConfig(Config):
     labels: dict[str, str] = Field(default_factory=dict)
     """Ray node labels that a node must have to get such a process, for example `market-type = "spot"` for rollout engines."""
 
+    @field_validator("gpus")
+    @classmethod
+    def _whole_or_a_part_of_one(cls, gpus: float) -> float:
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError("Ray gives a process whole GPUs or a part of one: choose a whole number, or one below 1")
+        return gpus
+
     @property
     def tensor_parallel(self) -> int:
         """GPUs that a vLLM engine of this role splits its model over; 1 on CPUs and on a part of a GPU."""

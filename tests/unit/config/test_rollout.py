@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from app.config.loading import load_recipe
+from app.config.recipe import Recipe
 from app.config.rollout import RolloutConfig
 from app.config.shared import WorkersConfig
 
@@ -60,3 +61,35 @@ def test_learner_and_engine_on_one_gpu_are_in_no_group_of_nccl() -> None:
 @pytest.mark.parametrize(("gpus", "parallel"), [(0, 1), (0.5, 1), (1, 1), (4, 4)])
 def test_an_engine_splits_its_model_over_its_whole_gpus(gpus: float, parallel: int) -> None:
     assert WorkersConfig(gpus=gpus).tensor_parallel == parallel
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"sft": {"workers": {"count": 2, "gpus": 0.5}}}, r"sft.workers.gpus = 0.5: 2 ranks would come onto one GPU"),
+        ({"rm": {"workers": {"gpus": 2}}}, r"rm.workers.gpus = 2: a rank computes on one GPU"),
+        ({"ppo": {"workers": {"gpus": 1.5}}}, r"whole GPUs or a part of one"),
+        ({"rollout": {"engines": {"gpus": 2.5}}}, r"whole GPUs or a part of one"),
+        (
+            {"ppo": {"workers": {"count": 2, "gpus": 0.25}}, "rollout": {"colocate": True, "engines": {"gpus": 0.25}}},
+            r"ppo.workers.gpus = 0.25 and its engine 0.25: 2 ranks",
+        ),
+    ],
+)
+def test_gpus_that_ray_or_nccl_would_refuse(given: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        Recipe.model_validate(given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"sft": {"workers": {"count": 2, "gpus": 0.6}}},  # two of them do not fit onto one
+        {"rm": {"workers": {"gpus": 0.1}}},
+        {"ppo": {"workers": {"count": 2, "gpus": 0.5}}, "rollout": {"colocate": True, "engines": {"gpus": 0.5}}},
+        {"rollout": {"engines": {"count": 2, "gpus": 0.25}}},  # engines are in no group
+        {"rollout": {"engines": {"gpus": 4}}},
+    ],
+)
+def test_gpus_that_ranks_and_engines_can_have(given: dict[str, Any]) -> None:
+    Recipe.model_validate(given)
