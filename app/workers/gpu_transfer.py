@@ -4,13 +4,17 @@ share the learner's."""
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
+from ray.exceptions import RayActorError
 
 from app.config.rollout import Transfer
+from app.errors import first_line
 
 if TYPE_CHECKING:
     from app.workers.learner import LearnerWorker
@@ -37,10 +41,23 @@ class EngineActorsClient:
         ray.get([engine.start_update.remote() for engine in self._engines])
 
     def update_weights(self, update_info: Any) -> None:
-        ray.get([engine.transfer.remote("update_weights", update_info) for engine in self._engines])
+        try:
+            ray.get([engine.transfer.remote("update_weights", update_info) for engine in self._engines])
+        except RayActorError as error:
+            if self._tensor_parallel is not None:
+                _end_process(f"a rollout engine died in the push of policy version {self.version} ({first_line(error)})")
+            raise
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         ray.get([engine.finish_update.remote(self.version) for engine in self._engines])
+
+
+def _end_process(why: str) -> None:
+    """NCCL waits for a lost member for ever, in a call that nothing interrupts. Learner and engines then start anew, as after any rank
+    that is lost."""
+    sys.stderr.write(f"{why}: this learner rank ends, because its broadcast never would\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 class GpuSender:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
 from app.workers import gpu_transfer
 from app.workers.gpu_transfer import EngineActorsClient
@@ -27,3 +28,19 @@ def test_workers_of_all_engines_have_a_place_of_their_own_behind_the_sender(monk
 
 def test_where_there_is_no_group_there_are_no_places_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told(None, monkeypatch) == [{"packed": True}] * 2
+
+
+@pytest.mark.parametrize("in_group", [True, False])
+def test_a_rank_whose_broadcast_waits_for_a_dead_engine_ends(in_group: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would wait to the deadline of the push, and then end the run; lost, it is replaced together with the engines."""
+    ended: list[int] = []
+
+    def get(references: Any) -> None:
+        raise RayActorError("its node has died")
+
+    engine = SimpleNamespace(transfer=SimpleNamespace(remote=lambda method, info: None))
+    monkeypatch.setattr(gpu_transfer, "ray", SimpleNamespace(get=get))
+    monkeypatch.setattr("os._exit", ended.append)
+    with pytest.raises(RayActorError):
+        EngineActorsClient([engine], 1 if in_group else None).update_weights({})
+    assert ended == ([1] if in_group else [])
