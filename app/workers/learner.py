@@ -132,7 +132,10 @@ class LearnerWorker:
         from app.models.load import load_tokenizer
         from app.models.saving import save_folder
 
-        weights = {name: tensor.cpu().clone() for name, tensor in self.policy_parameters()}
+        weights = dict[str, torch.Tensor]()
+        for name, tensor in self.policy_parameters():  # in which every rank takes part
+            if self._rank == 0:
+                weights[name] = tensor.cpu().clone()
         if self._rank == 0:
             tokenizer = load_tokenizer(self._spec.policy_path, self._spec.trust_remote_code)
             save_folder(folder, self._models.engines["policy"].module.language_model, tokenizer, state_dict=weights)

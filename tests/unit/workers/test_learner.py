@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -104,3 +104,25 @@ def test_the_memory_of_a_gpu_is_given_back_before_the_engine_on_it_wakes(shares:
     assert done(lambda worker: worker.pushed_policy(), "pushed", "given back")  # the update's
     assert done(lambda worker: worker.send_policy(3), "given back", "sent", "given back")  # it wakes twice: to receive, and to sample
     assert done(lambda worker: worker.load("folder"), "loaded", "given back")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_rank_that_writes_the_policy_holds_all_of_it(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight ranks of one node would hold eight copies of a 12B model in its memory; all take part in gathering it."""
+    gathered: list[str] = []
+    copied: list[str] = []
+    written: list[str] = []
+
+    def merged() -> Iterator[tuple[str, Any]]:
+        for name in ("a", "b"):
+            gathered.append(name)
+            yield name, SimpleNamespace(cpu=lambda name=name: copied.append(name) or torch.ones(1))
+
+    monkeypatch.setattr("app.models.load.load_tokenizer", lambda path, trust: "tokenizer")
+    monkeypatch.setattr("app.models.saving.save_folder", lambda folder, model, tokenizer, state_dict: written.extend(state_dict))
+    worker: Any = worker_of(False, [])
+    worker._outbox, worker._rank = SimpleNamespace(merged=merged), rank
+    worker._models.engines = {"policy": SimpleNamespace(module=SimpleNamespace(language_model="model"))}
+    worker.export("folder")
+    assert gathered == ["a", "b"]
+    assert copied == written == ([] if rank else ["a", "b"])
