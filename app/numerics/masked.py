@@ -41,7 +41,8 @@ def masked_variance(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     >>> masked_variance(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([True, False, True]))
     tensor(2.2500)
     """
-    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+    wide = x.double()  # the float32 mean of what are all the same number can be another one
+    return masked_mean((wide - masked_mean(wide, mask)) ** 2, mask).to(x.dtype)
 
 
 def masked_max_abs(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -64,5 +65,6 @@ def whiten(x: torch.Tensor, mask: torch.Tensor, epsilon: float = 1e-8) -> torch.
     >>> whiten(torch.tensor([[1.0, 3.0, 99.0]]), torch.tensor([[True, True, False]]))
     tensor([[-1.,  1.,  0.]])
     """
-    scaled = (x - masked_mean(x, mask)) * torch.rsqrt(masked_variance(x, mask) + epsilon)
+    wide = x.double()  # see masked_variance; epsilon is small enough to blow a rounding error up to an advantage
+    scaled = ((wide - masked_mean(wide, mask)) * torch.rsqrt(masked_variance(wide, mask) + epsilon)).to(x.dtype)
     return zero_masked(scaled, mask)

@@ -33,6 +33,16 @@ def test_advantages_have_mean_0_and_variance_1_over_the_batch() -> None:
     assert chosen.var(unbiased=False).item() == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.parametrize("score", [10.3, 83.3, 777.7])
+def test_a_batch_of_equal_scores_teaches_nothing(score: float) -> None:
+    """As from a rule that all responses pass, without a penalty in the reward."""
+    experience = replace(sample_experience(3), values_BT=None)
+    single = {name: getattr(experience, name).float() for name in ("behaviour_BT", "proximal_BT", "reference_BT")}
+    equal = replace(experience, scores_B=torch.full((len(experience.tokens),), score), **single)
+    credited = ReinforcePp(ReinforcePpOptions()).credit(equal, kl_coef=0.0)
+    assert credited.advantages_BT is not None and credited.advantages_BT.eq(0).all()
+
+
 def test_group_baseline_is_subtracted_once() -> None:
     """At gamma 1 every token of a response loses the mean score of its group, before whitening."""
     experience = replace(sample_experience(2), values_BT=None)

@@ -51,5 +51,13 @@ def test_whitening_does_not_see_padding() -> None:
     torch.testing.assert_close(whiten(wide, wide_mask)[:, :5], whiten(x, mask))
 
 
+@pytest.mark.parametrize("number", [0.1, 10.3, 1000.1, -12345.6])
+def test_equal_entries_vary_by_nothing_and_whiten_to_zero(number: float) -> None:
+    """A float32 sum of them divided by their count is another number; over its tiny distance that would be most of a deviation."""
+    x, mask = torch.full((64, 200), number), torch.ones(64, 200, dtype=torch.bool)
+    assert masked_variance(x, mask).item() == 0.0
+    assert whiten(x, mask).eq(0).all() and whiten(x, mask).dtype == masked_variance(x, mask).dtype == torch.float32
+
+
 def test_one_entry_whitens_to_zero() -> None:
     assert whiten(torch.tensor([[3.0]]), torch.tensor([[True]])).item() == 0.0
