@@ -178,12 +178,24 @@ def optimizer_step(engine: DeepSpeedEngine, what: str = "model") -> float | None
     engine.step()
     if norm is not None:
         return norm
+    _forget_gradients(engine)
     norm = float(engine.get_global_grad_norm())
     if engine.was_step_applied():
         _require_finite(norm, what, "and the weights have taken it: go on from the last checkpoint")
     elif not engine.fp16_enabled():
         _require_finite(norm, what, "and DeepSpeed has skipped the step")
     return norm
+
+
+def _forget_gradients(engine: DeepSpeedEngine) -> None:
+    """Of the step that is done. ZeRO 3, and ZeRO 2 with offload, overwrite them with those of the next step's first micro-batch and add
+    the others' to them: what the first does not reach, such as a value head by texts, would go on with its old ones."""
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        engine.optimizer.grad_partitions_flat_buffer.zero_()
+    elif stage == 2:
+        for gradient in getattr(engine.optimizer, "accumulated_grads_in_cpu", {}).values():
+            gradient.zero_()
 
 
 def _require_finite(norm: float, what: str, state: str) -> None:

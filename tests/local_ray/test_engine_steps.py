@@ -1,4 +1,5 @@
-"""A gradient that is not finite stops before it is in the weights: DeepSpeed's real engines, in a process of their own."""
+"""What is in a step's gradient, and that one that is not finite stops before it is in the weights: DeepSpeed's real engines, in a process
+of their own."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from app.config.shared import DeepSpeedConfig, OptimizerConfig
 from app.errors import NonFiniteError
 from app.numerics.policy_loss import clipped_policy_loss
 from app.workers import deepspeed_engine
-from app.workers.deepspeed_engine import backward_scaled, import_deepspeed, optimizer_step, start_engine
+from app.workers.deepspeed_engine import backward_scaled, begin_micro_batch, import_deepspeed, optimizer_step, start_engine
 
 os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 import_deepspeed().init_distributed(dist_backend="gloo", verbose=False)
@@ -71,15 +72,40 @@ def collected():  # every weight under ZeRO 3, and how many were whole at a time
         whole.append(sum(parameter.numel() > 0 for parameter in engine.module.parameters()))
     return {"same": all(map(torch.equal, found, expected)), "whole": whole}
 
-found = collected()
-print(json.dumps([found, attempt("fp32", 0), attempt("fp32", 1), attempt("fp32", 3), attempt("bf16", 1), attempt("bf16", 2)]))
+class TrunkAndHead(torch.nn.Module):  # each part's gradient is 1 in each of 4 places
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.head = torch.nn.Linear(4, 1, bias=False), torch.nn.Linear(4, 1, bias=False)
+
+    def forward(self, *parts):
+        return sum(getattr(self, part)(torch.ones(4)).sum() for part in parts)
+
+def norms(stage, offload):  # of steps whose first micro-batch, or whole, does not reach the head
+    zero = {"stage": stage} | ({"offload_optimizer": {"device": "cpu"}} if offload else {})
+    ds = DeepSpeedConfig(extra={"zero_optimization": zero})
+    engine = start_engine(TrunkAndHead(), OptimizerConfig(), ds, precision="fp32", micro_batch_size=1, accumulation=2, total_steps=9)
+    found = []
+    for head in (["head"], ["head"], [], ["head"]):
+        begin_micro_batch(engine, last=False)
+        backward_scaled(engine, engine("trunk"))
+        optimizer_step(engine)
+        begin_micro_batch(engine, last=True)
+        backward_scaled(engine, engine("trunk", *head))
+        found.append(optimizer_step(engine))
+    return found
+
+found = [collected(), [norms(stage, offload) for stage, offload in json.loads(sys.argv[1])]]
+print(json.dumps([*found, attempt("fp32", 0), attempt("fp32", 1), attempt("fp32", 3), attempt("bf16", 1), attempt("bf16", 2)]))
 """
+
+STAGES = [(0, False), (1, False), (2, False), (3, False), (1, True), (2, True), (3, True)]
+"""ZeRO stage, and whether the optimizer is offloaded."""
 
 
 @pytest.fixture(scope="module")
 def said() -> list[Any]:
     """What the process has found."""
-    done = subprocess.run([sys.executable, "-c", ENGINES], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", ENGINES, json.dumps(STAGES)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found: list[Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -89,8 +115,15 @@ def test_zero_3_gathers_weights_in_buckets_and_each_copy_outlives_its_bucket(sai
     assert said[0] == {"same": True, "whole": [2, 2, 2, 2, 1]}
 
 
+@pytest.mark.parametrize("case", range(len(STAGES)), ids=map(str, STAGES))
+def test_a_gradient_is_of_its_own_step_alone(case: int, said: list[Any]) -> None:
+    """Also of a part that the first micro-batch, or none, reaches, such as a value head when texts go before the rollouts."""
+    both, trunk_alone = math.sqrt(4 * 2**2 + 4 * 1**2), 4.0
+    assert said[1][case] == pytest.approx([both, both, trunk_alone, both])
+
+
 def test_a_loss_that_is_finite_and_its_gradient_not(said: list[Any]) -> None:
-    attempts = said[1:]
+    attempts = said[2:]
     assert [attempt["stage"] for attempt in attempts] == [0, 1, 3, 1, 2]
     for attempt in attempts:
         assert math.isfinite(attempt["norm"]) and attempt["norm"] > 0

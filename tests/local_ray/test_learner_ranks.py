@@ -45,7 +45,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "value_head_at_once": {"critic_warmup_steps": 1, "pretraining": {**TEXTS, "coef": 0.5}, "critic_model": "value_head", **AT_ONCE},
 }
 WARM_UP = [name for name, config in CONFIGS.items() if "critic_warmup_steps" in config]
-ZERO_STAGE = {("lora", 2): 3, ("value_head", 2): 2}
+ZERO_STAGE = {("lora", 2): 3, ("value_head", 2): 2, ("value_head_at_once", 2): 3}
 CANARY = torch.arange(4, 40)
 UPDATE = """
 import sys
