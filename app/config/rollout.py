@@ -17,8 +17,8 @@ class RolloutConfig(Config):
 
     max_new_tokens: int = Field(64, ge=1)
     """Token limit of a response."""
-    temperature: float = Field(1.0, gt=0)
-    """Sampling temperature; the learner divides its logits by the same number."""
+    temperature: float = Field(1.0, ge=0.01)
+    """Sampling temperature; the learner divides its logits by the same number. Below 0.01 vLLM would sample at 0.01."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus sampling. Only 1.0 is exact for PPO, so anything else is refused."""
     ignore_eos: bool = False

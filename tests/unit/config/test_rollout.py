@@ -93,3 +93,13 @@ def test_gpus_that_ray_or_nccl_would_refuse(given: dict[str, Any], reason: str) 
 )
 def test_gpus_that_ranks_and_engines_can_have(given: dict[str, Any]) -> None:
     Recipe.model_validate(given)
+
+
+@pytest.mark.parametrize(("temperature", "allowed"), [(0.01, True), (0.0099, False), (0.0, False)])
+def test_no_temperature_below_that_at_which_engines_sample(temperature: float, allowed: bool) -> None:
+    """vLLM takes 0.01 in place of any lower one, without an error, while the learner would divide by what was asked for."""
+    if allowed:
+        assert RolloutConfig(temperature=temperature).temperature == temperature
+        return
+    with pytest.raises(ValidationError, match=r"temperature\n.*greater than or equal to 0\.01"):
+        RolloutConfig(temperature=temperature)
