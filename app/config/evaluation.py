@@ -12,7 +12,7 @@ class EvaluationConfig(Config):
 
     prompts: int = Field(256, ge=1)
     """Held-out prompts to answer (fewer where the data has fewer)."""
-    seed: int = 1234
+    seed: int = Field(1234, ge=0, lt=2**32)
     """Sampling seed, the same for both models."""
     bootstrap: int = Field(2000, ge=100)
     """Resamples behind each confidence interval."""
