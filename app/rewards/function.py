@@ -66,7 +66,10 @@ def load_function(name: str) -> Callable[[Sample], Any]:
 
 
 def _adapted(function: Callable[..., Any], name: str) -> Callable[[Sample], Any]:
-    signature = inspect.signature(function)
+    try:
+        signature = inspect.signature(function)
+    except ValueError as error:  # one of an extension module, which does not say what it takes
+        raise ConfigError(f"function {name}: cannot be called ({error}): {USE}; write one in Python that calls it") from error
     takes_ids = "ids" in signature.parameters or any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     extra = ("ids",) if takes_ids else ()
     try:

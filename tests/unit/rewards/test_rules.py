@@ -102,6 +102,7 @@ def test_what_a_function_raises_or_returns_besides_numbers_is_a_failed_score(mod
         ("my_rewards:rudeness", ["my_rewards has no rudeness"]),
         ("my_rewards:Holder.constant", ["float, not a function"]),
         ("my_rewards:one_argument", ["too many positional arguments", "conversation"]),
+        ("builtins:max", ["cannot be called (no signature found", "conversation", "in Python"]),
     ],
 )
 @pytest.mark.usefixtures("module")
