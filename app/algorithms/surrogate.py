@@ -33,8 +33,9 @@ class SurrogateConfig(Config):
     entropy_coef: float = Field(0.0, ge=0)
     """Weight of the mean entropy per token, which is subtracted from the loss."""
     max_importance: float | None = Field(2.0, gt=0)
-    """With ppo.max_lag > 0 each token's policy loss is weighted by min(proximal / behaviour, max_importance); KL terms in the loss
-    are weighted by min(current / behaviour, max_importance). null: no weights, which only max_lag = 0 allows."""
+    """With ppo.max_lag > 0 each token's policy loss is weighted by min(proximal / behaviour, max_importance), and a KL penalty in the loss
+    by min(current / behaviour, max_importance); with max_lag = 0 only the penalty, by min(current / proximal, max_importance). null: no
+    upper bound, which only max_lag = 0 allows."""
 
 
 @dataclass(frozen=True)
