@@ -15,8 +15,12 @@ Space = Mapping[str, Domain]
 TRIALS_OWN = ("ppo.", "rollout.", "reward.parts.", "reward.combine")
 SHARED = ("ppo.steps", "ppo.workers", "rollout.engines", "rollout.temperature")
 """Trials have one length and one size, and one scoring service computes the reference's log-probs at one temperature for all."""
-FIXED_IN_A_POPULATION = ("ppo.deepspeed", "ppo.algorithm.name", "ppo.critic_model", "ppo.freeze_layers", "ppo.lora", "reward")
-"""A population copies checkpoints from trial to trial: these decide what a checkpoint holds, or what its scores mean."""
+FIXED_IN_A_POPULATION = (
+    *("ppo.deepspeed", "ppo.algorithm.name", "ppo.critic_model", "ppo.freeze_layers", "ppo.lora"),
+    *("reward", "ppo.reward.delta", "ppo.reward.scale"),
+)
+"""A population copies checkpoints from trial to trial: these decide what a checkpoint holds, or what its scores, and the moments of them
+that ppo.reward.scale divides by, mean."""
 SAMPLE = 128
 """Configurations drawn to see whether the recipe takes what a searcher may come to: of those refused one in 20, all but one space in
 700 show it."""

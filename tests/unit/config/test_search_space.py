@@ -156,6 +156,8 @@ def test_a_conditional_space_over_algorithms_is_accepted(tmp_path: Path) -> None
                 ("ppo.lora", [{"rank": 4}, {"rank": 8}], ()),
                 ("ppo.lora.rank", [4, 8], ("--ppo.lora.rank=4",)),
                 ("ppo.lora.alpha", [4, 8], ("--ppo.lora.rank=4",)),
+                ("ppo.reward.delta", [True, False], ("--ppo.reward.scale=running",)),
+                ("ppo.reward.scale", ["running", "reference"], ()),
             )
         ),
         (
