@@ -285,8 +285,9 @@ class PpoConfig(Config):
         return step >= self.critic_warmup_steps
 
     def optimizer_steps(self, *, of_policy: bool) -> int:
-        """Of the whole run: all of the critic's, or what the warm-up leaves to the policy."""
-        return (self.steps - (self.critic_warmup_steps if of_policy else 0)) * self.epochs * self.minibatches
+        """Of the whole run: of the critic's optimizer, or of the policy's, which rests during the warm-up unless a value head shares it."""
+        rests = self.critic_warmup_steps if of_policy and not self.has_value_head else 0
+        return (self.steps - rests) * self.epochs * self.minibatches
 
     def doubts(self) -> list[str]:
         """What is allowed and yet hardly meant."""

@@ -172,7 +172,7 @@ def build_models(spec: LearnerSpec, rank: int, world: int, device: torch.device)
     head = None
     if config.has_value_head:
         head = ValueHead(language_model.config.get_text_config().hidden_size, seed=spec.seed)
-    policy = engine(PolicyModel(language_model, head), config.policy, config.optimizer_steps(of_policy=not config.has_value_head))
+    policy = engine(PolicyModel(language_model, head), config.policy, config.optimizer_steps(of_policy=True))
     critic = None
     if config.has_critic_model:
         model = ValueModel.from_reward_model(spec.critic_path, trust_remote_code=spec.trust_remote_code)
