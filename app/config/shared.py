@@ -194,6 +194,17 @@ class DeepSpeedConfig(Config):
         return extra
 
     @model_validator(mode="after")
+    def _one_stage(self) -> DeepSpeedConfig:
+        zero = self.extra.get("zero_optimization")
+        stage = zero.get("stage", self.zero_stage) if isinstance(zero, Mapping) else self.zero_stage
+        if stage != self.zero_stage:
+            raise ValueError(
+                f"deepspeed.extra.zero_optimization.stage = {stage} contradicts deepspeed.zero_stage = {self.zero_stage}: leave the former "
+                "out, and set the latter"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _offload_needs_zero(self) -> DeepSpeedConfig:
         if self.offload_parameters and self.zero_stage != 3:
             raise ValueError("offload_parameters needs zero_stage = 3: set deepspeed.zero_stage = 3 or turn it off")

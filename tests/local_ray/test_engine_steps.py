@@ -47,7 +47,7 @@ def weights(engine):
         return engine.module.line.weight.detach().clone()
 
 def attempt(precision, stage):
-    optimizer, ds = OptimizerConfig(lr=0.1), DeepSpeedConfig(extra={"zero_optimization": {"stage": stage}})
+    optimizer, ds = OptimizerConfig(lr=0.1), DeepSpeedConfig(zero_stage=stage, extra={"zero_optimization": {"stage": stage}})
     engine = start_engine(Lifted(), optimizer, ds, precision=precision, micro_batch_size=1, accumulation=1, total_steps=9)
     start = weights(engine)
     norm = step(engine, 0.1)
@@ -63,7 +63,7 @@ def attempt(precision, stage):
 def collected():  # every weight under ZeRO 3, and how many were whole at a time
     layers = torch.nn.Sequential(*(torch.nn.Linear(4, 4, bias=False) for _ in range(5)))
     expected = [layer.weight.detach().clone() for layer in layers]
-    ds = DeepSpeedConfig(extra={"zero_optimization": {"stage": 3}})
+    ds = DeepSpeedConfig(zero_stage=3, extra={"zero_optimization": {"stage": 3}})
     engine = start_engine(layers, OptimizerConfig(), ds, precision="fp32", micro_batch_size=1, accumulation=1, total_steps=9)
     deepspeed_engine.GATHERED_BYTES = 2 * 4 * 4 * 4
     whole, found = [], []
@@ -82,7 +82,7 @@ class TrunkAndHead(torch.nn.Module):  # each part's gradient is 1 in each of 4 p
 
 def norms(stage, offload):  # of steps whose first micro-batch, or whole, does not reach the head
     zero = {"stage": stage} | ({"offload_optimizer": {"device": "cpu"}} if offload else {})
-    ds = DeepSpeedConfig(extra={"zero_optimization": zero})
+    ds = DeepSpeedConfig(zero_stage=stage, extra={"zero_optimization": zero})
     engine = start_engine(TrunkAndHead(), OptimizerConfig(), ds, precision="fp32", micro_batch_size=1, accumulation=2, total_steps=9)
     found = []
     for head in (["head"], ["head"], [], ["head"]):

@@ -184,3 +184,11 @@ def test_under_the_same_settings_a_loaded_optimizer_is_the_saved_one_bit_for_bit
     before, after = loaded(config, config)
     assert after.optimizer.state_dict()["param_groups"] == before.optimizer.state_dict()["param_groups"]
     assert after.lr_scheduler.state_dict() == before.lr_scheduler.state_dict()
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_stage_of_zero_stands_in_one_place(stage: int) -> None:
+    """What follows from it, such as that ZeRO 3 cannot reuse forward passes, is checked and planned by zero_stage."""
+    with pytest.raises(ValidationError, match=rf"stage = {stage} contradicts deepspeed\.zero_stage = 1: leave the former out"):
+        DeepSpeedConfig(extra={"zero_optimization": {"stage": stage}})
+    assert build(DeepSpeedConfig(extra={"zero_optimization": {"stage": 1}}))["zero_optimization"] == {"stage": 1}
