@@ -22,7 +22,7 @@ class RewardShapingConfig(Config):
     """Subtract the score of the prompt's reference answer, where the data has one: its best reply, or the turn that followed."""
     scale: Literal["running", "reference"] | None = None
     """Divide by a standard deviation: `running`, of all scores of the run so far; `reference`, of the first batch, which the policy
-    sampled as it began, or reference_std. The mean is not subtracted."""
+    sampled as it began (of all up to the first score that differs from the others), or reference_std. The mean is not subtracted."""
     reference_std: float | None = Field(None, gt=0)
     """Standard deviation of the scores of the reference policy's answers, where it is known."""
     clip: float | None = Field(None, gt=0)
@@ -69,7 +69,7 @@ def shape_scores(
     """
     if config.delta:
         scores_B = above_baseline(scores_B, baselines_B, has_baseline_B)
-    if config.scale == "running" or (config.scale == "reference" and not moments.count):
+    if config.scale == "running" or (config.scale == "reference" and not moments.std):
         moments = moments.updated(scores_B)
     shaped_B = clip_scores(scores_B / scale_of(config, moments), config.clip)
     shaped_B = penalise_missing_eos(

@@ -87,6 +87,16 @@ def test_reference_scale_is_that_of_the_first_batch() -> None:
     assert (first, second, after) == ([1.0, -1.0], [2.0, 20.0], moments)
 
 
+def test_reference_scale_waits_for_scores_that_differ() -> None:
+    """As of a rule that no response passes at first: without a deviation the whole run would go unscaled."""
+    config = RewardShapingConfig(scale="reference")
+    first, moments = shape(config, [0.0, 0.0])
+    second, moments = shape(config, [0.0, 4.0], moments)  # of 0, 0, 0, 4: mean 1, deviation sqrt(12 / 4)
+    third, after = shape(config, [8.0, 80.0], moments)
+    assert first == [0.0, 0.0] and after == moments
+    assert second == pytest.approx([0.0, 4 / math.sqrt(3)]) and third == pytest.approx([8 / math.sqrt(3), 80 / math.sqrt(3)])
+
+
 def test_without_a_scale_nothing_is_kept() -> None:
     assert shape(RewardShapingConfig(), [2.0, -2.0]) == ([2.0, -2.0], Moments())
 
