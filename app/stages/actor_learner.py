@@ -5,31 +5,28 @@ Shape legend: B rollouts, T response tokens (see app.experience).
 
 from __future__ import annotations
 
-import math
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from app.alarms import AlarmWatch, require_finite
+from app.alarms import AlarmWatch
 from app.algorithms.algorithm import Algorithm
 from app.algorithms.shaping import scale_of
 from app.config.ppo import PpoConfig
 from app.data.prompt_stream import PromptStream
-from app.errors import CheckpointError, Interrupted, NonFiniteError, RolloutError, ScoringError, StaleRolloutError
-from app.experience import Experience, Rollout, TokenBatch, pad_rows, prompt_groups
+from app.errors import CheckpointError, Interrupted
+from app.experience import Experience, TokenBatch, pad_rows, prompt_groups
 from app.interfaces import Learner, Publisher, Reward, RolloutPool, Scorer, Tracker
 from app.kept_rollouts import Batch, RolloutRecorder
 from app.numerics import Moments
 from app.rewards.mix import failure_note
 from app.stages.reference_scores import shape_rollout_scores
-from app.stages.rollout_stream import RolloutStream, ScoredRollouts
-from app.stages.step_metrics import batch_metrics, speed_metrics
+from app.stages.rollout_stream import RolloutStream, SampledBatch, ScoredRollouts
+from app.stages.step_checks import check_lag, require_agreement, require_finite_batch, require_scores, sound_alarms
+from app.stages.step_metrics import PhaseClock, batch_metrics, time_metrics
 
 
 @dataclass(frozen=True)
@@ -55,6 +52,17 @@ class LoopState:
                 "go on with the version that wrote it, or start in another run.dir"
             )
         return cls(**{**saved, "carried": tuple(saved["carried"]), "scores": Moments(**saved["scores"])})
+
+    def after(self, batch: SampledBatch, *, moved: bool, kl_coef: float, scores: Moments) -> LoopState:
+        """Of the step that learned from `batch`. moved: whether the policy did."""
+        return LoopState(
+            step=self.step + 1,
+            version=self.version + int(moved),
+            prompt_cursor=batch.cursor,
+            carried=tuple(batch.carried),
+            kl_coef=kl_coef,
+            scores=scores,
+        )
 
 
 class Checkpoints(Protocol):
@@ -85,24 +93,6 @@ class Parts:
     max_new_tokens: int
     watch: AlarmWatch = field(default_factory=AlarmWatch)
     recorder: RolloutRecorder | None = None
-
-
-class PhaseClock:
-    """Seconds spent in each named phase of one step, and since its start."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._began = time.perf_counter()
-
-    @property
-    def total(self) -> float:
-        return time.perf_counter() - self._began
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds[phase] += time.perf_counter() - began
 
 
 def actor_learner_loop(
@@ -148,7 +138,7 @@ def actor_learner_loop(
             kept = Batch(state.step + 1, state.version, rollouts, scored.scores, experience, {"kl_coef": kl_coef})
             experience = credit_and_record(parts, algorithm, kept)
             measured = batch_metrics(algorithm, rollouts, scored.scores, experience, version=state.version)
-            require_finite_batch(parts, kept.step, measured)
+            require_finite_batch(parts.tracker, kept.step, measured)
             if config.carry_over:
                 measured |= batch.metrics(state.version)
             # 4. learn: epochs x minibatches x micro-batches happen inside the workers
@@ -158,26 +148,18 @@ def actor_learner_loop(
             moved = config.policy_learns(state.step)
             if moved:
                 kl_coef = config.kl.after(kl_coef, kl=measured["kl"], sequences=int(experience.mask_BT.any(1).sum()))
-            state = LoopState(
-                step=state.step + 1,
-                version=state.version + int(moved),
-                prompt_cursor=batch.cursor,
-                carried=tuple(batch.carried),
-                kl_coef=kl_coef,
-                scores=moments,
-            )
+            state = state.after(batch, moved=moved, kl_coef=kl_coef, scores=moments)
             with clock("push"):
                 push = parts.publisher.publish(state.version)
                 stream.fill(state.step)
-            metrics = measured | dict(update) | dict(push) | speed_metrics(rollouts, clock.total)
+            metrics = measured | dict(update) | dict(push) | time_metrics(rollouts, clock)
             metrics["score_scale"] = scale_of(config.reward, moments)
-            metrics["push/seconds_share"] = clock.seconds["push"] / metrics["seconds"]
             if config.critic_warmup_steps:
                 metrics["critic_warmup"] = float(not moved)
-            metrics |= {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()} | parts.watch.drift(metrics)
+            metrics |= parts.watch.drift(metrics)
             parts.tracker.log("ppo", state.step, metrics)
             clock = PhaseClock()  # what a checkpoint holds up belongs to the step after it
-            sound_alarms(parts, state.step, metrics)
+            sound_alarms(parts.tracker, parts.watch, state.step, metrics)
             # 6. keep: the parts are written now, and become a checkpoint beside the next step
             stopping = stop_requested()
             ending = stopping or state.step == config.steps
@@ -190,15 +172,6 @@ def actor_learner_loop(
                     f"stopped after PPO step {state.step} of {config.steps}; a checkpoint is saved, the same command goes on from it"
                 )
     return state
-
-
-def check_lag(rollouts: Sequence[Rollout], version: int, max_lag: int) -> None:
-    """Raises StaleRolloutError when a rollout is older than the run allows."""
-    oldest = min(rollout.policy_version for rollout in rollouts)
-    if version - oldest > max_lag:
-        raise StaleRolloutError(
-            f"a rollout was sampled by policy version {oldest}, the learner is at {version}: more than ppo.max_lag = {max_lag}"
-        )
 
 
 def collect_experience(
@@ -223,32 +196,6 @@ def collect_experience(
     )
 
 
-def require_agreement(experience: Experience, config: PpoConfig) -> None:
-    """At lag 0 engine and learner hold the same weights, so their log-probs must agree on every sampled token. Raises RolloutError,
-    and at any lag NonFiniteError for log-probs of the learner's that are no numbers."""
-    if not experience.proximal_BT.isfinite().all():
-        raise NonFiniteError("the policy's log-probs of sampled tokens are not finite: lower ppo.policy.lr and begin in another run.dir")
-    if config.max_lag:
-        return
-    mismatch = float((experience.proximal_BT - experience.behaviour_BT).abs().max())
-    if not mismatch <= config.max_logprob_mismatch:
-        raise RolloutError(
-            f"the rollout engine's log-probs differ from the learner's by {mismatch:.2e} nats on sampled tokens (limit "
-            f"ppo.max_logprob_mismatch = {config.max_logprob_mismatch:.0e}): temperature, precision or weights differ between the two"
-        )
-
-
-def require_scores(note: str | None, shaped_B: torch.Tensor, config: PpoConfig) -> None:
-    """A failed score (NaN, its own or that of the reference answer) is masked out of the update; more than a few of them are no
-    accident. note: why they failed. Raises ScoringError."""
-    failed, count = int(shaped_B.isnan().sum()), len(shaped_B)
-    if failed > config.max_failed_scores * count:
-        raise ScoringError(
-            f"{failed} of {count} scores failed, more than ppo.max_failed_scores = {config.max_failed_scores:g} allows ({note}): "
-            "mend that, or look at the logs in the run folder"
-        )
-
-
 def credit_and_record(parts: Parts, algorithm: Algorithm[Any], batch: Batch) -> Experience:
     """The credited experience; the batch is recorded, also one that credit refuses. Raises NonFiniteError."""
     credited = batch.experience
@@ -258,24 +205,3 @@ def credit_and_record(parts: Parts, algorithm: Algorithm[Any], batch: Batch) -> 
         if parts.recorder is not None:
             parts.recorder.write(batch, credited)
     return credited
-
-
-def require_finite_batch(parts: Parts, step: int, metrics: Mapping[str, float]) -> None:
-    """Raises NonFiniteError before the update, with the metrics logged."""
-    try:
-        require_finite(metrics)
-    except NonFiniteError:
-        parts.tracker.log("ppo", step, metrics)
-        raise
-
-
-def sound_alarms(parts: Parts, step: int, metrics: Mapping[str, float]) -> None:
-    """Tell the alarms that begin with this step. Raises NonFiniteError, and AlarmError for the first alarm that is set to stop the run."""
-    # An infinite gradient norm is how fp16's loss scaling tells that it skipped a step; elsewhere the learner has raised.
-    require_finite({name: value for name, value in metrics.items() if not (name.endswith("grad_norm") and value == math.inf)})
-    begun = parts.watch.look(metrics)
-    for alarm in begun:
-        parts.tracker.event("ppo", step, alarm.text)
-    for alarm in begun:
-        if alarm.action == "stop":
-            raise alarm.error()

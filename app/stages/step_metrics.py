@@ -5,7 +5,10 @@ Shape legend: B rollouts, T response tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -66,6 +69,30 @@ def starting_losses(algorithm: Algorithm[Any], experience: Experience) -> dict[s
     return {f"start/{name}": metrics[name] for name in ("policy_loss", "value_loss") if name in metrics}
 
 
-def speed_metrics(rollouts: Sequence[Rollout], seconds: float) -> dict[str, float]:
-    """How fast the step was, in response tokens."""
-    return {"tokens_per_second": sum(len(rollout.ids) for rollout in rollouts) / seconds, "seconds": seconds}
+class PhaseClock:
+    """Seconds spent in each named phase of one step, and since its start."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._began = time.perf_counter()
+
+    @property
+    def total(self) -> float:
+        return time.perf_counter() - self._began
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - began
+
+
+def time_metrics(rollouts: Sequence[Rollout], clock: PhaseClock) -> dict[str, float]:
+    """How fast the step was, in response tokens, and where its time went."""
+    total = clock.total
+    return {
+        "tokens_per_second": sum(len(rollout.ids) for rollout in rollouts) / total,
+        "seconds": total,
+        "push/seconds_share": clock.seconds["push"] / total,
+        **{f"seconds/{phase}": spent for phase, spent in clock.seconds.items()},
+    }

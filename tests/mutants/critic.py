@@ -68,8 +68,8 @@ MUTANTS = (
     Mutant(
         "critic",
         LOOP,
-        "version=state.version + int(moved)",
-        "version=state.version + 1",
+        "version=self.version + int(moved)",
+        "version=self.version + 1",
         "weights that have not moved are called newer",
         LOOP_TESTS,
     ),

@@ -4,8 +4,9 @@ ADVANTAGES, GROUPS, KL = "app/numerics/advantages.py", "app/numerics/groups.py",
 LOGPROBS, MASKED, LOSS = "app/numerics/logprobs.py", "app/numerics/masked.py", "app/numerics/policy_loss.py"
 REWARDS, MOMENTS = "app/numerics/rewards.py", "app/numerics/moments.py"
 ALGORITHM, CREDIT, SURROGATE, SHAPING = (f"app/algorithms/{name}.py" for name in ("algorithm", "credit", "surrogate", "shaping"))
-LOOP, ACTOR_CRITIC, POOL, SAMPLING, PUSH = (
+LOOP, CHECKS, ACTOR_CRITIC, POOL, SAMPLING, PUSH = (
     "app/stages/actor_learner.py",
+    "app/stages/step_checks.py",
     "app/workers/actor_critic.py",
     "app/workers/rollout_pool.py",
     "app/workers/sampling.py",

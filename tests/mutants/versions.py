@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.mutants.files import (
     ACTOR_CRITIC,
+    CHECKS,
     ENGINE,
     ENGINE_THREAD,
     LONG_TAIL_TESTS,
@@ -20,7 +21,7 @@ from tests.mutants.mutant import Mutant
 MUTANTS = (
     Mutant(
         "version",
-        LOOP,
+        CHECKS,
         "if version - oldest > max_lag:",
         "if version - oldest > max_lag + 1:",
         "rollouts may be older than allowed",
@@ -28,7 +29,7 @@ MUTANTS = (
     ),
     Mutant(
         "version",
-        LOOP,
+        CHECKS,
         "oldest = min(rollout.policy_version",
         "oldest = max(rollout.policy_version",
         "one fresh rollout hides the stale ones",
@@ -60,7 +61,7 @@ MUTANTS = (
     ),
     Mutant(
         "version",
-        LOOP,
+        CHECKS,
         "(experience.proximal_BT - experience.behaviour_BT).abs().max()",
         "(experience.proximal_BT - experience.proximal_BT).abs().max()",
         "an engine with other weights goes unnoticed",

@@ -22,8 +22,9 @@ from app.experience import Experience, FinishReason, Prompt, Rollout, Scores, To
 from app.numerics import Moments
 from app.rewards.mix import Part, RewardMix, one_reward_model
 from app.rewards.reward_model import RewardModelReward
-from app.stages.actor_learner import LoopState, Parts, actor_learner_loop, check_lag, collect_experience
+from app.stages.actor_learner import LoopState, Parts, actor_learner_loop, collect_experience
 from app.stages.rollout_stream import ScoredRollouts
+from app.stages.step_checks import check_lag
 from tests.counted_calls import calls_of
 from tests.unit.stages.pending import Done, Sampled
 
