@@ -152,6 +152,9 @@ class VllmRolloutPool:
             except EngineDiedError:
                 lost = engine
                 continue
+            except BaseException:
+                ray.kill(engine)  # nobody else knows of it, and the next one may need its place
+                raise
             self.engines[place] = engine
             return engine
 
@@ -166,6 +169,9 @@ class VllmRolloutPool:
             except EngineDiedError:
                 self.engines.append(engine)
                 self.replace(len(self.engines) - 1, engine)
+            except BaseException:
+                self._late[engine.pid.remote()] = engine  # it can join once there are weights for it
+                raise
             else:
                 self.engines.append(engine)
                 self._note(f"a rollout engine joined: {len(self.engines)} of {self._wanted} are up")

@@ -225,6 +225,33 @@ def test_an_engine_that_dies_before_it_has_the_weights_is_replaced_in_its_turn(m
         pool.replace(0, heir)
 
 
+def test_an_engine_that_cannot_get_the_weights_does_not_keep_its_place_from_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a node has taken both an engine and the learner, which owned the weights."""
+    mortal, unarmed, heir, killed = Engine(3, life=1), Engine(0), Engine(5), list[Engine]()
+    unarmed.load_policy = SimpleNamespace(remote=lambda *arguments: RolloutError("the owner of the weights is dead"))
+    pool = pool_of([mortal, Engine(4), unarmed, heir], monkeypatch)
+    monkeypatch.setattr(rollout_pool.ray, "kill", killed.append)
+    pool.load(PushedPolicy(Shipment(), Shipment(), None, first=True), 3)
+    with pytest.raises(RolloutError, match="the owner of the weights is dead"):
+        pool.submit(PROMPTS, seed=1).result()
+    assert killed == [mortal, unarmed] and pool.engines[0] is mortal
+    pool.discard()
+    assert pool.replace(0, mortal) is heir
+
+
+def test_an_engine_that_joins_without_getting_the_weights_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, late, answers = Engine(3), SlowEngine(4), [RolloutError("the owner of the weights is dead"), None]
+    late.load_policy = SimpleNamespace(remote=lambda *arguments: answers.pop(0))
+    pool = growing_pool([first, late], monkeypatch, [])
+    pool.load(PushedPolicy(Shipment(), Shipment(), None, first=True), 7)
+    late.up = True
+    with pytest.raises(RolloutError, match="the owner of the weights is dead"):
+        pool.submit(PROMPTS, seed=1)
+    assert pool.engines == [first]
+    pool.submit(PROMPTS, seed=1)
+    assert pool.engines == [first, late]
+
+
 def test_nobody_replaces_an_engine_for_a_cancelled_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """As when the loop has failed and the pool is being closed while another thread still follows the batch."""
     mortal, heir = Engine(3, life=1), Engine(5)
