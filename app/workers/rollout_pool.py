@@ -44,8 +44,9 @@ class VllmRolloutPool:
         self._wanted = config.engines.count
         self._least = config.min_engines or self._wanted
         self._late: dict[Any, Any] = {}  # engines that wait for room, or load, by the call that answers once they have
+        self._places: dict[Any, int] = {}  # what each engine was started as: `engines` moves up where one is lost
         self._changing = threading.RLock()  # held while engines or the weights that they should have become others
-        self.engines = [start(k) for k in range(self._wanted)]
+        self.engines = [self._begin(k) for k in range(self._wanted)]
 
     def ready(self) -> None:
         """Wait until every engine has loaded, or as many as `rollout.min_engines` asks for.
@@ -105,7 +106,7 @@ class VllmRolloutPool:
                 return
             for engine in self.engines:
                 ray.kill(engine)
-            self.engines = [self._start(k) for k in range(len(self.engines))]
+            self.engines = [self._begin(k) for k in range(len(self.engines))]
             self.ready()
 
     def each(self, method: str, *args: Any) -> list[Any]:
@@ -115,7 +116,7 @@ class VllmRolloutPool:
         return [self._answer(k, engines[k], call, method, args) for k, call in enumerate(calls)]
 
     def replace(self, k: int, lost: Any) -> Any:
-        """The engine in place k after `lost` has died: a new one with the current weights, started unless somebody did before.
+        """The k-th engine now that `lost` has died: a new one with the current weights, started unless somebody did before.
 
         Where `rollout.min_engines` are left without it, the new one joins when it is up, and the answer is another engine. Where that
         one dies too before it has the weights, as on a node of which Ray does not know yet that it is gone, the next one is started.
@@ -123,6 +124,11 @@ class VllmRolloutPool:
         """
         with self._changing:
             return self._replaced(k, lost)
+
+    def _begin(self, place: int) -> Any:
+        engine = self._start(place)
+        self._places[engine] = place
+        return engine
 
     def _load(self, method: str, *args: Any) -> None:
         with self._changing:
@@ -132,19 +138,20 @@ class VllmRolloutPool:
     def _replaced(self, k: int, lost: Any) -> Any:
         if all(engine is not lost for engine in self.engines):
             return self.engines[k % len(self.engines)]
-        place = next(place for place, each in enumerate(self.engines) if each is lost)
+        at = next(at for at, each in enumerate(self.engines) if each is lost)
+        place = self._places[lost]
         while True:
             if not self._restarts_left:
                 raise RolloutError(
-                    f"rollout engine {k} died and cannot be replaced (rollout.max_restarts is used up, or weights go over NCCL or IPC): "
+                    f"rollout engine {place} died and cannot be replaced (rollout.max_restarts is used up, or weights go over NCCL or IPC): "
                     "look at its last lines under the run's logs/; the same command goes on from the last checkpoint"
                 )
             self._restarts_left -= 1
-            self._note(f"rollout engine {k} died; starting another one ({self._restarts_left} more may be lost)")
+            self._note(f"rollout engine {place} died; starting another one ({self._restarts_left} more may be lost)")
             ray.kill(lost)
-            engine = self._start(k)
+            engine = self._begin(place)
             if len(self.engines) > self._least:
-                del self.engines[place]
+                del self.engines[at]
                 self._late[engine.pid.remote()] = engine
                 return self.engines[k % len(self.engines)]
             try:
@@ -155,7 +162,7 @@ class VllmRolloutPool:
             except BaseException:
                 ray.kill(engine)  # nobody else knows of it, and the next one may need its place
                 raise
-            self.engines[place] = engine
+            self.engines[at] = engine
             return engine
 
     def _take_in(self) -> None:

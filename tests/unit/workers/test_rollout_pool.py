@@ -32,7 +32,8 @@ def test_samples_come_back_in_order(prompts: int, engines: int, monkeypatch: pyt
 
     for module in (rollout_pool, sampling):
         monkeypatch.setattr(module, "collect", lambda calls, **_: calls)
-    engine = SimpleNamespace(sample=SimpleNamespace(remote=sample))
+    engine = Engine(0)
+    engine.sample = SimpleNamespace(remote=sample)
     config = RolloutConfig(engines=WorkersConfig(count=engines))
     pool = VllmRolloutPool(lambda k: engine, config, deadline_seconds=1, note=print)
     answers = pool.sample([np.array([k], np.int32) for k in range(prompts)], [{"max_tokens": 10 + k} for k in range(prompts)])
@@ -49,6 +50,7 @@ class Engine:
         self.seeds: list[int] = []
         self.generate = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._generate))
         self.pid = self.load_policy = self.discard = SimpleNamespace(remote=lambda *arguments: (*arguments, object()))
+        self.sample: Any = None
 
     def _generate(self, prompts: Sequence[Any], seeds: Sequence[int]) -> Iterator[Any]:
         self.seeds += seeds
@@ -152,18 +154,25 @@ class SlowEngine(Engine):
         self.load_policy = SimpleNamespace(remote=lambda policy, version: self.loaded.append(version))
 
 
-def growing_pool(engines: Sequence[Engine], monkeypatch: pytest.MonkeyPatch, notes: list[str]) -> VllmRolloutPool:
-    """Two engines wanted, one needed."""
+def growing_pool(
+    engines: Sequence[Engine], monkeypatch: pytest.MonkeyPatch, notes: list[str], places: list[int] | None = None
+) -> VllmRolloutPool:
+    """Two engines wanted, one needed. places: of those that were started."""
     pool_of(engines, monkeypatch)
 
     def wait(calls: Sequence[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
         up = [call for call in calls if getattr(call, "up", True)][:num_returns]
         return up, [call for call in calls if call not in up]
 
+    def start(k: int) -> Engine:
+        if places is not None:
+            places.append(k)
+        return next(waiting)
+
     monkeypatch.setattr(rollout_pool.ray, "wait", wait)
     waiting = iter(engines)
     config = RolloutConfig(engines=WorkersConfig(count=2), min_engines=1)
-    pool = VllmRolloutPool(lambda k: next(waiting), config, deadline_seconds=1, note=notes.append)
+    pool = VllmRolloutPool(start, config, deadline_seconds=1, note=notes.append)
     pool.ready()
     return pool
 
@@ -190,6 +199,19 @@ def test_a_lost_engine_is_not_waited_for_where_enough_are_left(monkeypatch: pyte
     assert pool.engines == [first] and len(notes) == 2 and "died" in notes[1]
     heir.up = True
     assert {rollout.policy_version for rollout in pool.submit(PROMPTS, seed=1).result()} == {3, 4}
+
+
+def test_an_engine_is_started_in_the_place_of_the_one_that_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a trial each place is a bundle of its placement group, and holds one engine."""
+    first, second, heir, next_heir, places = Engine(3, life=1), SlowEngine(5, up=True), SlowEngine(4), SlowEngine(6), list[int]()
+    pool = growing_pool([first, second, heir, next_heir], monkeypatch, [], places)
+    pool.submit([], seed=0)
+    assert pool.engines == [first, second]
+    pool.submit(PROMPTS, seed=1).result()
+    assert pool.engines == [second] and places == [0, 1, 0], "the first one has died"
+    second.life = 1
+    pool.submit(PROMPTS, seed=2).result()
+    assert pool.engines == [next_heir] and places == [0, 1, 0, 1]
 
 
 def test_a_pool_whose_last_needed_engine_dies_waits_for_its_heir(monkeypatch: pytest.MonkeyPatch) -> None:
