@@ -304,7 +304,7 @@ def _check_space(recipe: Recipe, settings: Settings) -> None:
             raise ConfigError(
                 f"{source}: tune.space: {name} is the same for all trials, which share models, scoring service and size: leave it out"
             )
-    check_searchable(recipe.tune, recipe.ppo.steps)
+    check_searchable(recipe.tune, recipe.ppo.steps, carries_over=recipe.ppo.carry_over > 0)
     for name, alone, whole in corners(recipe.tune.space):
         try:
             with_values(recipe, {key: value for key, value in whole.items() if key != name} | {name: whole[name]}, f"{source}: tune.space")

@@ -21,6 +21,7 @@ FIXED_IN_A_POPULATION = (
 )
 """A population copies checkpoints from trial to trial: these decide what a checkpoint holds, or what its scores, and the moments of them
 that ppo.reward.scale divides by, mean."""
+BATCH_IN_PROMPTS = ("ppo.batch_size", "ppo.samples_per_prompt")
 SAMPLE = 128
 """Configurations drawn to see whether the recipe takes what a searcher may come to: of those refused one in 20, all but one space in
 700 show it."""
@@ -69,8 +70,9 @@ def _holds(domain: Domain, value: Any) -> bool:
     return isinstance(domain, Integer) and isinstance(value, int) and domain.low <= value <= domain.high
 
 
-def check_searchable(config: TuneConfig, steps: int) -> None:
-    """Raises ConfigError where searcher or scheduler cannot work with the space. steps: of a trial."""
+def check_searchable(config: TuneConfig, steps: int, *, carries_over: bool) -> None:
+    """Raises ConfigError where searcher or scheduler cannot work with the space. steps: of a trial; carries_over: whether trials do so
+    whatever is drawn."""
     if config.scheduler in POPULATION and config.space:
         _check_looks(config, steps)
     for name, domain in config.space.items():
@@ -85,6 +87,11 @@ def check_searchable(config: TuneConfig, steps: int) -> None:
             )
         if config.scheduler in POPULATION:
             _check_mutable(name, domain, config)
+            if name in BATCH_IN_PROMPTS and (carries_over or "ppo.carry_over" in config.space):
+                raise ConfigError(
+                    f"tune.space: {config.scheduler} copies checkpoints from trial to trial, and with ppo.carry_over one may carry more "
+                    f"prompts over than a batch of the next trial has: leave {name} or ppo.carry_over out"
+                )
     ordered(config.space)
     if config.searcher == "grid" and (points := len(grid(config.space))) > config.trials:
         raise ConfigError(f"tune.space: the grid has {points} points, and tune.trials = {config.trials}: set tune.trials = {points}")

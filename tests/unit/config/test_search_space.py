@@ -160,6 +160,18 @@ def test_a_conditional_space_over_algorithms_is_accepted(tmp_path: Path) -> None
                 ("ppo.reward.scale", ["running", "reference"], ()),
             )
         ),
+        *(
+            (
+                {name: {"type": "choice", "values": values}, **more},
+                ("--tune.scheduler=pbt", "--ppo.max_lag=1", *given),
+                ["pbt copies checkpoints", "ppo.carry_over", f"leave {name} or ppo.carry_over out"],
+            )
+            for name, values, more, given in (
+                ("ppo.batch_size", [16, 64], {}, ("--ppo.carry_over=0.5",)),
+                ("ppo.samples_per_prompt", [1, 8], {}, ("--ppo.carry_over=0.5",)),
+                ("ppo.batch_size", [16, 64], {"ppo.carry_over": {"type": "uniform", "low": 0.1, "high": 0.5}}, ()),
+            )
+        ),
         (
             {"ppo.epochs": {"type": "int", "low": 1, "high": 2}},
             ("--tune.scheduler=pbt", "--tune.perturb_every=4", "--ppo.steps=4"),
