@@ -19,7 +19,7 @@ from app.alarms import AlarmWatch
 from app.checkpoint import CheckpointStore, SavedCheckpoint, read_checkpoint
 from app.config.loading import with_values
 from app.config.recipe import Recipe
-from app.config.tune import BY_ANSWERS
+from app.config.tune import BY_ANSWERS, POPULATION, TuneConfig
 from app.data.templates import Template
 from app.durable import read_json, write_json
 from app.errors import AlarmError, ConfigError, NonFiniteError
@@ -125,6 +125,11 @@ def restored_loop(state: Mapping[str, Any], recipe: Recipe) -> LoopState:
     return LoopState.restore({**loop, "kl_coef": None} if changed else loop)
 
 
+def kept_checkpoints(config: TuneConfig) -> int:
+    """How many of a trial's checkpoints stay."""
+    return KEEP_IN_A_POPULATION if config.scheduler in POPULATION else KEEP_ALONE
+
+
 def newest_checkpoint(folder: Path) -> SavedCheckpoint | None:
     """The checkpoint that Tune names, or where that has been replaced since or its pointer was lost with a machine, the newest of the
     trial that saved it. None: begin at the start."""
@@ -150,11 +155,10 @@ def run_trial(config: dict[str, Any], *, inputs: TrialInputs) -> None:
     saved = newest_checkpoint(folder)
     judge = Judge(shared.tune, saved.state["steps"] if saved else ())
     watch = AlarmWatch(shared.alarms, saved.state["alarms"] if saved else ())
-    keep = KEEP_ALONE if shared.tune.checkpoint_every == shared.tune.save_every else KEEP_IN_A_POPULATION
     write_stacks_on_signal(f"trial {name}")
     try:
         recipe = with_values(shared, config[VALUES], "tune.space")
-        reporter = TrialReporter(recipe, judge, watch, CheckpointStore(folder / name / CHECKPOINTS, keep))
+        reporter = TrialReporter(recipe, judge, watch, CheckpointStore(folder / name / CHECKPOINTS, kept_checkpoints(shared.tune)))
         with watching(folder / name / LOGS, note=logger.warning, early_share=recipe.run.stacks_after):
             train(recipe, inputs, reporter, watch, saved, folder / name / MODEL)
         return

@@ -26,7 +26,7 @@ from app.stages.tuning import trial as trials
 from app.stages.tuning.records import VALUES, SearchRecords, read_ended, read_history, trial_row, write_history
 from app.stages.tuning.schedules import Asha, Median, Pbt, scheduler
 from app.stages.tuning.search import AtATime, optuna_search, searcher, state_to_resume
-from app.stages.tuning.trial import Marked, TrialInputs, TrialReporter, newest_checkpoint, restored_loop
+from app.stages.tuning.trial import Marked, TrialInputs, TrialReporter, kept_checkpoints, newest_checkpoint, restored_loop
 from app.stages.tuning.verdicts import LOWEST_TARGET, Judge, Mark
 
 SPACE = {"ppo.policy.lr": {"type": "loguniform", "low": 1e-6, "high": 1e-4}}
@@ -180,6 +180,13 @@ def test_everything_of_a_trial_comes_back_from_its_checkpoint(tmp_path: Path, re
     pointer.write_text(json.dumps({"trial": "trial_a", "checkpoint": "step-00000001"}))  # replaced since
     later = newest_checkpoint(tmp_path)
     assert later is not None and later.step == 3
+
+
+@pytest.mark.parametrize("perturb_every", [2, 4, 8])
+def test_a_population_keeps_checkpoints_for_trials_that_are_about_to_read_them(perturb_every: int) -> None:
+    population = recipe(tune__scheduler="pbt", tune__save_every=4, tune__perturb_every=perturb_every, ppo__steps=20)
+    assert kept_checkpoints(population.tune) == 4
+    assert kept_checkpoints(recipe(tune__save_every=4, tune__perturb_every=perturb_every).tune) == 2
 
 
 def test_a_step_that_the_loss_scaling_of_fp16_has_skipped_is_no_reason_not_to_keep_a_trial(tmp_path: Path, reports: Reports) -> None:
