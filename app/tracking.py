@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TextIO
 
-from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -66,6 +66,33 @@ def recording(run_path: Path) -> AbstractContextManager[None]:
     return writing(f"{run_path}: what the run records", "make it writable; the same command goes on from the last checkpoint")
 
 
+class _Curves:
+    """TensorBoard's files, a folder for each stage. What begins a session in one says from which step on the older values there are gone;
+    steps of other stages have nothing to do with it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, EventFileWriter] = {}
+
+    def start(self, stage: str, step: int) -> None:
+        """From here on values of `step` and later ones replace those that are there."""
+        self._file(stage).add_event(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, stage: str, step: int, now: float, values: Mapping[str, float]) -> None:
+        scalars = [Summary.Value(tag=f"{stage}/{name}", simple_value=value) for name, value in values.items()]
+        self._file(stage).add_event(Event(wall_time=now, step=step, summary=Summary(value=scalars)))
+
+    def close(self) -> None:
+        with ExitStack() as closing:
+            for file in self._files.values():
+                closing.callback(file.close)
+
+    def _file(self, stage: str) -> EventFileWriter:
+        if stage not in self._files:
+            self._files[stage] = EventFileWriter(str(self._folder / stage))
+        return self._files[stage]
+
+
 class _Log(PlainDisplay):
     """In the run's folder; the disk there may be full."""
 
@@ -102,7 +129,7 @@ class RunTracker:
         for file in (METRICS_FILE, EVENTS_FILE):
             drop_partial_line(run_path / file)
         self._file = (run_path / METRICS_FILE).open("a", encoding="utf-8")
-        self._events = EventFileWriter(str(run_path / TENSORBOARD_FOLDER))
+        self._curves = _Curves(run_path / TENSORBOARD_FOLDER)
         self._log = (run_path / LOG_FILE).open("a", encoding="utf-8")
         self._display: Display = BothDisplays(display or open_display(), _Log(run_path, self._log))
         self._progress_path = run_path / PROGRESS_FILE
@@ -110,13 +137,16 @@ class RunTracker:
         for name, service in services.items():
             self._display.note(f"{name}: {service.address}")
 
-    def begin(self, stage: str, total_steps: int, done: int = 0) -> None:
-        """Show a stage of `total_steps` steps, of which an earlier session did the first `done`."""
+    def begin(self, stage: str, total_steps: int, done: int | None = None) -> None:
+        """Show a stage of `total_steps` steps, of which an earlier session did the first `done`; what was logged of later ones counts no
+        more. None: that is not known yet."""
         with self._lock:
-            self._stages[stage] = _Stage(total_steps, done, time.monotonic(), {})
+            self._stages[stage] = _Stage(total_steps, done or 0, time.monotonic(), {})
             self._display.begin(self._stages[stage].progress(stage))
             with recording(self._path):
-                write_json(self._progress_path, {"stage": stage, "steps": total_steps, "done": done})
+                write_json(self._progress_path, {"stage": stage, "steps": total_steps, "done": done or 0})
+                if done is not None:
+                    self._curves.start(stage, done + 1 if done else 0)
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Record scalars of one step. A stage that was not begun is recorded without being shown."""
@@ -151,11 +181,10 @@ class RunTracker:
         line = {"time": round(now, 3), "stage": stage, "step": step, "metrics": without_non_finite(values)}
         if strange:
             line["non_finite"] = strange
-        scalars = [Summary.Value(tag=f"{stage}/{name}", simple_value=value) for name, value in values.items()]
         with recording(self._path):
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
-            self._events.add_event(Event(wall_time=now, step=step, summary=Summary(value=scalars)))
+            self._curves.add(stage, step, now, values)
         for delivery in self._deliveries:
             delivery.log(Point(stage, step, now, values))
         for name in strange:
@@ -183,7 +212,7 @@ class RunTracker:
 
     def _close_files(self) -> None:
         with recording(self._path), ExitStack() as closing:
-            for file in (self._events, self._file, self._log):
+            for file in (self._curves, self._file, self._log):
                 closing.callback(file.close)
 
 

@@ -30,14 +30,19 @@ def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=refuse) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def curve(run: Path, stage: str, tag: str) -> list[tuple[int, float]]:
+    """What a reader of TensorBoard's files has of a metric."""
+    events = EventAccumulator(str(run / "tensorboard" / stage)).Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
 def test_metrics_reach_the_file_and_tensorboard(tmp_path: Path) -> None:
     with RunTracker(tmp_path, display=PlainDisplay(io.StringIO())) as tracker:
         tracker.log("sft", 1, {"loss": 2.5, "tokens_per_second": 100})
         tracker.log("sft", 2, {"loss": 2.25})
         assert lines(tmp_path)[0]["metrics"] == {"loss": 2.5, "tokens_per_second": 100.0}, "written at once, not at the end"
     assert [(line["stage"], line["step"]) for line in lines(tmp_path)] == [("sft", 1), ("sft", 2)]
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("sft/loss")] == [(1, 2.5), (2, 2.25)]
+    assert curve(tmp_path, "sft", "sft/loss") == [(1, 2.5), (2, 2.25)]
 
 
 def test_events_are_lines_of_their_own_and_shown(tmp_path: Path) -> None:
@@ -65,8 +70,28 @@ def test_a_second_session_appends_after_a_line_cut_by_a_kill(tmp_path: Path) -> 
     with RunTracker(tmp_path, display=PlainDisplay(io.StringIO())):
         pass
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [e.step for e in events.Scalars("ppo/score_mean")] == [1, 2]
+    assert curve(tmp_path, "ppo", "ppo/score_mean") == [(1, 0.5), (2, 0.5)]
+
+
+def test_tensorboard_has_steps_that_are_done_again_once_and_those_of_other_stages_too(tmp_path: Path) -> None:
+    def session(value: float, *beginnings: tuple[int, int]) -> None:
+        """Begins PPO, as often as it loses its learner, behind `done` steps and logs those up to `last`."""
+        with RunTracker(tmp_path, display=PlainDisplay(io.StringIO())) as tracker:
+            for done, last in beginnings:
+                tracker.begin("ppo", 9, done=done)
+                for step in range(done + 1, last + 1):
+                    tracker.log("ppo", step, {"kl": value})
+
+    with RunTracker(tmp_path, display=PlainDisplay(io.StringIO())) as tracker:
+        tracker.begin("sft", 3)
+        for step in (1, 2, 3):
+            tracker.log("sft", step, {"loss": 1.0})
+    session(1.0, (0, 2))
+    session(2.0, (0, 6), (4, 5))
+    session(3.0, (4, 5))
+    session(4.0, (4, 9))
+    assert curve(tmp_path, "ppo", "ppo/kl") == [(step, 2.0) for step in range(1, 5)] + [(step, 4.0) for step in range(5, 10)]
+    assert curve(tmp_path, "sft", "sft/loss") == [(step, 1.0) for step in (1, 2, 3)]
 
 
 def test_numbers_that_are_not_finite_are_null_and_announced_once(tmp_path: Path) -> None:
