@@ -22,8 +22,12 @@ ENGINE_VARIABLES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL":
 
 
 def gpu_settings(config: RolloutConfig) -> dict[str, Any]:
-    """What an engine on GPUs is told beside its model."""
-    return {"gpu_memory_utilization": config.gpu_memory_utilization}
+    """What an engine on GPUs is told beside its model.
+
+    No step is computed ahead of the one that is handed out, which is vLLM's default there: new weights and sleep come between two steps,
+    and its tokens would be of the old weights under the new version. (On CPUs vLLM never does.)
+    """
+    return {"gpu_memory_utilization": config.gpu_memory_utilization, "async_scheduling": False}
 
 
 def cpu_settings(kv_cache_gib: float, max_model_len: int) -> dict[str, Any]:
