@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from ray.exceptions import RayTaskError
+
 from app.errors import DeadlineError, first_line
 from app.workers.stacks import write_stacks
 
@@ -51,7 +53,9 @@ def patiently(wait: Callable[[float], T], *, phase: str, seconds: float) -> T:
     end = time.monotonic() + seconds
     try:
         return wait(seconds * watch.early_share)
-    except TimeoutError:
+    except TimeoutError as error:
+        if isinstance(error, RayTaskError):  # a worker's own: here nothing has lasted
+            raise
         watch.told.add(phase)
         if file := _stacks(phase):
             watch.note(f"{phase} lasts more than {seconds * watch.early_share:g} s; what every process does is in {file}")

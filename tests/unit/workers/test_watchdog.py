@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ray.exceptions import RayTaskError
 
 from app.workers import watchdog
 from app.workers.watchdog import late, patiently, watching
@@ -62,6 +63,19 @@ def test_a_run_does_not_end_for_want_of_stacks(early_share: float | None, tmp_pa
     with watching(tmp_path, note=note, early_share=early_share):
         assert patiently(Wait(8), phase="push", seconds=10) == "there"
         assert str(late("push", "nothing came")) == "push: nothing came"
+
+
+def test_a_worker_whose_own_wait_was_too_long_is_no_wait_that_lasts(tmp_path: Path, written: list[str]) -> None:
+    """Ray raises it as the worker did: tensor-parallel engines of vLLM, and whatever has a deadline itself."""
+    asked: list[float] = []
+
+    def fail(seconds: float) -> None:
+        asked.append(seconds)
+        raise RayTaskError("generate", "traceback", TimeoutError("RPC call to execute_model timed out")).as_instanceof_cause()
+
+    with watching(tmp_path, note=pytest.fail, early_share=0.5), pytest.raises(RayTaskError):
+        patiently(fail, phase="rollout", seconds=10)
+    assert asked == [5.0] and written == []
 
 
 def test_who_does_not_watch_just_waits(written: list[str]) -> None:
