@@ -56,10 +56,14 @@ def stacks_of_node(folder: Path | None = None) -> str:
     for file in sorted((folder or stacks_folder()).glob("*@*@*")):
         pid, started, role = file.name.split("@", 2)
         if _started(int(pid)) != started:  # it has ended, and its number may be another's now
-            file.unlink()
+            file.unlink(missing_ok=True)  # somebody else may be collecting
             continue
-        asked[file] = f"==== {role}, process {pid} on {socket.gethostname()} ====", file.stat().st_size
-        os.kill(int(pid), signal.SIGUSR1)
+        length = file.stat().st_size
+        try:
+            os.kill(int(pid), signal.SIGUSR1)
+        except ProcessLookupError:  # it ends at this moment
+            continue
+        asked[file] = f"==== {role}, process {pid} on {socket.gethostname()} ====", length
     _wait_until_written({file: length for file, (_, length) in asked.items()})
     silent = "nothing written: the process is stopped, or in the kernel\n"
     return "\n".join(f"{headline}\n{_from(file, length) or silent}" for file, (headline, length) in asked.items())
