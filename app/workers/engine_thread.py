@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any, TypeAlias, TypeVar
 
-from app.errors import RolloutError
+from app.errors import RolloutError, WeightPushError
 from app.experience import IntArray
 from app.workers.pushed_policy import Weights
 from app.workers.step_loop import StepLoop
@@ -87,10 +87,16 @@ class EngineThread:
         self.end_update(version)
 
     def begin_update(self) -> None:
-        """Make ready for new weights. Until `end_update` no step is taken."""
+        """Make ready for new weights. Until `end_update` no step is taken.
+
+        Raises WeightPushError after an update that broke off: vLLM has kept the weights that came for a layer, and would count them as
+        those of this one."""
+        if self._updating:
+            raise WeightPushError(
+                "an earlier push of weights broke off in this rollout engine, and no other can be loaded on top of it: run the same "
+                "command again, which starts another engine"
+            )
         self._wake()
-        if self._updating:  # the learner was lost meanwhile
-            self.transfer("abandon_weight_update")
         self._updating = True
         self.transfer("start_weight_update")
 
@@ -105,7 +111,7 @@ class EngineThread:
         self._rest()
 
     def transfer(self, method: str, *args: Any) -> None:
-        """One step of vLLM's weight-transfer interface, or of our part of it (app.workers.object_store_worker), on the engine's workers."""
+        """One step of vLLM's weight-transfer interface on the engine's workers."""
         self._llm.collective_rpc(method, args=args)
 
     def _begin(self, llm: Any) -> None:
@@ -136,7 +142,7 @@ class EngineThread:
 
     def _busy(self) -> bool:
         """Whether a step is to be taken. While new weights come in the layers hold parts of both policies, or nothing at all; after an
-        update that broke off they do so until the next one is whole."""
+        update that broke off they do so for ever."""
         return bool(self._flights) and not self._updating
 
     def _step(self) -> None:

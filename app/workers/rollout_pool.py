@@ -37,7 +37,7 @@ class VllmRolloutPool:
         self._start = start
         self.exact = exact
         self._restarts_left = config.max_restarts
-        self._in_a_group = config.chosen_transfer == "nccl"
+        self._through_store = config.chosen_transfer == "object_store"
         self._deadline_seconds = deadline_seconds
         self._note = note
         self._current: tuple[str, tuple[Any, ...]] = ("pid", ())  # the call that gives a new engine the weights of now
@@ -98,10 +98,11 @@ class VllmRolloutPool:
     def discard(self) -> None:
         """Forget what is being sampled and where the weights came from: their learner is gone, and the next one brings its own.
 
-        Engines that are in an NCCL group with the lost learner are ended, and others take their places."""
+        Engines that took weights from its GPU are ended, and others take their places: they may be in a group with it, or hold half of
+        a policy, on which no other can be loaded."""
         with self._changing:
             self._current = ("pid", ())
-            if not self._in_a_group:
+            if self._through_store:
                 self.each("discard")
                 return
             for engine in self.engines:

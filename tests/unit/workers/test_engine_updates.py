@@ -37,7 +37,7 @@ class Core:
 
     def collective_rpc(self, method: str, args: tuple[Any, ...]) -> None:
         self.log.append(method)
-        if method in ("start_weight_update", "finish_weight_update", "abandon_weight_update"):
+        if method in ("start_weight_update", "finish_weight_update"):
             if self.updating is (method == "start_weight_update"):
                 raise RuntimeError(f"{method}: an update is under way: {self.updating}")
             self.updating = method == "start_weight_update"
@@ -184,15 +184,18 @@ def test_a_push_that_waits_begins_when_nothing_is_in_flight(actor: Actor) -> Non
 
 
 @pytest.mark.parametrize("actor", ["keep"], indirect=True)
-def test_after_a_push_that_broke_off_no_step_is_taken_before_a_whole_one(actor: Actor) -> None:
+def test_after_a_push_that_broke_off_no_step_is_taken_and_no_other_push_is_mixed_with_it(actor: Actor) -> None:
+    """vLLM would finish a layer as soon as it had as many weights as it needs, those of the first push among them."""
     actor.admit(LONG)
-    client = EngineActorsClient([actor], tensor_parallel=1)
-    client.start_weight_update()
+    EngineActorsClient([actor], tensor_parallel=1).start_weight_update()
     seen = len(actor.core.log)
     time.sleep(0.05)
     assert actor.core.log[seen:] == []
-    log = push(actor, 10)
-    assert log[:3] == ["start_weight_update", "abandon_weight_update", "start_weight_update"] and log[-2:] == ["version 10", "step"]
+    with pytest.raises(WeightPushError, match=r"broke off.* run the same command again"):
+        actor.start_update.remote().result(10)
+    with pytest.raises(WeightPushError, match="broke off"):
+        actor.load_policy.remote(SimpleNamespace(weights=lambda version: iter([{}])), 10).result(10)
+    assert actor.core.log[seen:] == []
 
 
 @pytest.mark.parametrize("actor", ["keep"], indirect=True)

@@ -230,9 +230,13 @@ def test_a_learner_that_is_gone_leaves_no_weights_for_engines_that_start_later(m
     assert pool.replace(0, mortal) is heir
 
 
-def test_engines_in_a_group_with_a_learner_that_is_gone_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", [{"transfer": "nccl"}, {"transfer": "ipc", "colocate": True}])
+def test_engines_that_took_weights_from_the_gpu_of_a_learner_that_is_gone_make_room_for_others(
+    way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be in a group with it, or hold half of a policy, on which no other can be loaded."""
     engines = [Engine(k) for k in range(4)]
-    pool = pool_of(engines, monkeypatch, gpus=1, transfer="nccl")
+    pool = pool_of(engines, monkeypatch, gpus=1, **way)
     pool.discard()
     assert pool.engines == engines[2:]
 

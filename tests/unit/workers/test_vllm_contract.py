@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-from contextlib import nullcontext
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,40 +60,3 @@ def test_a_step_ends_with_its_tokens(config: dict[str, Any], monkeypatch: pytest
     """On GPUs vLLM would begin the next step before it hands out the last one: weights that come in between two calls would come into the
     middle of a pass, whose tokens get the version that is current when they are handed out."""
     assert told(RolloutConfig.model_validate(config), monkeypatch)["async_scheduling"] is False
-
-
-@pytest.mark.parametrize("refused", [False, True])
-def test_an_update_that_broke_off_can_be_begun_again(refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """refused: vLLM's worker could not take a part of it, and counts it as ended, with its layers half loaded."""
-    from vllm.v1.worker import gpu_worker
-
-    from app.workers.object_store_worker import ObjectStoreWorker
-
-    class Worker(gpu_worker.Worker, ObjectStoreWorker):  # as vLLM extends it
-        def __init__(self) -> None:
-            self.said = list[str]()
-            self.weight_transfer_engine: Any = None
-            self.vllm_config: Any = None
-            self.model_runner: Any = SimpleNamespace(reset_lora_state=lambda: None)
-            self._weight_update_active = self._weight_update_is_draft = False
-
-    steps = ("start_weight_update", "update_weights", "finish_weight_update")
-
-    def engine(worker: Worker) -> Any:
-        def update(info: Any) -> None:
-            if refused:
-                raise OSError("the learner's memory is gone")
-
-        said = {step: lambda step=step: worker.said.append(step) for step in steps} | {"update_weights": update}
-        return SimpleNamespace(**said, reset_weight_update_target=lambda: None)
-
-    monkeypatch.setattr(gpu_worker, "set_current_vllm_config", lambda config: nullcontext())
-    worker = Worker()
-    worker.weight_transfer_engine = engine(worker)
-    worker.start_weight_update()
-    with pytest.raises(OSError, match="gone") if refused else nullcontext():
-        worker.update_weights({})
-    worker.abandon_weight_update()
-    worker.start_weight_update()
-    worker.finish_weight_update()
-    assert worker.said == ["start_weight_update", "finish_weight_update"] * 2
