@@ -17,6 +17,7 @@ from app.workers.pending import collect
 from app.workers.pushed_policy import PushedPolicy
 from app.workers.rollout_engine import RolloutEngine
 from app.workers.sampling import Sampling
+from app.workers.watchdog import late, patiently
 
 Note = Callable[[str], None]
 """Tells the user something that happened."""
@@ -54,12 +55,10 @@ class VllmRolloutPool:
         Raises RolloutError when one cannot start, DeadlineError when it does not in time.
         """
         loading = {engine.pid.remote(): engine for engine in self.engines}
-        up, late = list(loading), list[Any]()
-        if self._least < len(loading):
-            up, late = ray.wait(up, num_returns=self._least, timeout=self._deadline_seconds)
-        collect(up if len(up) >= self._least else list(loading), **self._waiting("pid"))
+        up = self._first(list(loading)) if self._least < len(loading) else list(loading)
+        collect(up, **self._waiting("start"))
         self.engines = [loading[call] for call in up]
-        self._late |= {call: loading[call] for call in late}
+        self._late |= {call: engine for call, engine in loading.items() if call not in up}
 
     def close(self) -> None:
         """End the processes of all engines."""
@@ -125,6 +124,25 @@ class VllmRolloutPool:
         """
         with self._changing:
             return self._replaced(k, lost)
+
+    def _first(self, loading: list[Any]) -> list[Any]:
+        """Of the calls that answer once an engine is up, the first `rollout.min_engines`."""
+        seconds, up = self._deadline_seconds, list[Any]()
+
+        def wait(seconds: float) -> None:
+            up[:], _ = ray.wait(loading, num_returns=self._least, timeout=seconds)
+            if len(up) < self._least:
+                raise TimeoutError
+
+        try:
+            patiently(wait, phase="rollout engine: start", seconds=seconds)
+        except TimeoutError:
+            raise late(
+                "rollout engine: start",
+                f"{len(up)} of {len(loading)} are up after {seconds:g} s, and rollout.min_engines = {self._least}: lower that, or raise "
+                "run.deadline_seconds",
+            ) from None
+        return up
 
     def _begin(self, place: int) -> Any:
         engine = self._start(place)

@@ -11,7 +11,7 @@ import pytest
 
 from app.config.rollout import RolloutConfig
 from app.config.shared import WorkersConfig
-from app.errors import EngineDiedError, RolloutError
+from app.errors import DeadlineError, EngineDiedError, RolloutError
 from app.experience import Prompt
 from app.workers import rollout_pool, sampling
 from app.workers.pushed_policy import PushedPolicy, Shipment
@@ -175,6 +175,19 @@ def growing_pool(
     pool = VllmRolloutPool(start, config, deadline_seconds=1, note=notes.append)
     pool.ready()
     return pool
+
+
+def test_engines_that_do_not_come_up_are_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines, waited = [SlowEngine(k) for k in range(3)], list[float]()
+    pool_of(engines, monkeypatch)
+    monkeypatch.setattr(rollout_pool, "collect", lambda calls, deadline_seconds, **_: waited.append(deadline_seconds))
+    monkeypatch.setattr(rollout_pool.ray, "wait", lambda calls, num_returns, timeout: waited.append(timeout) or (calls[:1], calls[1:]))
+    config = RolloutConfig(engines=WorkersConfig(count=3), min_engines=2)
+    waiting = iter(engines)
+    pool = VllmRolloutPool(lambda k: next(waiting), config, deadline_seconds=7, note=print)
+    with pytest.raises(DeadlineError, match=r"^rollout engine: start: 1 of 3 are up after 7 s, and rollout.min_engines = 2: .*lower"):
+        pool.ready()
+    assert waited == [7]
 
 
 def test_an_engine_that_finds_room_later_joins_with_the_weights_of_then(monkeypatch: pytest.MonkeyPatch) -> None:
