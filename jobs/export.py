@@ -97,7 +97,8 @@ TOOL = Tool(
     purpose="write a trained model in another precision, split into files, merged with its adapter, or onto the hub",
     details=(
         "Takes what `corral sft`, `rm` and `ppo` leave as DIR/STAGE/model (a reward model keeps its reward_offset), a peft adapter, which\n"
-        "is merged into its base, or DIR/ppo/checkpoints (the newest, or one of them), of which the policy is taken and the critic left.\n"
+        "is merged into its base, or DIR/ppo/checkpoints (the newest, or one of them; of a trial DIR/tune/TRIAL/checkpoints), of which\n"
+        "the policy is taken and the critic left.\n"
         "Writes safetensors, tokenizer, chat template and generation config to a folder that plain transformers loads.\n\n"
         "example:\n  corral export runs/demo/ppo/model --output exported --dtype bf16"
     ),

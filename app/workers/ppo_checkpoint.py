@@ -12,11 +12,11 @@ from app.config.shared import AdapterConfig
 from app.durable import read_json, write_json
 from app.errors import CheckpointError
 from app.models.adapters import merged_weights, scale_of
-from app.run_layout import BASE, MANIFEST, MODEL
+from app.run_layout import BASE, MANIFEST, MODEL, SEARCH
 from app.workers.deepspeed_engine import saved_weights
 from app.workers.pushed_policy import LANGUAGE_MODEL
 
-POLICY = "policy"
+PPO, POLICY = "ppo", "policy"
 ADAPTERS = "adapters.json"
 
 
@@ -44,7 +44,9 @@ def policy_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def starting_policy(checkpoint: Path) -> str:
     """The model that the run of a checkpoint began with, whose config and tokenizer are the policy's. Raises CheckpointError."""
-    run = checkpoint.absolute().parents[2]
+    _, stage, run, *_ = checkpoint.absolute().parents
+    if stage.name != PPO and run.name == SEARCH:  # of a trial
+        run = run.parent
     for folder in (run / "sft" / MODEL, run / BASE / BASE):
         if folder.is_dir():
             return str(folder)
