@@ -55,7 +55,10 @@ class VllmRolloutPool:
         Raises RolloutError when one cannot start, DeadlineError when it does not in time.
         """
         loading = {engine.pid.remote(): engine for engine in self.engines}
-        up = self._first(list(loading)) if self._least < len(loading) else list(loading)
+        up = list(loading)
+        if self._least < len(up):
+            remedy = f"lower rollout.min_engines = {self._least}, or raise run.deadline_seconds"
+            up = self._first(up, self._least, phase="rollout engine: start", remedy=remedy)
         collect(up, **self._waiting("start"))
         self.engines = [loading[call] for call in up]
         self._late |= {call: engine for call, engine in loading.items() if call not in up}
@@ -104,9 +107,9 @@ class VllmRolloutPool:
             if self._through_store:
                 self.each("discard")
                 return
-            for engine in self.engines:
-                ray.kill(engine)
-            self.engines = [self._begin(k) for k in range(len(self.engines))]
+            self.close()
+            self._late.clear()
+            self.engines = [self._begin(k) for k in range(self._wanted)]
             self.ready()
 
     def each(self, method: str, *args: Any) -> list[Any]:
@@ -118,30 +121,27 @@ class VllmRolloutPool:
     def replace(self, k: int, lost: Any) -> Any:
         """The k-th engine now that `lost` has died: a new one with the current weights, started unless somebody did before.
 
-        Where `rollout.min_engines` are left without it, the new one joins when it is up, and the answer is another engine. Where that
-        one dies too before it has the weights, as on a node of which Ray does not know yet that it is gone, the next one is started.
+        Where `rollout.min_engines` are left without it, the new one joins when it is up, and the answer is another engine. Else it is
+        waited for, or for one that has waited for room longer. Where that one dies too before it has the weights, as on a node of which
+        Ray does not know yet that it is gone, the next one is started.
         Raises RolloutError once `rollout.max_restarts` engines were lost.
         """
         with self._changing:
             return self._replaced(k, lost)
 
-    def _first(self, loading: list[Any]) -> list[Any]:
-        """Of the calls that answer once an engine is up, the first `rollout.min_engines`."""
+    def _first(self, calls: list[Any], count: int, *, phase: str, remedy: str) -> list[Any]:
+        """Of the calls that answer once an engine is up, the first ones. Raises DeadlineError."""
         seconds, up = self._deadline_seconds, list[Any]()
 
         def wait(seconds: float) -> None:
-            up[:], _ = ray.wait(loading, num_returns=self._least, timeout=seconds)
-            if len(up) < self._least:
+            up[:], _ = ray.wait(calls, num_returns=count, timeout=seconds)
+            if len(up) < count:
                 raise TimeoutError
 
         try:
-            patiently(wait, phase="rollout engine: start", seconds=seconds)
+            patiently(wait, phase=phase, seconds=seconds)
         except TimeoutError:
-            raise late(
-                "rollout engine: start",
-                f"{len(up)} of {len(loading)} are up after {seconds:g} s, and rollout.min_engines = {self._least}: lower that, or raise "
-                "run.deadline_seconds",
-            ) from None
+            raise late(phase, f"{len(up)} of {len(calls)} are up after {seconds:g} s, and {count} are needed: {remedy}") from None
         return up
 
     def _begin(self, place: int) -> Any:
@@ -157,50 +157,54 @@ class VllmRolloutPool:
     def _replaced(self, k: int, lost: Any) -> Any:
         if all(engine is not lost for engine in self.engines):
             return self.engines[k % len(self.engines)]
+        if len(self.engines) + len(self._late) <= self._wanted:  # else another one has been on its way since an attempt that failed
+            self._succeed(lost)
         at = next(at for at, each in enumerate(self.engines) if each is lost)
+        if len(self.engines) > self._least:
+            del self.engines[at]
+            return self.engines[k % len(self.engines)]
+        phase, remedy = "rollout engine: restart", "give them room, or raise run.deadline_seconds if they simply take that long"
+        while True:  # whichever comes first: one that has waited for room may have got that of the lost one
+            (call,) = self._first(list(self._late), 1, phase=phase, remedy=remedy)
+            if (engine := self._taken_in(call)) is not None:
+                self.engines[at] = engine
+                return engine
+
+    def _succeed(self, lost: Any) -> None:
+        """Start another engine in the place of one that has died. It is late from the start."""
         place = self._places[lost]
-        while True:
-            if not self._restarts_left:
-                raise RolloutError(
-                    f"rollout engine {place} died and cannot be replaced (rollout.max_restarts is used up, or weights go over NCCL or IPC): "
-                    "look at its last lines under the run's logs/; the same command goes on from the last checkpoint"
-                )
-            self._restarts_left -= 1
-            self._note(f"rollout engine {place} died; starting another one ({self._restarts_left} more may be lost)")
-            ray.kill(lost)
-            engine = self._begin(place)
-            if len(self.engines) > self._least:
-                del self.engines[at]
-                self._late[engine.pid.remote()] = engine
-                return self.engines[k % len(self.engines)]
-            try:
-                self._bring_up_to_date(engine)
-            except EngineDiedError:
-                lost = engine
-                continue
-            except BaseException:
-                ray.kill(engine)  # nobody else knows of it, and the next one may need its place
-                raise
-            self.engines[at] = engine
-            return engine
+        if not self._restarts_left:
+            raise RolloutError(
+                f"rollout engine {place} died and cannot be replaced (rollout.max_restarts is used up, or weights go over NCCL or IPC): "
+                "look at its last lines under the run's logs/; the same command goes on from the last checkpoint"
+            )
+        self._restarts_left -= 1
+        self._note(f"rollout engine {place} died; starting another one ({self._restarts_left} more may be lost)")
+        ray.kill(lost)
+        engine = self._begin(place)
+        self._late[engine.pid.remote()] = engine
 
     def _take_in(self) -> None:
         """Engines that have come up since: with the weights of now they are given prompts like all others."""
         up, _ = ray.wait(list(self._late), num_returns=len(self._late), timeout=0)
         for call in up:
-            engine = self._late.pop(call)
-            try:
-                collect([call], **self._waiting("pid"), died=EngineDiedError)
-                self._bring_up_to_date(engine)
-            except EngineDiedError:
-                self.engines.append(engine)
-                self.replace(len(self.engines) - 1, engine)
-            except BaseException:
-                self._late[engine.pid.remote()] = engine  # it can join once there are weights for it
-                raise
-            else:
+            if (engine := self._taken_in(call)) is not None:
                 self.engines.append(engine)
                 self._note(f"a rollout engine joined: {len(self.engines)} of {self._wanted} are up")
+
+    def _taken_in(self, call: Any) -> Any | None:
+        """The late engine that answers `call`, with the weights of now; None where it has died, and another one is on its way."""
+        engine = self._late.pop(call)
+        try:
+            collect([call], **self._waiting("pid"), died=EngineDiedError)
+            self._bring_up_to_date(engine)
+        except EngineDiedError:
+            self._succeed(engine)
+            return None
+        except BaseException:
+            self._late[engine.pid.remote()] = engine  # it can join once there are weights for it
+            raise
+        return engine
 
     def _bring_up_to_date(self, engine: Any) -> None:
         method, args = self._current

@@ -12,8 +12,8 @@ MUTANTS = (
     Mutant(
         "healing",
         POOL,
-        "                self._bring_up_to_date(engine)\n            except EngineDiedError:\n                lost = engine",
-        "                pass\n            except EngineDiedError:\n                lost = engine",
+        "            self._bring_up_to_date(engine)\n        except EngineDiedError:\n",
+        "            pass\n        except EngineDiedError:\n",
         "an engine that replaces another one samples with the weights of its folder",
         POOL_TESTS,
     ),
