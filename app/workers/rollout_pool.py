@@ -98,13 +98,16 @@ class VllmRolloutPool:
         self._restarts_left = 0
 
     def discard(self) -> None:
-        """Forget what is being sampled and where the weights came from: their learner is gone, and the next one brings its own.
+        """Forget what is being sampled and where the weights came from: their learner is gone, and the next one, which has been asked for,
+        brings its own.
 
         Engines that took weights from its GPU are ended, and others take their places: they may be in a group with it, or hold half of
         a policy, on which no other can be loaded."""
         with self._changing:
             self._current = ("pid", ())
             if self._through_store:
+                if self._least < self._wanted:  # else each of them is needed as much as the learner
+                    self._queue_again()
                 self.each("discard")
                 return
             self.close()
@@ -183,6 +186,15 @@ class VllmRolloutPool:
         ray.kill(lost)
         engine = self._begin(place)
         self._late[engine.pid.remote()] = engine
+
+    def _queue_again(self) -> None:
+        """Late engines ask for room once more, behind whoever has asked by now: one may have got that of a process which is needed."""
+        waiting = list(self._late.values())
+        self._late.clear()
+        for engine in waiting:
+            ray.kill(engine)
+            another = self._begin(self._places[engine])
+            self._late[another.pid.remote()] = another
 
     def _take_in(self) -> None:
         """Engines that have come up since: with the weights of now they are given prompts like all others."""

@@ -258,6 +258,18 @@ def test_a_learner_that_is_gone_leaves_no_weights_for_engines_that_start_later(m
     assert pool.replace(0, mortal) is heir
 
 
+def test_engines_that_wait_for_room_queue_behind_the_next_learner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them may have got what the lost learner has left, and the run cannot go on without a learner."""
+    first, late, again, places, killed = Engine(3), SlowEngine(4), SlowEngine(5, up=True), list[int](), list[Engine]()
+    pool = growing_pool([first, late, again], monkeypatch, [], places)
+    monkeypatch.setattr(rollout_pool.ray, "kill", killed.append)
+    late.up = True
+    pool.discard()
+    assert (killed, places, pool.engines) == ([late], [0, 1, 1], [first])
+    pool.submit([], seed=0)
+    assert pool.engines == [first, again]
+
+
 @pytest.mark.parametrize("way", [{"transfer": "nccl"}, {"transfer": "ipc", "colocate": True}])
 def test_engines_that_took_weights_from_the_gpu_of_a_learner_that_is_gone_make_room_for_others(
     way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
