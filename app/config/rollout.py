@@ -26,8 +26,8 @@ class RolloutConfig(Config):
     engines: WorkersConfig = WorkersConfig()
     """`count` engines; `gpus` per engine is its tensor-parallel size where it is above 1."""
     min_engines: int | None = Field(None, ge=1)
-    """Sample as soon as this many engines are up, and go on while no fewer are; the others join whenever the cluster has room for them.
-    Default: all of them, all the time."""
+    """Sample as soon as this many engines are up, and go on while no fewer are; the others are asked for once the learner is up, and join
+    whenever the cluster has room for them. Default: all of them, all the time."""
     max_model_len: int | None = Field(None, ge=16)
     """Context length of the engine, at least data.max_prompt_length + max_new_tokens; default: longest prompt + max_new_tokens."""
     kv_cache_gib: float = Field(0.5, gt=0)

@@ -47,21 +47,16 @@ class VllmRolloutPool:
         self._late: dict[Any, Any] = {}  # engines that wait for room, or load, by the call that answers once they have
         self._places: dict[Any, int] = {}  # what each engine was started as: `engines` moves up where one is lost
         self._changing = threading.RLock()  # held while engines or the weights that they should have become others
-        self.engines = [self._begin(k) for k in range(self._wanted)]
+        self._unasked = list(range(self._least, self._wanted))  # places of engines that nothing has been asked for yet
+        self.engines = [self._begin(k) for k in range(self._least)]
 
     def ready(self) -> None:
-        """Wait until every engine has loaded, or as many as `rollout.min_engines` asks for.
+        """Wait until every engine has loaded, or as many as `rollout.min_engines` asks for. The others are started with the first push of
+        weights: before, they would take the room of the learner and the scoring service, which a run cannot begin without.
 
         Raises RolloutError when one cannot start, DeadlineError when it does not in time.
         """
-        loading = {engine.pid.remote(): engine for engine in self.engines}
-        up = list(loading)
-        if self._least < len(up):
-            remedy = f"lower rollout.min_engines = {self._least}, or raise run.deadline_seconds"
-            up = self._first(up, self._least, phase="rollout engine: start", remedy=remedy)
-        collect(up, **self._waiting("start"))
-        self.engines = [loading[call] for call in up]
-        self._late |= {call: engine for call, engine in loading.items() if call not in up}
+        collect([engine.pid.remote() for engine in self.engines], **self._waiting("start"))
 
     def close(self) -> None:
         """End the processes of all engines."""
@@ -112,7 +107,7 @@ class VllmRolloutPool:
                 return
             self.close()
             self._late.clear()
-            self.engines = [self._begin(k) for k in range(self._wanted)]
+            self.engines = [self._begin(k) for k in range(self._least)]
             self.ready()
 
     def each(self, method: str, *args: Any) -> list[Any]:
@@ -132,44 +127,55 @@ class VllmRolloutPool:
         with self._changing:
             return self._replaced(k, lost)
 
-    def _first(self, calls: list[Any], count: int, *, phase: str, remedy: str) -> list[Any]:
-        """Of the calls that answer once an engine is up, the first ones. Raises DeadlineError."""
-        seconds, up = self._deadline_seconds, list[Any]()
+    def _next_up(self) -> Any:
+        """The first call of a late engine that is answered. Raises DeadlineError."""
+        phase, seconds, calls = "rollout engine: restart", self._deadline_seconds, list(self._late)
+        up: list[Any] = []
 
         def wait(seconds: float) -> None:
-            up[:], _ = ray.wait(calls, num_returns=count, timeout=seconds)
-            if len(up) < count:
+            up[:], _ = ray.wait(calls, num_returns=1, timeout=seconds)
+            if not up:
                 raise TimeoutError
 
         try:
             patiently(wait, phase=phase, seconds=seconds)
         except TimeoutError:
-            raise late(phase, f"{len(up)} of {len(calls)} are up after {seconds:g} s, and {count} are needed: {remedy}") from None
-        return up
+            raise late(
+                phase,
+                f"none of {len(calls)} is up after {seconds:g} s, and one is needed: give them room, or raise run.deadline_seconds if they "
+                "simply take that long",
+            ) from None
+        return up[0]
 
     def _begin(self, place: int) -> Any:
         engine = self._start(place)
         self._places[engine] = place
         return engine
 
+    def _come_late(self, place: int) -> None:
+        engine = self._begin(place)
+        self._late[engine.pid.remote()] = engine
+
     def _load(self, method: str, *args: Any) -> None:
         with self._changing:
             self._current = (method, args)
         self.each(method, *args)
+        with self._changing:
+            for place in self._unasked:
+                self._come_late(place)
+            self._unasked.clear()
 
     def _replaced(self, k: int, lost: Any) -> Any:
         if all(engine is not lost for engine in self.engines):
             return self.engines[k % len(self.engines)]
-        if len(self.engines) + len(self._late) <= self._wanted:  # else another one has been on its way since an attempt that failed
-            self._succeed(lost)
+        if len(self.engines) + len(self._late) + len(self._unasked) <= self._wanted:
+            self._succeed(lost)  # else another one has been on its way since an attempt that failed
         at = next(at for at, each in enumerate(self.engines) if each is lost)
         if len(self.engines) > self._least:
             del self.engines[at]
             return self.engines[k % len(self.engines)]
-        phase, remedy = "rollout engine: restart", "give them room, or raise run.deadline_seconds if they simply take that long"
         while True:  # whichever comes first: one that has waited for room may have got that of the lost one
-            (call,) = self._first(list(self._late), 1, phase=phase, remedy=remedy)
-            if (engine := self._taken_in(call)) is not None:
+            if (engine := self._taken_in(self._next_up())) is not None:
                 self.engines[at] = engine
                 return engine
 
@@ -184,8 +190,7 @@ class VllmRolloutPool:
         self._restarts_left -= 1
         self._note(f"rollout engine {place} died; starting another one ({self._restarts_left} more may be lost)")
         ray.kill(lost)
-        engine = self._begin(place)
-        self._late[engine.pid.remote()] = engine
+        self._come_late(place)
 
     def _queue_again(self) -> None:
         """Late engines ask for room once more, behind whoever has asked by now: one may have got that of a process which is needed."""
@@ -193,8 +198,7 @@ class VllmRolloutPool:
         self._late.clear()
         for engine in waiting:
             ray.kill(engine)
-            another = self._begin(self._places[engine])
-            self._late[another.pid.remote()] = another
+            self._come_late(self._places[engine])
 
     def _take_in(self) -> None:
         """Engines that have come up since: with the weights of now they are given prompts like all others."""

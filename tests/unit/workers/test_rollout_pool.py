@@ -82,6 +82,7 @@ def pool_of(
     return VllmRolloutPool(lambda k: next(waiting), settings, deadline_seconds=1, note=lambda text: None, exact=exact)
 
 
+WEIGHTS = PushedPolicy(Shipment(), Shipment(), None, first=True)
 PROMPTS = [Prompt(str(k), "", np.array([10 + k], np.int32)) for k in range(7)]
 
 
@@ -155,9 +156,9 @@ class SlowEngine(Engine):
 
 
 def growing_pool(
-    engines: Sequence[Engine], monkeypatch: pytest.MonkeyPatch, notes: list[str], places: list[int] | None = None
+    engines: Sequence[Engine], monkeypatch: pytest.MonkeyPatch, notes: list[str], places: list[int] | None = None, *, push: bool = True
 ) -> VllmRolloutPool:
-    """Two engines wanted, one needed. places: of those that were started."""
+    """Two engines wanted, one needed. places: of those that were started; push: it has been given weights."""
     pool_of(engines, monkeypatch)
 
     def wait(calls: Sequence[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
@@ -174,28 +175,34 @@ def growing_pool(
     config = RolloutConfig(engines=WorkersConfig(count=2), min_engines=1)
     pool = VllmRolloutPool(start, config, deadline_seconds=1, note=notes.append)
     pool.ready()
+    if push:
+        pool.load(WEIGHTS, 0)
     return pool
 
 
-def test_engines_that_do_not_come_up_are_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    engines, waited = [SlowEngine(k) for k in range(3)], list[float]()
-    pool_of(engines, monkeypatch)
-    monkeypatch.setattr(rollout_pool, "collect", lambda calls, deadline_seconds, **_: waited.append(deadline_seconds))
-    monkeypatch.setattr(rollout_pool.ray, "wait", lambda calls, num_returns, timeout: waited.append(timeout) or (calls[:1], calls[1:]))
-    config = RolloutConfig(engines=WorkersConfig(count=3), min_engines=2)
-    waiting = iter(engines)
-    pool = VllmRolloutPool(lambda k: next(waiting), config, deadline_seconds=7, note=print)
-    expected = r"^rollout engine: start: 1 of 3 are up after 7 s, and 2 are needed: lower rollout\.min_engines = 2"
+def test_engines_that_may_come_later_are_started_with_the_first_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, learner and scoring service look for room, without which there is no run."""
+    places: list[int] = []
+    pool = growing_pool([Engine(3), SlowEngine(4)], monkeypatch, [], places, push=False)
+    pool.submit(PROMPTS, seed=1).result()
+    assert places == [0]
+    for version in (1, 2):
+        pool.load(WEIGHTS, version)
+        assert places == [0, 1]
+
+
+def test_a_lost_engine_in_whose_place_none_comes_up_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = growing_pool([Engine(3, life=1), SlowEngine(4), SlowEngine(5)], monkeypatch, [])
+    expected = "^rollout engine: restart: none of 2 is up after 1 s, and one is needed: give them room"
     with pytest.raises(DeadlineError, match=expected):
-        pool.ready()
-    assert waited == [7]
+        pool.submit(PROMPTS, seed=1).result()
 
 
 def test_an_engine_that_finds_room_later_joins_with_the_weights_of_then(monkeypatch: pytest.MonkeyPatch) -> None:
     first, late, notes = Engine(3), SlowEngine(4), list[str]()
     pool = growing_pool([first, late], monkeypatch, notes)
     assert {rollout.policy_version for rollout in pool.submit(PROMPTS, seed=1).result()} == {3}
-    pool.load([], 7)
+    pool.load(WEIGHTS, 7)
     assert late.loaded == [] and notes == []
     late.up = True
     rollouts = pool.submit(PROMPTS, seed=1).result()
@@ -253,7 +260,7 @@ def test_a_learner_that_is_gone_leaves_no_weights_for_engines_that_start_later(m
     mortal, heir = Engine(3, life=0), Engine(0)
     heir.load_policy = SimpleNamespace(remote=lambda *arguments: RolloutError("the owner of the weights is dead"))
     pool = pool_of([mortal, Engine(4), heir], monkeypatch)
-    pool.load(PushedPolicy(Shipment(), Shipment(), None, first=True), 3)
+    pool.load(WEIGHTS, 3)
     pool.discard()
     assert pool.replace(0, mortal) is heir
 
@@ -296,7 +303,7 @@ def test_an_engine_that_cannot_get_the_weights_waits_for_those_that_come_next(mo
     mortal, heir = Engine(3, life=1), Engine(5)
     heir.load_policy = SimpleNamespace(remote=lambda *arguments: RolloutError("the owner of the weights is dead"))
     pool = pool_of([mortal, Engine(4), heir], monkeypatch, restarts=1)
-    pool.load(PushedPolicy(Shipment(), Shipment(), None, first=True), 3)
+    pool.load(WEIGHTS, 3)
     with pytest.raises(RolloutError, match="the owner of the weights is dead"):
         pool.submit(PROMPTS, seed=1).result()
     assert pool.engines[0] is mortal
@@ -308,7 +315,7 @@ def test_an_engine_that_joins_without_getting_the_weights_tries_again(monkeypatc
     first, late, answers = Engine(3), SlowEngine(4), [RolloutError("the owner of the weights is dead"), None]
     late.load_policy = SimpleNamespace(remote=lambda *arguments: answers.pop(0))
     pool = growing_pool([first, late], monkeypatch, [])
-    pool.load(PushedPolicy(Shipment(), Shipment(), None, first=True), 7)
+    pool.load(WEIGHTS, 7)
     late.up = True
     with pytest.raises(RolloutError, match="the owner of the weights is dead"):
         pool.submit(PROMPTS, seed=1)
