@@ -39,10 +39,13 @@ class HealedLearner(Generic[Group]):
         restarts: int,
         forget: Callable[[], None],
         note: Callable[[str], None],
+        forget_first: bool = False,
     ) -> None:
         """start: a group that may still be loading. forget: rid other processes of what the lost group has left with them (weights,
-        work under way), called while the next one loads. note: hears of every loss."""
+        work under way), called while the next one loads; forget_first: before that, where they need its GPUs to themselves for it. note:
+        hears of every loss."""
         self._start, self._forget, self._note = start, forget, note
+        self._forget_first = forget_first
         self._left = restarts
         self._open = ExitStack()
 
@@ -83,5 +86,8 @@ class HealedLearner(Generic[Group]):
         self._left -= 1
         self._note(f"ppo: {ranks}; the learner starts anew from the last checkpoint ({self._left} more may be lost)")
         self._open.close()
+        if self._forget_first:
+            self._forget()
         self._group = self._open.enter_context(self._start())
-        self._forget()
+        if not self._forget_first:
+            self._forget()

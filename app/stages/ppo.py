@@ -151,6 +151,7 @@ def train_ppo(
             lambda: start_learner(recipe, policy_path, reward_path, learner_placement, pretraining=pretraining),
             restarts=recipe.ppo.max_restarts,
             forget=pool.discard,
+            forget_first=recipe.rollout.shares_gpus,
             note=tracker.note,
         ) as learner,
         served_reward_models(

@@ -178,7 +178,6 @@ def load_engine(model_path: str, config: RolloutConfig, *, precision: str, max_m
         weight_transfer_config=WeightTransferConfig(backend=config.chosen_transfer),
         worker_extension_cls=WORKER_EXTENSION,
         enable_sleep_mode=config.shares_gpus,
-        async_scheduling=False,  # a step begun ahead would run into new weights, and its tokens have the version of a later one
         seed=seed % 2**31,
         **(gpu_settings(config) if on_gpu else cpu_settings(config.kv_cache_gib, max_model_len)),
     )
