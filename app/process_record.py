@@ -1,10 +1,13 @@
-"""Which process something belongs to, and whether it still runs."""
+"""Which process something belongs to, whether it still runs, and which code it runs."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
+import json
 import os
 import socket
+import subprocess
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -48,3 +51,29 @@ def _machine() -> str | None:
         return hashlib.sha256(b"corral" + Path("/etc/machine-id").read_bytes().strip()).hexdigest()[:16]
     except OSError:
         return None
+
+
+def ray_job() -> str | None:
+    """The submission id of the Ray job that this process is the driver of, or None."""
+    config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return (config.get("metadata") or {}).get("job_submission_id")
+
+
+def code_version() -> str:
+    """`git describe` of the checkout that this code runs from, else the version of the installed distribution."""
+    root = Path(__file__).resolve().parents[1]
+    described = _git_describe(root) if (root / ".git").exists() else None
+    if described:
+        return described
+    try:
+        return importlib.metadata.version("corral-rlhf")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"  # a working_dir that was shipped to a cluster without being installed
+
+
+def _git_describe(root: Path) -> str | None:
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--tags"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None  # no git on this machine, or a checkout that belongs to another user

@@ -7,11 +7,8 @@ is written last of all a stage writes, so a stage without one is unfinished. `DI
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
-import os
 import re
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -23,7 +20,7 @@ from app.config.recipe import Recipe
 from app.config.tune import BY_ANSWERS
 from app.durable import damage, file_hashes, hash_of, read_json, without_non_finite, write_json, wrong_size
 from app.errors import CheckpointError
-from app.process_record import me
+from app.process_record import code_version, me, ray_job
 from app.run_layout import CHECKPOINTS, LOCK, MANIFEST, MODEL, PARENTS, SUMMARY_FILE
 
 NOT_IDENTITY = re.compile(
@@ -57,12 +54,7 @@ class RunFolder:
         """
         path = Path(recipe.run.dir).absolute()
         identity = run_identity(recipe)
-        if path.exists() and not path.is_dir():
-            raise CheckpointError(f"run folder {path} is a file: choose another --run.dir")
-        if not recipe.run.resume and path.is_dir() and any(path.iterdir()):
-            raise CheckpointError(
-                f"run folder {path} is not empty and run.resume is false: choose another --run.dir, or set run.resume = true"
-            )
+        refuse_place(path, resume=recipe.run.resume)
         now = time.time()
         manifest: dict[str, Any] = {"created": now, "config": recipe.model_dump(mode="json"), "data": None, "stages": {}, "sessions": []}
         try:
@@ -71,11 +63,7 @@ class RunFolder:
             try:
                 if fill is not None:
                     fill(path, identity)
-                if (path / MANIFEST).exists():
-                    before = read_json(path / MANIFEST)
-                    if not is_blank(before):
-                        refuse_other_config(path, before, identity)
-                        manifest = before
+                manifest = refuse_other_run(path, identity) or manifest
                 manifest["sessions"].append({"command": command, "started": now, "code_version": code_version(), **me(), "job": ray_job()})
                 write_json(path / MANIFEST, manifest)
             except BaseException:
@@ -249,6 +237,23 @@ def lock_folder(path: Path) -> FileLock:
     return lock
 
 
+def refuse_place(path: Path, *, resume: bool) -> None:
+    """CheckpointError for a file, and without `run.resume` for a folder that is not empty."""
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"run folder {path} is a file: choose another --run.dir")
+    if not resume and path.is_dir() and any(path.iterdir()):
+        raise CheckpointError(f"run folder {path} is not empty and run.resume is false: choose another --run.dir, or set run.resume = true")
+
+
+def refuse_other_run(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The manifest of the run to go on with; None where there is none yet. CheckpointError where it is another run's."""
+    manifest = read_json(path / MANIFEST) if (path / MANIFEST).exists() else {"data": None}
+    if is_blank(manifest):
+        return None
+    refuse_other_config(path, manifest, identity)
+    return manifest
+
+
 def refuse_other_config(path: Path | str, manifest: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """CheckpointError that names the keys in which the run in `path` differs from this one."""
     try:
@@ -273,29 +278,3 @@ def content_hash(files: Mapping[str, Mapping[str, Any]], results: Mapping[str, A
     if files:
         return hash_of({name.removeprefix(f"{MODEL}/"): record for name, record in files.items()})
     return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()
-
-
-def ray_job() -> str | None:
-    """The submission id of the Ray job that this process is the driver of, or None."""
-    config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-    return (config.get("metadata") or {}).get("job_submission_id")
-
-
-def code_version() -> str:
-    """`git describe` of the checkout that this code runs from, else the version of the installed distribution."""
-    root = Path(__file__).resolve().parents[1]
-    described = _git_describe(root) if (root / ".git").exists() else None
-    if described:
-        return described
-    try:
-        return importlib.metadata.version("corral-rlhf")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"  # a working_dir that was shipped to a cluster without being installed
-
-
-def _git_describe(root: Path) -> str | None:
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--tags"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None  # no git on this machine, or a checkout that belongs to another user

@@ -17,6 +17,10 @@ if TYPE_CHECKING:  # reading a recipe's classes takes a second that `corral --he
     from app.config.recipe import Recipe
 
 
+DRY_RUN = "print the resolved recipe, the derived sizes, the placement and what a run would be refused for, and stop"
+"""Help of `--dry-run`."""
+
+
 @dataclass(frozen=True)
 class Command:
     """purpose: one line; details: what it reads and leaves; sections: the recipe sections it reads; run: does it."""

@@ -37,7 +37,7 @@ from jobs import (
     submission,
     tuning,
 )
-from jobs.command import Command, Tool
+from jobs.command import DRY_RUN, Command, Tool
 from jobs.resuming import require_unfinished
 
 if TYPE_CHECKING:
@@ -125,9 +125,11 @@ def _dispatch(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.resume:
         require_unfinished(recipe, arguments.command)
     if arguments.dry_run:
-        from jobs.dry_run import obstacle, sizes
+        from jobs.dry_run import obstacles, sizes
+        from jobs.inputs import check_inputs
 
-        sys.stdout.write(to_toml(recipe) + sizes(recipe, arguments.command) + obstacle(recipe, arguments.command))
+        found = obstacles(recipe, arguments.command, lambda: check_inputs(recipe, arguments.command))
+        sys.stdout.write(to_toml(recipe) + sizes(recipe, arguments.command) + found)
     else:
         RECIPE_COMMANDS[arguments.command].run(recipe)
     return 0
@@ -185,11 +187,7 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         sub.add_argument(
             "--resume", action="store_true", help="only go on with the unfinished run in run.dir, which any command does where there is one"
         )
-        sub.add_argument(
-            "--dry-run",
-            action="store_true",
-            help="print the resolved recipe, the derived sizes, the placement and what a run would be refused for, and stop",
-        )
+        sub.add_argument("--dry-run", action="store_true", help=DRY_RUN)
     for name, tool in TOOLS.items():
         sub = commands.add_parser(
             name,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from app.errors import CorralError, ScoringError, first_line
 from app.run_layout import LOGS
 from jobs import serving_inputs
-from jobs.command import Tool
+from jobs.command import DRY_RUN, Tool
 
 if TYPE_CHECKING:
     from ray import serve
@@ -64,17 +64,10 @@ class Service:
 
 def check(recipe: Recipe, doors: ServingConfig | None = None) -> Service:
     """Everything that can be wrong with the input. `doors`: those that are open already. Raises CorralError."""
-    from app.config.served_models import named_models
     from app.planning.placement import check_feasible
     from jobs import local_ray
-    from serve.access import bearer_token
 
-    models = serving_inputs.checked_models(named_models(recipe), recipe.model.trust_remote_code)
-    if recipe.serving.chat:
-        from serve.chat import check_chat_models
-
-        check_chat_models(recipe.serving.chat, recipe.model.precision, recipe.model.trust_remote_code)
-    token = bearer_token(recipe.serving)
+    models, token = check_given(recipe)
     check_feasible(recipe, "serve", local_ray.cluster_resources(), local_ray.cluster_nodes())
     if doors is None:
         return Service(recipe, models, serving_inputs.opened_doors(recipe.serving), token)
@@ -82,9 +75,22 @@ def check(recipe: Recipe, doors: ServingConfig | None = None) -> Service:
     return Service(recipe, models, recipe.serving.model_copy(update=kept), token)
 
 
+def check_given(recipe: Recipe) -> tuple[dict[str, ServedModelConfig], str | None]:
+    """The models and the token, checked. Raises CorralError."""
+    from app.config.served_models import named_models
+    from serve.access import bearer_token
+
+    models = serving_inputs.checked_models(named_models(recipe), recipe.model.trust_remote_code)
+    if recipe.serving.chat:
+        from serve.chat import check_chat_models
+
+        check_chat_models(recipe.serving.chat, recipe.model.precision, recipe.model.trust_remote_code)
+    return models, bearer_token(recipe.serving)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     serving_inputs.add_arguments(parser)
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe, the derived sizes and the placement, and stop")
+    parser.add_argument("--dry-run", action="store_true", help=DRY_RUN)
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -92,9 +98,9 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     recipe = serving_inputs.serving_recipe(arguments, overrides)
     if arguments.dry_run:
         from app.config.loading import to_toml
-        from jobs.dry_run import sizes
+        from jobs.dry_run import obstacles, sizes
 
-        sys.stdout.write(to_toml(recipe) + sizes(recipe, "serve"))
+        sys.stdout.write(to_toml(recipe) + sizes(recipe, "serve") + obstacles(recipe, "serve", lambda: check_given(recipe)))
         return 0
     service = check(recipe)
     from jobs import interrupts, local_ray

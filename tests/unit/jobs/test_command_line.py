@@ -129,3 +129,42 @@ def test_a_dry_run_tells_what_a_run_would_be_refused_for(capsys: pytest.CaptureF
     assert "# would be refused here and now: " in (told := capsys.readouterr().out) and "missing.jsonl" in told
     assert main(["sft", "jobs/recipes/tiny/sft.toml", "--dry-run"]) == 0
     assert "refused" not in capsys.readouterr().out
+
+
+def test_a_dry_run_tells_of_too_small_a_machine_and_of_all_else_that_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What the command itself says before Ray starts, each on a line of its own; of a cluster nobody is asked."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("jobs.local_ray.local_cpus", lambda: 2)
+    monkeypatch.setattr("jobs.local_ray.local_gpus", lambda: 0)
+    monkeypatch.setattr("jobs.local_ray.join_cluster", lambda: pytest.fail("a cluster was asked"))
+    twelve = ["ppo", str(RECIPES / "pythia" / "ppo-12b.toml"), f"--run.dir={tmp_path / 'run'}", "--data.path=./missing.jsonl", "--dry-run"]
+    assert main(twelve) == 0
+    refusals = [line for line in capsys.readouterr().out.splitlines() if line.startswith("# would be refused here and now: ")]
+    assert "stage ppo needs 8 GPUs" in refusals[0] and "missing.jsonl" in refusals[1]
+    assert main(["sft", TINY, "--sft.workers.count=4", "--sft.micro_batch_size=4", "--dry-run"]) == 0
+    assert "# would be refused here and now: stage sft needs 4 CPUs (sft 4 x 1) and the cluster has 2" in capsys.readouterr().out
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert main(twelve) == 0
+    text = capsys.readouterr().out
+    assert "needs 8 GPUs (" not in text and "missing.jsonl" in text
+    assert "# whether the cluster at RAY_ADDRESS = 10.0.0.1:6379 has room" in text and "corral doctor" in text
+
+
+def test_a_dry_run_tells_of_a_folder_that_holds_another_run_and_of_a_missing_package(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from app.run_folder import RunFolder
+
+    folder = tmp_path / "run"
+    RunFolder.open(load_recipe(TINY, [f"--run.dir={folder}"]), "pipeline").record_data("0" * 64)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    monkeypatch.setattr("app.trackers.opening.importlib.util.find_spec", lambda name, package=None: None)
+    assert main(["pipeline", TINY, f"--run.dir={folder}", "--ppo.steps=7", '--tracking.also=["wandb"]', "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert f"# would be refused here and now: run folder {folder} holds a run of another configuration: ppo.steps was" in text
+    assert "# would be refused here and now: tracking.also = wandb" in text
+    assert main(["pipeline", TINY, f"--run.dir={folder}", "--run.resume=false", "--dry-run"]) == 0
+    assert f"run folder {folder} is not empty and run.resume is false" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

@@ -72,6 +72,14 @@ def test_short_options_are_recipe_keys(capsys: pytest.CaptureFixture[str], tmp_p
     assert "new " in printed.read_text().partition("derived sizes")[2], "the placement shows every model"
 
 
+def test_a_dry_run_tells_what_would_be_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("jobs.local_ray.local_gpus", lambda: 0)
+    assert main(["serve", "--model", "reward=./nowhere", "--serving.models.reward.workers.gpus=4", "--dry-run"]) == 0
+    refusals = [line for line in capsys.readouterr().out.splitlines() if line.startswith("# would be refused here and now: ")]
+    assert "needs 4 GPUs" in refusals[0] and "./nowhere: no such folder" in refusals[1]
+
+
 def test_what_is_served_where_no_model_is_named() -> None:
     recipe = load_recipe(None, ["--reward.path=r", "--model.path=m", "--rollout.temperature=0.7", "--scoring.reward.count=2"])
     models = named_models(recipe)
