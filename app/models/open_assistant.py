@@ -41,7 +41,7 @@ def load_open_assistant(path: str, config: OpenAssistantConfig, dtype: torch.dty
     Such a model's `score` has no bias, so the bias of `out_proj` becomes `config.reward_offset` = -bias: logit - reward_offset
     is what Open-Assistant's model returns. Raises ModelError where weights are missing.
     """
-    layout, report = _FolderLayout.from_pretrained(path, config=_plain_config(config), dtype=dtype, output_loading_info=True)
+    layout, report = _FolderLayout.from_pretrained(path, config=plain_config(config), dtype=dtype, output_loading_info=True)
     if report["missing_keys"]:
         raise ModelError(f"{path}: no weights for {', '.join(sorted(report['missing_keys'])[:5])}; copy the whole folder again")
     layout.config.reward_offset = -layout.out_proj.bias.item()
@@ -52,7 +52,8 @@ def load_open_assistant(path: str, config: OpenAssistantConfig, dtype: torch.dty
     return cast(PreTrainedModel, model)
 
 
-def _plain_config(config: OpenAssistantConfig) -> GPTNeoXConfig:
+def plain_config(config: OpenAssistantConfig) -> GPTNeoXConfig:
+    """That of the trunk with one score."""
     own = ("model_type", "architectures", "id2label", "label2id")
     plain = GPTNeoXConfig(**{key: value for key, value in config.to_dict().items() if key not in own})
     plain.num_labels = 1

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from app.config.shared import AdapterConfig, Trainable
 from app.errors import ModelError
 from app.models.adapters import ADAPTER, merged_weights
+from app.models.embedded import VOCABULARY, build_config
+from app.models.gguf import PACKAGED, gguf_config, packaged_gguf
 from app.models.load import load_config
+from app.models.open_assistant import OpenAssistantConfig, plain_config
 
 
 def choose_trainable(model: PreTrainedModel, config: Trainable, *, seed: int) -> None:
@@ -23,12 +28,25 @@ def choose_trainable(model: PreTrainedModel, config: Trainable, *, seed: int) ->
 
 
 def check_trainable(path: str, config: Trainable, *, trust_remote_code: bool = False) -> None:
-    """Raises ModelError where `choose_trainable` would refuse the model in `path`, whose weights are not loaded."""
+    """Raises ModelError where `choose_trainable` would refuse the model that `path` names as `model.path` does; no weights are loaded."""
     if config.lora is None and not config.freeze_layers:
         return
+    sizes = _sizes(path, trust_remote_code)
+    if type(sizes) not in AutoModel._model_mapping and not hasattr(sizes, "auto_map"):
+        return  # a model without a bare trunk: it is looked at when it is loaded
     with torch.device("meta"):
-        trunk = AutoModel.from_config(load_config(path, trust_remote_code), trust_remote_code=trust_remote_code)
+        trunk = AutoModel.from_config(sizes, trust_remote_code=trust_remote_code)
         choose_trainable(trunk, config, seed=0)
+
+
+def _sizes(path: str, trust_remote_code: bool) -> PretrainedConfig:
+    """The config of the trunk that is trained."""
+    if path == "embedded":
+        return build_config(VOCABULARY, eos_id=0, pad_id=0)
+    if path == PACKAGED or path.endswith(".gguf"):
+        return gguf_config(packaged_gguf() if path == PACKAGED else Path(path).expanduser())
+    sizes = load_config(path, trust_remote_code)
+    return plain_config(sizes) if isinstance(sizes, OpenAssistantConfig) else sizes
 
 
 def freeze_lower_layers(model: PreTrainedModel, count: int) -> None:
@@ -57,14 +75,20 @@ def add_adapters(model: PreTrainedModel, config: AdapterConfig, *, seed: int) ->
 
     A score head stays trainable.
 
-    Raises ModelError when none of `config.targets` is a linear layer of the trunk.
+    Raises ModelError when one of `config.targets` is no linear layer of the trunk, or it has none.
     """
     trunk = model.base_model
     linear = [name for name, part in trunk.named_modules() if isinstance(part, nn.Linear)]
-    chosen = [name for name in linear if not config.targets or name.rpartition(".")[2] in config.targets]
-    if not chosen:
-        there = sorted({name.rpartition(".")[2] for name in linear})
-        raise ModelError(f"lora.targets = {list(config.targets)}: {type(model).__name__} has the linear layers {', '.join(there)}")
+    there = sorted({_last_part(name) for name in linear})
+    unknown = [target for target in config.targets if target not in there]
+    if not linear:
+        raise ModelError(f"lora: {type(model).__name__} has no linear layers to put adapters beside: leave lora out, or set freeze_layers")
+    if unknown:
+        raise ModelError(
+            f"lora.targets: no linear layer is called {', '.join(unknown)}; there are {', '.join(there)}: name some of these, "
+            "or leave lora.targets out"
+        )
+    chosen = [name for name in linear if not config.targets or _last_part(name) in config.targets]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=chosen)
@@ -72,6 +96,10 @@ def add_adapters(model: PreTrainedModel, config: AdapterConfig, *, seed: int) ->
     for part in (trunk.get_input_embeddings(), model.get_output_embeddings()):
         if part is not None:
             part.requires_grad_(config.embeddings)
+
+
+def _last_part(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def merged_state(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from app.config.loading import with_values
 from app.config.recipe import Recipe
@@ -19,6 +19,7 @@ from app.planning.roles import FLOAT32, Role, Roles
 from app.planning.shapes import shape_of
 from app.planning.trained import trained_model
 
+Section = Literal["sft", "rm", "ppo"]
 STARTED = (("rollout", "training", "scoring"), ("scoring", "training", "rollout"))
 """The order in which processes start, by what they do: of any stage, and of a search, whose trials come to a service that is there."""
 _OBJECT_STORE_SHARE = 0.3  # Ray's default part of a node's memory; what does not fit there goes to the disk
@@ -107,6 +108,12 @@ def placement(recipe: Recipe, command: str, gpu_memory: int | None = None) -> tu
         "samples": (StagePlacement("samples", (roles.engines(),)),),
     }
     return stages[command]
+
+
+def trained_sections(recipe: Recipe, command: str) -> tuple[Section, ...]:
+    """The sections of the recipe that say how a model is trained by this command, in the order of its stages."""
+    of_stage: dict[str, Section] = {"sft": "sft", "rm": "rm", "ppo": "ppo", "tune": "ppo"}
+    return tuple(of_stage[stage.name] for stage in placement(recipe, command) if stage.name in of_stage)
 
 
 def _reward_model(recipe: Recipe, roles: Roles) -> tuple[StagePlacement, ...]:

@@ -110,8 +110,8 @@ def _assumed(recipe: Recipe, stages: Collection[str]) -> tuple[str, ...]:
     sections = (("sft", recipe.sft, "sft"), ("rm", recipe.rm, "rm"), ("ppo", recipe.ppo, "ppo"), ("ppo", recipe.ppo, "tune"))
     unknown = {key: unknown_targets(shape, config.lora) for key, config, stage in sections if shape and config.lora and stage in stages}
     return tuple(
-        f"{key}.lora.targets: no linear layer called {', '.join(names)} is known of this kind of model; where training finds none of that "
-        "name it passes over it, so look the names up"
+        f"{key}.lora.targets: no linear layer called {', '.join(names)} is known of this kind of model; where it has none of that name "
+        "training refuses it, so look the names up"
         for key, names in unknown.items()
         if names
     )

@@ -29,8 +29,8 @@ def unknown_targets(shape: ModelShape, lora: AdapterConfig) -> tuple[str, ...]:
 def adapter_parameters(shape: ModelShape, lora: AdapterConfig) -> int:
     """Of adapters beside the targeted linear layers of the trunk: rank x (numbers in + numbers out) for each.
 
-    Training passes over a target that is no layer of the model, if others are. Where a Llama's layers are only assumed (see `KINDS`), a
-    target of unknown name may be a layer all the same: then adapters beside all linear layers are counted, which is seldom too little."""
+    Training refuses a target that is no layer of the model. Where a Llama's layers are only assumed (see `KINDS`), a target of unknown
+    name may be a layer all the same: then adapters beside all linear layers are counted, which is seldom too little."""
     return shape.layers * lora.rank * sum(into + out for _, into, out in _adapted(shape, lora))
 
 

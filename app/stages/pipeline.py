@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 from app.config.loading import with_values
 from app.config.recipe import Recipe
@@ -17,7 +17,7 @@ from app.errors import ModelError
 from app.models.load import seen_from_anywhere, writes_text
 from app.models.trainable import check_trainable
 from app.models.vocabulary import require_critic_vocabulary
-from app.planning.placement import engines_load_early
+from app.planning.placement import engines_load_early, trained_sections
 from app.report import write_report
 from app.run_folder import RunFolder
 from app.run_layout import DATA, EXAMPLES_FILE, MODEL
@@ -60,16 +60,16 @@ class Pipeline:
         self._open.close()
         self._memory.__exit__(kind, error, trace)
 
-    def check_trainable(self, *stages: Literal["sft", "ppo"]) -> None:
-        """Raises ModelError that names the stage, before anything is trained, where the model has not the layers that are to be frozen
-        or adapted."""
-        for stage in stages:
+    def check_trainable(self, command: str) -> None:
+        """Raises ModelError that names the section, before anything is trained, where the model has not the layers that are to be frozen
+        or adapted. Of a model that was on the hub nobody could say it earlier."""
+        for section in trained_sections(self.recipe, command):
             try:
                 check_trainable(
-                    self.prepared.model_path, getattr(self.recipe, stage), trust_remote_code=self.recipe.model.trust_remote_code
+                    self.prepared.model_path, getattr(self.recipe, section), trust_remote_code=self.recipe.model.trust_remote_code
                 )
             except ModelError as error:
-                raise ModelError(f"{stage}: {error}") from error
+                raise ModelError(f"{section}: {error}") from error
 
     @cached_property
     def prompts(self) -> PromptSets:
@@ -203,6 +203,7 @@ def run_sft(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker)
 def run_rm(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker) -> dict[str, Any]:
     """`corral rm`. Returns the summary."""
     with Pipeline(recipe, run, corpus, tracker) as pipeline:
+        pipeline.check_trainable("rm")
         pipeline.reward_model(pipeline.sft_model())
         return pipeline.summarise()
 
@@ -219,7 +220,7 @@ def run_ppo(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker,
 def run_pipeline(recipe: Recipe, run: RunFolder, corpus: Corpus, tracker: RunTracker, start_scoring: StartScoring) -> dict[str, Any]:
     """`corral pipeline`. Returns the summary."""
     with Pipeline(recipe, run, corpus, tracker) as pipeline:
-        pipeline.check_trainable("sft", "ppo")
+        pipeline.check_trainable("pipeline")
         sft_path = pipeline.sft()
         pipeline.ppo(sft_path, pipeline.reward_model(sft_path), start_scoring)
         return pipeline.summarise()

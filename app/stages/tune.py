@@ -32,7 +32,7 @@ def run_tune(
     trial failed.
     """
     with Pipeline(recipe, run, corpus, tracker) as pipeline:
-        pipeline.check_trainable("ppo")
+        pipeline.check_trainable("tune")
         sft_path = pipeline.sft_model()
         reward_path = pipeline.given_reward_model(sft_path)
         pipeline.close_engines()  # trials bring their own, in their own placement groups

@@ -19,6 +19,7 @@ from app.models.vocabulary import other_vocabulary
 from jobs.inputs import check_inputs
 from jobs.main import main
 from jobs.resuming import require_unfinished
+from tests.tiny_models import make_neox, make_reward_model
 
 RECIPES = Path(__file__).resolve().parents[3] / "jobs" / "recipes"
 TINY = str(RECIPES / "tiny" / "pipeline.toml")
@@ -277,6 +278,43 @@ def test_sequences_longer_than_the_model_takes(refused: Refused, tmp_path: Path)
     (tmp_path / "model" / "config.json").write_text('{"max_position_embeddings": 64}')
     error = refused("ppo", TINY, f"--model.path={model}", f"--reward.path={model}", f"--run.dir={tmp_path / 'run'}")
     assert "data.max_prompt_length + rollout.max_new_tokens = 96 tokens, and the model's context is 64" in error
+
+
+@pytest.mark.parametrize(
+    ("command", "stage", "setting", "reason"),
+    [
+        ("sft", "sft", "freeze_layers=4", "freeze_layers = 4 leaves nothing of the 4 layers"),
+        ("pipeline", "rm", "freeze_layers=4", "freeze_layers = 4 leaves nothing of the 4 layers"),
+        ("pipeline", "ppo", "lora.targets=q_proj", "no linear layer is called q_proj; there are dense, "),
+        ("ppo", "sft", "lora.targets=q_proj", "no linear layer is called q_proj; there are dense, "),
+        ("tune", "ppo", "freeze_layers=4", "freeze_layers = 4 leaves nothing of the 4 layers"),
+        ("tune", "ppo", None, "freeze_layers = 4 leaves nothing of the 4 layers"),
+    ],
+)
+def test_layers_that_the_embedded_model_has_not(
+    refused: Refused, command: str, stage: str, setting: str | None, reason: str, tmp_path: Path
+) -> None:
+    """Of every stage that the command trains, also of those before the one that it is called after."""
+    recipe = str(RECIPES / "tiny" / "tune.toml") if command == "tune" else TINY
+    searched = '--tune.space={"ppo.freeze_layers" = {type = "choice", values = [1, 4]}}'
+    given = searched if setting is None else f"--{stage}.{setting}"
+    error = refused(command, recipe, given, f"--run.dir={tmp_path / 'run'}")
+    assert f"{stage}: " in error and reason in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_layers_that_a_given_model_has_not(refused: Refused, tmp_path: Path) -> None:
+    model, run = make_neox(tmp_path / "model"), f"--run.dir={tmp_path / 'run'}"
+    short = ("--data.max_length=64", "--data.max_prompt_length=32", "--rollout.max_new_tokens=16", run)
+    error = refused("pipeline", TINY, f"--model.path={model}", "--rm.freeze_layers=2", *short)
+    assert "rm: freeze_layers = 2 leaves nothing of the 2 layers of GPTNeoXModel" in error
+    targets = '--ppo.lora.targets=["dense", "dence"]'
+    error = refused("ppo", TINY, f"--model.path={model}", f"--reward.path={make_reward_model(tmp_path / 'rm', model)}", targets, *short)
+    assert "ppo: lora.targets: no linear layer is called dence" in error and "or leave lora.targets out" in error
+    fitting = [f"--model.path={model}", "--rm.freeze_layers=1", '--sft.lora.targets=["dense"]', *short]
+    check_inputs(load_recipe(TINY, fitting), "pipeline")
+    check_inputs(load_recipe(TINY, [f"--model.path={model}", "--ppo.freeze_layers=9", *short]), "sft")  # which does not read it
+    check_inputs(load_recipe(TINY, ["--model.path=of/the-hub", "--sft.freeze_layers=9", run]), "sft")  # which is not asked
 
 
 def test_a_kv_cache_that_does_not_hold_one_sequence(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_scale_and_names_are_pefts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "reason"),
-    [({"freeze_layers": 2}, "freeze_layers = 2 leaves nothing"), ({"lora": {"targets": ["gone"]}}, "has the linear layers dense, ")],
+    [({"freeze_layers": 2}, "freeze_layers = 2 leaves nothing"), ({"lora": {"targets": ["gone"]}}, "there are dense, ")],
 )
 def test_what_cannot_be_trained_is_refused_before_weights_are_loaded(settings: dict[str, object], reason: str, tmp_path: Path) -> None:
     folder = Path(make_neox(tmp_path / "model"))

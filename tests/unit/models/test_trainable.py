@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from app.config.shared import AdapterConfig
 from app.config.training import SftConfig
@@ -16,7 +17,7 @@ from app.data.token_cache import SftRow
 from app.errors import ModelError
 from app.models.heads import init_reward_model, load_reward_model, save_reward_model, sequence_scores
 from app.models.load import load_causal_lm, load_tokenizer
-from app.models.trainable import choose_trainable, merged_state
+from app.models.trainable import check_trainable, choose_trainable, merged_state
 from app.tasks.sft import TargetLoss
 from tests.tiny_models import VOCABULARY, make_llama, make_neox
 
@@ -99,8 +100,25 @@ def test_a_reward_model_with_adapters_is_saved_merged(folder: str, batch: SftBat
 
 
 def test_an_unknown_target_names_the_layers_there_are(folder: str) -> None:
-    with pytest.raises(ModelError, match=r"lora.targets = \['nothing'\].*has the linear layers .*, "):
-        choose_trainable(load_causal_lm(folder), SftConfig(lora=AdapterConfig(targets=("nothing",))), seed=0)
+    """Also beside known ones: its layers would go untrained without a word."""
+    name = "dense" if "neox" in load_causal_lm(folder).config.model_type else "q_proj"
+    for targets in (("nothing",), (name, "nothing")):
+        with pytest.raises(ModelError, match=rf"lora.targets: no linear layer is called nothing; there are .*{name}.*: name some of these"):
+            choose_trainable(load_causal_lm(folder), SftConfig(lora=AdapterConfig(targets=targets)), seed=0)
+
+
+def test_a_model_without_linear_layers_takes_no_adapters(tmp_path: Path) -> None:
+    GPT2Config(n_layer=2, n_embd=32, n_head=2).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"lora: GPT2Model has no linear layers to put adapters beside: leave lora out"):
+        check_trainable(str(tmp_path), SftConfig(lora=AdapterConfig()))
+
+
+def test_a_released_reward_model_is_seen_as_the_trunk_that_is_trained(tmp_path: Path) -> None:
+    config = json.loads((Path(make_neox(tmp_path / "neox")) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "gpt_neox_reward_model", "architectures": []}))
+    check_trainable(str(tmp_path), SftConfig(freeze_layers=1))
+    with pytest.raises(ModelError, match="freeze_layers = 2 leaves nothing of the 2 layers of GPTNeoXModel"):
+        check_trainable(str(tmp_path), SftConfig(freeze_layers=2))
 
 
 def test_adapters_and_freezing_exclude_each_other() -> None:
