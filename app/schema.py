@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
 class Config(BaseModel):
@@ -34,10 +35,32 @@ class PathMark:
     written: bool
 
 
-InputPath = Annotated[str, PathMark(written=False)]
+def known_home(path: str) -> str:
+    """The path, unless it begins with the home of a user who has none: then ValueError.
+
+    >>> known_home("~/runs"), known_home("runs/~")
+    ('~/runs', 'runs/~')
+    """
+    in_home(path)
+    return path
+
+
+def in_home(path: str) -> str:
+    """With a leading `~` written out, which a shell leaves alone behind `=`: a folder of that name would be made. ValueError as above."""
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError as error:
+        raise ValueError(f"no user {path[1:].partition('/')[0]} has a home on this machine: write the path out") from error
+
+
+InputPath = Annotated[str, PathMark(written=False), AfterValidator(known_home)]
 """A file or folder that is read, or what a field takes in place of one: a glob, a URL, a hub name, a built-in model."""
-OutputPath = Annotated[str, PathMark(written=True)]
+OutputPath = Annotated[str, PathMark(written=True), AfterValidator(in_home)]
 """A file or folder that is written."""
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""Of random numbers: what every generator takes, numpy's and torch's."""
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise ConfigError(f"corral chat has no option {overrides[0]}: `corral chat --help` lists them")
     if not 0 <= arguments.temperature < math.inf or arguments.max_new_tokens < 1:
         raise ConfigError("corral chat: --temperature must be at least 0 and finite, and --max-new-tokens at least 1")
+    if arguments.seed is not None and not 0 <= arguments.seed < 2**32:
+        raise ConfigError(f"corral chat: --seed={arguments.seed}: give a number from 0 to {2**32 - 1}")
     from transformers import set_seed
     from transformers.utils import logging
 

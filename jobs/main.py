@@ -90,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             arguments, unknown = build_parser(rest).parse_known_args(rest)
             _refuse_unknown_options(arguments.command, unknown)
+            _refuse_unknown_homes(rest)
             return _dispatch(arguments, [*overrides, *unknown])
         except CorralError as error:
             sys.stderr.write(f"corral: error: {' '.join(str(error).split())}\n")
@@ -114,6 +115,17 @@ def _refuse_unknown_options(command: str, words: Sequence[str]) -> None:
         raise ConfigError(
             f"{name}: no such option, and no recipe key, which has a section before a dot (--run.dir): `corral {command} --help` lists both"
         )
+
+
+def _refuse_unknown_homes(words: Sequence[str]) -> None:
+    """A path such as ~nobody/x in an argument; those in recipes are checked there."""
+    from app.schema import known_home
+
+    for word in words:
+        try:
+            known_home(word.partition("=")[2] if word.startswith("--") else word)
+        except ValueError as error:
+            raise ConfigError(f"{word}: {error}") from error
 
 
 def _dispatch(arguments: argparse.Namespace, overrides: list[str]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from app.schema import Config
+from app.schema import Config, Seed
 
 
 class EvaluationConfig(Config):
@@ -12,7 +12,7 @@ class EvaluationConfig(Config):
 
     prompts: int = Field(256, ge=1)
     """Held-out prompts to answer (fewer where the data has fewer)."""
-    seed: int = Field(1234, ge=0, lt=2**32)
+    seed: Seed = 1234
     """Sampling seed, the same for both models."""
     bootstrap: int = Field(2000, ge=100)
     """Resamples behind each confidence interval."""

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from app.config.deepspeed_presets import PRESETS, Preset
 from app.errors import ConfigError
-from app.schema import Config, InputPath, OutputPath, merge
+from app.schema import Config, InputPath, OutputPath, Seed, merge
 
 
 class RunConfig(Config):
@@ -19,7 +19,7 @@ class RunConfig(Config):
     """Run folder: everything the run leaves is under it. On several nodes it must be a path that all of them share."""
     storage: str | None = None
     """URL (`s3://`, `gs://`, `file:///`) where the run folder is kept too: an empty run.dir, on any machine, goes on from there."""
-    seed: int = Field(1, ge=0, lt=2**32)
+    seed: Seed = 1
     """Seed of data generation, data order, initialisation and sampling."""
     resume: bool = True
     """Go on from what the run folder already holds; `false` refuses a folder that is not empty."""

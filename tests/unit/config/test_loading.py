@@ -398,3 +398,11 @@ def test_exact_runs_sample_and_score_whole_batches(tmp_path: Path) -> None:
     for option, remedy in (("--ppo.score_pieces=2", "set ppo.score_pieces = 1"), ("--ppo.max_lag=1", "set ppo.max_lag = 0")):
         with pytest.raises(ConfigError, match=remedy):
             load_recipe(None, ["--run.determinism=exact", option])
+
+
+def test_a_home_folder_is_found_where_the_shell_leaves_it(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `--run.dir=~/runs`; a folder called ~ would be made, and hard to remove."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load_recipe(recipe, ["--run.dir=~/runs/a"]).run.dir == "/home/me/runs/a"
+    for key in ("run.dir", "model.path", "data.path", "reward.path", "data.sets.mine.path"):
+        assert "no user nobody-here has a home on this machine" in refusal(recipe, f"--{key}=~nobody-here/x")

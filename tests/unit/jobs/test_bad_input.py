@@ -115,6 +115,16 @@ def test_commands(refused: Refused) -> None:
     assert "--help" in refused()
 
 
+def test_a_home_that_nobody_has(refused: Refused) -> None:
+    for words in (
+        ["chat", "~nobody-here/m"],
+        ["replay", "~nobody-here/r", "1"],
+        ["export", "m", "--output=~nobody-here/o"],
+        ["runs", "~nobody-here"],
+    ):
+        assert "~nobody-here" in (error := refused(*words)) and "no user nobody-here has a home on this machine" in error
+
+
 def test_a_check_for_a_command_that_there_is_none_of(refused: Refused) -> None:
     assert "--for nope: name one of pipeline, sft" in refused("doctor", TINY, "--for", "nope")
 

@@ -55,6 +55,12 @@ def test_command_reads_lines_until_the_input_ends(folder: str, monkeypatch: pyte
     assert first == second
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_no_generator_takes(seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", "nowhere", f"--seed={seed}"]) == 2
+    assert "--seed" in capsys.readouterr().err
+
+
 def test_the_folders_own_sampling_does_not_count(folder: str) -> None:
     """PPO samples from the whole distribution, whatever generation_config.json says."""
     answer = chat(folder).reply("Hello", lambda piece: None)
