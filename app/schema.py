@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 
 class Config(BaseModel):
-    """Immutable and strict, numbers finite; field docstrings become descriptions (`--help` prints them).
+    """Immutable and strict, numbers finite and no switches; field docstrings become descriptions (`--help` prints them).
 
     A section of which only some keys are given keeps the others as the default of its field has them, which need not be those of its
     class: `policy: OptimizerConfig = OptimizerConfig(eps=1e-5)` has that eps whatever else of it is set."""
@@ -20,12 +21,30 @@ class Config(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _over_default_sections(cls, given: Any) -> Any:
+    def _numbers_and_default_sections(cls, given: Any) -> Any:
         if not isinstance(given, Mapping):
             return given
+        switches = {name: value for name, value in given.items() if isinstance(value, bool) and name in cls.model_fields}
+        wrong = [name for name in switches if _is_number(cls.model_fields[name].annotation)]
+        if wrong:  # pydantic would take them for 0 and 1
+            problem = PydanticCustomError("no_number", "should be a number, not true or false")
+            raise ValidationError.from_exception_data(
+                cls.__name__, [InitErrorDetails(type=problem, loc=(name,), input=given[name]) for name in wrong]
+            )
         defaults = {name: field.default for name, field in cls.model_fields.items() if name in given and isinstance(field.default, Config)}
         chosen = {name: default.model_dump(exclude_unset=True) for name, default in defaults.items() if isinstance(given[name], Mapping)}
         return {**given, **{name: merge(values, given[name]) for name, values in chosen.items()}}
+
+
+def _is_number(annotation: Any) -> bool:
+    """
+    >>> from typing import Literal
+    >>> _is_number(int | None), _is_number(Literal[0, 1]), _is_number(int | bool), _is_number(str)
+    (True, True, False, False)
+    """
+    parts = get_args(annotation) or (annotation,)
+    kinds = {part if isinstance(part, type) else type(part) for part in parts}
+    return bool(kinds & {int, float}) and bool not in kinds
 
 
 @dataclass(frozen=True)

@@ -406,3 +406,12 @@ def test_a_home_folder_is_found_where_the_shell_leaves_it(recipe: Path, monkeypa
     assert load_recipe(recipe, ["--run.dir=~/runs/a"]).run.dir == "/home/me/runs/a"
     for key in ("run.dir", "model.path", "data.path", "reward.path", "data.sets.mine.path"):
         assert "no user nobody-here has a home on this machine" in refusal(recipe, f"--{key}=~nobody-here/x")
+
+
+def test_a_switch_is_no_number(recipe: Path) -> None:
+    """`patience = true` would be patience with one evaluation, and `steps = true` a run of one step."""
+    for key in ("sft.patience", "ppo.steps", "ppo.kl.coef", "rollout.min_engines", "ppo.deepspeed.zero_stage"):
+        assert f"{key} = true: should be a number" in refusal(recipe, f"--{key}=true")
+    inside = refusal(recipe, "--serving.models.a.path=x", "--serving.models.a.max_replicas=true")
+    assert "serving.models.a.max_replicas = true: should be a number" in inside
+    assert load_recipe(recipe, ["--run.resume=false", "--rm.share_prefix=true", "--run.dir=true"]).rm.share_prefix is True
