@@ -14,6 +14,8 @@ from jobs.command import Tool
 if TYPE_CHECKING:
     from app.models.chat import Chat
 
+LEAST_TEMPERATURE = 1e-4
+"""Below, logits divided by it are no longer finite, or as good as those at 0."""
 HELP = "Ctrl-D ends, /new starts over, Ctrl-C cuts an answer short"
 
 
@@ -27,11 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Answer line after line until the input ends."""
+    """Answer line after line until the input ends; 1 where a line that was piped in could not be answered."""
     if overrides:
         raise ConfigError(f"corral chat has no option {overrides[0]}: `corral chat --help` lists them")
-    if not 0 <= arguments.temperature < math.inf or arguments.max_new_tokens < 1:
-        raise ConfigError("corral chat: --temperature must be at least 0 and finite, and --max-new-tokens at least 1")
+    temperature = arguments.temperature
+    if not (temperature == 0 or LEAST_TEMPERATURE <= temperature < math.inf) or arguments.max_new_tokens < 1:
+        raise ConfigError(
+            f"corral chat: --temperature must be 0, or at least {LEAST_TEMPERATURE:g} and finite, and --max-new-tokens at least 1"
+        )
     if arguments.seed is not None and not 0 <= arguments.seed < 2**32:
         raise ConfigError(f"corral chat: --seed={arguments.seed}: give a number from 0 to {2**32 - 1}")
     from transformers import set_seed
@@ -43,22 +48,27 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     chat = Chat(arguments.model, temperature=arguments.temperature, max_new_tokens=arguments.max_new_tokens, system=arguments.system)
     if arguments.seed is not None:
         set_seed(arguments.seed)
+    answered = True
     for text in _lines():
         if text == "/new":
             chat.forget()
         elif text:
-            _answer(chat, text)
-    return 0
+            answered &= _answer(chat, text)
+    return 0 if answered or sys.stdin.isatty() else 1
 
 
-def _answer(chat: Chat, text: str) -> None:
+def _answer(chat: Chat, text: str) -> bool:
+    """Show the answer, or on stderr why there is none; returns whether there is one."""
+    answered = True
     try:
         chat.reply(text, _show)
     except ModelError as error:
-        sys.stdout.write(str(error))
+        answered = False
+        sys.stderr.write(f"corral: {error}\n")
     except KeyboardInterrupt:
         sys.stdout.write(" ...")
     _show("\n")
+    return answered
 
 
 def _show(piece: str) -> None:
@@ -69,7 +79,8 @@ def _show(piece: str) -> None:
 def _lines() -> Iterator[str]:
     """What is typed, or what is piped in, without surrounding blanks."""
     if not sys.stdin.isatty():
-        yield from (line.strip() for line in sys.stdin)
+        # Python reads bytes that are no UTF-8 as lone surrogates, which no tokenizer takes
+        yield from (line.encode("utf-8", "surrogateescape").decode("utf-8", "replace").strip() for line in sys.stdin)
         return
     import readline  # noqa: F401 - gives input() its line editing
 
@@ -86,7 +97,8 @@ TOOL = Tool(
     purpose="talk to a model in the terminal",
     details=(
         "Several turns, with the model's own template and sampling as PPO trains it; answers appear while they are sampled.\n"
-        f"{HELP}.\n\n"
+        f"{HELP}.\n"
+        "What cannot be answered is told on stderr, and where lines are piped in by the exit code 1.\n\n"
         "example:\n  corral chat runs/demo/ppo/model"
     ),
     add_arguments=add_arguments,

@@ -18,11 +18,14 @@ class Chat:
     """A conversation with the model in `path`, on a GPU where there is one (then in bfloat16).
 
     temperature: 0 takes the likeliest token every time. Raises ModelError for a folder that cannot be loaded, writes no
-    answers or has no template.
+    answers or has no template, and where no question fits beside the longest answer.
     """
 
     def __init__(self, path: str, *, temperature: float = 1.0, max_new_tokens: int = 256, system: str | None = None) -> None:
         check_language_model(path)
+        self._context = context_of(path)
+        if self._context is not None and max_new_tokens >= self._context:
+            raise ModelError(f"--max-new-tokens = {max_new_tokens} leaves no room for a question in the model's {self._context}: lower it")
         self._template = build_template("auto", load_tokenizer(path))
         on_gpu = torch.cuda.is_available()
         self._model = load_causal_lm(path, "bf16" if on_gpu else "fp32")
@@ -30,7 +33,6 @@ class Chat:
             torch.nn.Module.to(self._model, "cuda")  # in place
         # Not the folder's, which may hold a nucleus or a repetition penalty: PPO samples without.
         self._model.generation_config = GenerationConfig()
-        self._context = context_of(path)
         self._temperature, self._max_new_tokens = temperature, max_new_tokens
         self._opening = [Message("system", system)] if system else []
         self.turns: list[Message] = []

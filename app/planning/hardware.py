@@ -122,6 +122,10 @@ class Cluster:
         return min((node.read for node in self.nodes if node.read is not None), default=None)
 
 
+MOST_NODES, MOST_GPUS = 10_000, 1000
+"""More would be a slip of the finger, and keep a plan busy for hours."""
+
+
 def cluster_from_spec(spec: str) -> Cluster:
     """Nodes x GPUs of each x kind, such as `4x8xH100-80GB`. Raises ConfigError.
 
@@ -135,6 +139,8 @@ def cluster_from_spec(spec: str) -> Cluster:
         raise ConfigError(f"--cluster {spec}: unknown GPU {kind}: known are {', '.join(GPUS)}")
     if not nodes or not gpus:
         raise ConfigError(f"--cluster {spec}: a cluster has at least one node with one GPU; `local` plans for this machine")
+    if nodes > MOST_NODES or gpus > MOST_GPUS:
+        raise ConfigError(f"--cluster {spec}: plans are for at most {MOST_NODES} nodes with {MOST_GPUS} GPUs each: give fewer")
     return Cluster(spec, (_node(gpus, kind),) * nodes)
 
 

@@ -55,6 +55,27 @@ def test_command_reads_lines_until_the_input_ends(folder: str, monkeypatch: pyte
     assert first == second
 
 
+def test_what_cannot_be_answered_is_no_answer(folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A program that reads the answers must not take the reason for one; the line stays empty, and the exit code tells."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"Hello\n{'x' * CONTEXT}\nHello\n"))
+    assert main(["chat", folder, "--temperature=0", "--max-new-tokens=6"]) == 1
+    told = capsys.readouterr()
+    assert told.out.splitlines()[0] and told.out.splitlines()[1] == "" and len(told.out.splitlines()) == 3
+    assert told.err.count("\n") == 1 and f"do not fit the model's {CONTEXT}" in told.err
+
+
+def test_bytes_that_are_no_text_are_replaced(folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe?\n"), "utf-8", errors="surrogateescape"))
+    assert main(["chat", folder, "--temperature=0", "--max-new-tokens=6"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+@pytest.mark.parametrize("options", [[f"--max-new-tokens={CONTEXT}"], ["--temperature=1e-45"]])
+def test_options_under_which_nothing_could_be_answered(folder: str, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", folder, *options]) == 2
+    assert options[0].partition("=")[0] in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_a_seed_that_no_generator_takes(seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chat", "nowhere", f"--seed={seed}"]) == 2

@@ -115,3 +115,9 @@ def test_bad_input_is_one_line(words: list[str], message: str, capsys: pytest.Ca
 def test_what_would_make_a_plan_meaningless_is_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "jobs/recipes/tiny/ppo.toml", "--cluster", "1x1xA100-80GB", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_cluster_larger_than_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """A plan looks at every node: a number with too many digits would keep it busy for hours."""
+    assert main(["plan", str(RECIPES / "tiny" / "pipeline.toml"), "--cluster", "99999999x8xA100-80GB"]) == 2
+    assert "--cluster 99999999x8xA100-80GB: plans are for at most" in capsys.readouterr().err
