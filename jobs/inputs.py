@@ -49,7 +49,7 @@ def check_inputs(recipe: Recipe, command: str) -> None:
         raise ConfigError("ppo.workers.labels and rollout.engines.labels have no effect inside a trial's placement group: leave them out")
     _check_colocation(recipe)
     _check_transfer(recipe, command)
-    if recipe.model.path not in BUILT_IN_MODELS:
+    if recipe.model.path != "embedded":
         _check_model(recipe.model.path, trained=command not in BASE_MODEL_COMMANDS, writes=command != "rm")
     check_trained_layers(recipe, command)
     _check_lengths(recipe, command)
@@ -240,9 +240,10 @@ def _check_run_has_ppo_model(folder: Path) -> None:
 
 def _check_model(path: str, *, trained: bool, writes: bool) -> None:
     """`trained`: needs a chat template where it writes text; `writes`: needs to be a language model."""
-    if path.endswith(".gguf"):
-        if not Path(path).expanduser().is_file():
-            raise ModelError(f"model.path = {path}: no such file; check the path (it is relative to {Path.cwd()})")
+    if path in BUILT_IN_MODELS or path.endswith(".gguf"):
+        from app.models.load import check_convertible
+
+        check_convertible(path)
         return
     # loads transformers, which the built-in models do not need yet
     from app.models.load import check_model_folder, writes_text

@@ -30,7 +30,7 @@ from app.config.shared import ModelConfig
 from app.data.templates import OASST_TOKENS, prepare_tokenizer
 from app.errors import ModelError, first_line
 from app.models.embedded import EMBEDDING_MULTIPLE, build_embedded
-from app.models.gguf import PACKAGED, convert_gguf, packaged_gguf
+from app.models.gguf import PACKAGED, check_gguf, convert_gguf, packaged_gguf
 from app.models.logits import learn_logits
 from app.models.open_assistant import OpenAssistantConfig, load_open_assistant
 from app.models.saving import save_folder
@@ -63,6 +63,11 @@ def resolve_model(config: ModelConfig, *, texts: Iterable[str], seed: int, folde
         check_model_folder(config.path, chat_template=False)
         path = seen_from_anywhere(config.path)
     return _complete(path, config, folder / BASE, for_oasst)
+
+
+def check_convertible(path: str) -> None:
+    """Raises ModelError where the packaged model or a GGUF file is not there, or cannot be read."""
+    check_gguf(packaged_gguf() if path == PACKAGED else _existing(Path(path).expanduser()))
 
 
 def seen_from_anywhere(path: str) -> str:

