@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from app.config.recipe import Recipe
-from app.data.corpus import Corpus, load_corpus, require_groups, require_prompts, require_threads
+from app.data.corpus import Corpus, load_corpus, require_groups, require_prompts, require_references, require_threads
 from app.data.pretraining import NAME as PRETRAINING
 from app.data.pretraining import load_pretraining
 from app.data.reading import EMBEDDED
@@ -161,7 +161,7 @@ def _mixes_pretraining(recipe: Recipe, command: str) -> bool:
 
 def _scores_references(recipe: Recipe, command: str) -> bool:
     """Whether some run of the command has reference answers scored."""
-    searched = command == "tune" and "ppo.reward.delta" in recipe.tune.space
+    searched = command == "tune" and "ppo.reward.delta" in recipe.tune.space and True in recipe.tune.space["ppo.reward.delta"].ends()
     return command in MIX_COMMANDS and (recipe.ppo.reward.delta or searched)
 
 
@@ -289,6 +289,8 @@ def read_data(recipe: Recipe, command: str, run: RunFolder) -> Corpus:
     corpus = load_corpus(recipe.data, seed=recipe.run.seed, folder=run.path / DATA)
     for require in REQUIRED_DATA[command]:
         require(corpus)
+    if _scores_references(recipe, command):
+        require_references(corpus)
     if _mixes_pretraining(recipe, command):
         corpus = replace(corpus, pretraining=load_pretraining(recipe, run.path / DATA / PRETRAINING))
     run.record_data(corpus.sha256, **corpus.facts())

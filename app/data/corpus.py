@@ -252,6 +252,15 @@ def require_prompts(corpus: Corpus) -> None:
     _require(corpus, "prompts", "prompt", "PPO")
 
 
+def require_references(corpus: Corpus) -> None:
+    """Raises DataError when no prompt to train on has an answer that ppo.reward.delta could compare with."""
+    if not any(prompt.reference is not None for prompt in corpus.train.prompts):
+        raise DataError(
+            f"ppo.reward.delta: no prompt in the training split of {corpus.path} ({corpus.format} format) has a reference answer to "
+            "compare with: set ppo.reward.delta = false, or take data with answers"
+        )
+
+
 def _require(corpus: Corpus, kind: str, thing: str, stage: str) -> None:
     remedies = "; ".join(corpus.left_out) or "check data.path, data.lang, data.top_k and data.val_split"
     for side, split in (("training", corpus.train), ("validation", corpus.validation)):

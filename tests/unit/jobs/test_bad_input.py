@@ -16,7 +16,8 @@ from app.config.loading import load_recipe, with_values
 from app.config.recipe import Recipe
 from app.errors import ConfigError
 from app.models.vocabulary import other_vocabulary
-from jobs.inputs import check_inputs
+from app.run_folder import RunFolder
+from jobs.inputs import check_inputs, read_data
 from jobs.main import main
 from jobs.resuming import require_unfinished
 from tests.tiny_models import make_neox, make_reward_model
@@ -382,6 +383,19 @@ def test_reference_answers_longer_than_a_reward_model_takes(refused: Refused, tm
     check_inputs(load_recipe(TINY, given), "ppo")
 
 
+def test_reference_answers_that_no_prompt_has(refused: Refused, data: Callable[..., str], tmp_path: Path) -> None:
+    """The pipeline would have trained SFT before it looks."""
+    pairs = [json.dumps({"prompt": f"Why {number}?", "chosen": "yes", "rejected": "no"}) for number in range(10)]
+    plain = [json.dumps({"prompt": f"Why {number}?"}) for number in range(10)]
+    recipe, run = str(RECIPES / "tiny" / "tune.toml"), f"--run.dir={tmp_path / 'run'}"
+    searched = '--tune.space.ppo.reward.delta={type = "choice", values = [false, true]}'
+    for command, asked in (("ppo", "--ppo.reward.delta=true"), ("tune", "--ppo.reward.delta=true"), ("tune", searched)):
+        error = refused(command, recipe, f"--data.path={data(*plain)}", asked, run)
+        assert "ppo.reward.delta: no prompt in the training split of" in error and "has a reference answer" in error
+    answered = load_recipe(recipe, [f"--data.path={data(*pairs)}", "--ppo.reward.delta=true", f"--run.dir={tmp_path / 'other'}"])
+    read_data(answered, "ppo", RunFolder.open(answered, "ppo"))
+
+
 def test_a_critic_that_starts_from_a_reward_model_of_another_tokenizer(refused: Refused, tmp_path: Path) -> None:
     """Of the same size, so that every id has some meaning to it."""
     run = f"--run.dir={tmp_path / 'run'}"
@@ -416,7 +430,6 @@ def test_a_reward_model_that_lacks_a_token_of_the_policy_and_one_that_has_more(t
 
 def test_a_run_folder_of_another_config_is_left_alone(refused: Refused, tmp_path: Path) -> None:
     from app.config.loading import load_recipe
-    from app.run_folder import RunFolder
 
     folder = tmp_path / "run"
     RunFolder.open(load_recipe(TINY, [f"--run.dir={folder}"]), "pipeline").record_data("0" * 64)
@@ -464,7 +477,6 @@ def test_resume_goes_on_only_where_there_is_a_run(refused: Refused, tmp_path: Pa
 
 def test_there_is_nothing_to_resume_of_a_finished_run(refused: Refused, tmp_path: Path) -> None:
     """Said before anything starts; what the same command without --resume takes as done (tests/e2e), and what is still to do, is not."""
-    from app.run_folder import RunFolder
 
     folder = tmp_path / "run"
     recipe = load_recipe(TINY, [f"--run.dir={folder}"])
@@ -491,7 +503,6 @@ def test_there_is_nothing_to_resume_of_a_finished_run(refused: Refused, tmp_path
 
 def test_a_search_is_not_resumed_with_another_space(refused: Refused, tmp_path: Path) -> None:
     from app.config.loading import load_recipe
-    from app.run_folder import RunFolder
 
     tune, folder = str(RECIPES / "tiny" / "tune.toml"), tmp_path / "run"
     RunFolder.open(load_recipe(tune, [f"--run.dir={folder}"]), "tune").record_data("0" * 64)
