@@ -54,10 +54,10 @@ class RunFolder:
         """
         path = Path(recipe.run.dir).absolute()
         identity = run_identity(recipe)
-        refuse_place(path, resume=recipe.run.resume)
         now = time.time()
         manifest: dict[str, Any] = {"created": now, "config": recipe.model_dump(mode="json"), "data": None, "stages": {}, "sessions": []}
         try:
+            refuse_place(path, resume=recipe.run.resume)
             path.mkdir(parents=True, exist_ok=True)
             lock = lock_folder(path)  # before the manifest is read: a run that is just ending may still write it
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,17 @@ class Tool:
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace, list[str]], int]
     keys: tuple[str, ...] = ()
+
+
+REFUSED_PATHS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR)
+"""What the system may have against a path, in whatever place it is looked at."""
+
+
+def refused_path(error: OSError) -> str | None:
+    """What to tell of a path that the system refuses; None of anything else, which would be a mistake of ours."""
+    if error.errno not in REFUSED_PATHS or error.filename is None:
+        return None
+    return f"{error.filename}: {error.strerror}: check the path and its permissions"
 
 
 def tool_recipe(name: str, keys: Sequence[str], overrides: Sequence[str], values: Mapping[str, Any] | None = None) -> Recipe:

@@ -10,6 +10,7 @@ from typing import Any
 from app.config.recipe import Recipe
 from app.errors import CorralError
 from app.planning.placement import check_feasible, describe
+from jobs.command import refused_path
 
 
 def sizes(recipe: Recipe, command: str) -> str:
@@ -47,6 +48,11 @@ def _refusal(check: Callable[[], object]) -> str:
         check()
     except CorralError as error:
         return str(error)
+    except OSError as error:
+        reason = refused_path(error)
+        if reason is None:
+            raise
+        return reason
     return ""
 
 

@@ -37,7 +37,7 @@ from jobs import (
     submission,
     tuning,
 )
-from jobs.command import DRY_RUN, Command, Tool
+from jobs.command import DRY_RUN, Command, Tool, refused_path
 from jobs.resuming import require_unfinished
 
 if TYPE_CHECKING:
@@ -95,6 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         except CorralError as error:
             sys.stderr.write(f"corral: error: {' '.join(str(error).split())}\n")
             return error.exit_code
+        except OSError as error:
+            reason = refused_path(error)
+            if reason is None:
+                raise
+            sys.stderr.write(f"corral: error: {reason}\n")
+            return ConfigError.exit_code
         except KeyboardInterrupt:
             sys.stderr.write("corral: error: interrupted before a run had begun; nothing was changed\n")
             return 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 from collections.abc import Callable, Sequence
@@ -124,6 +125,37 @@ def test_a_home_that_nobody_has(refused: Refused) -> None:
         ["runs", "~nobody-here"],
     ):
         assert "~nobody-here" in (error := refused(*words)) and "no user nobody-here has a home on this machine" in error
+
+
+def test_paths_that_the_system_refuses(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a folder that others may not enter, whoever looks into it: a name that is too long is refused to everybody."""
+    path, run = "x" * 300, f"--run.dir={tmp_path / 'run'}"
+    for words in (
+        ["sft", TINY, f"--model.path={path}", run],
+        ["sft", TINY, f"--data.path={path}", run],
+        ["sft", TINY, f"--run.dir={tmp_path / path}"],
+        ["ppo", TINY, f"--reward.path={path}", run],
+        ["plan", TINY, f"--model.path={path}"],
+        *([command, path] for command in ("chat", "logs", "stop")),
+        ["replay", path, "1"],
+        ["data", "inspect", path],
+        ["tune", "--promote", path],
+    ):
+        error = refused(*words)
+        assert f"{path}" in error and "File name too long" in error and ("check the path" in error or "choose another --run.dir" in error)
+
+    def closed(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/closed/run")
+
+    monkeypatch.setattr("app.stages.replay.replay", closed)
+    assert refused("replay", "/closed/run", "1") == "corral: error: /closed/run: Permission denied: check the path and its permissions\n"
+
+
+def test_a_dry_run_goes_on_behind_a_path_that_the_system_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "manifest.json").mkdir()
+    assert main(["sft", TINY, f"--data.path={'x' * 300}", f"--run.dir={tmp_path}", "--dry-run"]) == 0
+    refusals = [line for line in capsys.readouterr().out.splitlines() if line.startswith("# would be refused here and now: ")]
+    assert "File name too long" in refusals[0] and "manifest.json: Is a directory" in refusals[1]
 
 
 def test_a_check_for_a_command_that_there_is_none_of(refused: Refused) -> None:
