@@ -100,8 +100,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSONL file. examples.jsonl: prompt, before, after, and their reward and gold scores (null where unknown)."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may still be written
+    complete = path.read_text(encoding="utf-8").split("\n")[
+        :-1
+    ]  # the last line may still be written; `splitlines` also ends them at U+2028
+    return [json.loads(line) for line in complete]
 
 
 def plots(metrics: Mapping[str, Curve]) -> tuple[list[Plot], list[Plot], list[tuple[str, str]]]:

@@ -15,7 +15,7 @@ from app.config.recipe import Recipe
 from app.curves import Curve, draw, read_curves, running_mean
 from app.display import PlainDisplay
 from app.headline import cards, comparison, facts, number
-from app.report import write_report
+from app.report import read_lines, write_report
 from app.run_folder import RunFolder
 from app.tracking import RunTracker
 
@@ -198,3 +198,12 @@ def test_running_mean_by_hand() -> None:
 )
 def test_numbers_for_people(value: Any, options: dict[str, Any], text: str) -> None:
     assert number(value, **options) == text
+
+
+def test_answers_with_line_separators_of_other_alphabets(tmp_path: Path) -> None:
+    """Models and web data hold them, and JSON leaves them in its strings; a line of the file ends with a line feed alone."""
+    odd = "a\u2028b\u2029c\x85d"
+    (tmp_path / "examples.jsonl").write_text(json.dumps({"prompt": odd, "before": odd, "after": odd}, ensure_ascii=False) + "\n", "utf-8")
+    (tmp_path / "events.jsonl").write_text(json.dumps({"stage": "ppo", "step": 1, "text": odd}, ensure_ascii=False) + "\n{half", "utf-8")
+    assert [row["after"] for row in read_lines(tmp_path / "examples.jsonl")] == [odd]
+    assert [row["text"] for row in read_lines(tmp_path / "events.jsonl")] == [odd]
