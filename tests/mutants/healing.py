@@ -66,7 +66,14 @@ MUTANTS = (
         POOL_TESTS,
     ),
     Mutant("healing", HEALING, "        self._left -= 1\n", "", "a learner that always dies is started for ever", HEALING_TESTS),
-    Mutant("healing", HEALING, "        if not self._forget_first:\n            self._forget()\n", "", "engines go on with what a lost learner has left with them", HEALING_TESTS),
+    Mutant(
+        "healing",
+        HEALING,
+        "        if not self._forget_first:\n            self._forget()\n",
+        "",
+        "engines go on with what a lost learner has left with them",
+        HEALING_TESTS,
+    ),
     Mutant(
         "healing",
         HEALING,
