@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.event_file_writer import AtomicCounter
 
 from app import tracking
 from app.display import LiveDisplay, PlainDisplay, StageProgress, duration, open_display
@@ -73,7 +74,12 @@ def test_a_second_session_appends_after_a_line_cut_by_a_kill(tmp_path: Path) -> 
     assert curve(tmp_path, "ppo", "ppo/score_mean") == [(1, 0.5), (2, 0.5)]
 
 
-def test_tensorboard_has_steps_that_are_done_again_once_and_those_of_other_stages_too(tmp_path: Path) -> None:
+def test_tensorboard_has_steps_that_are_done_again_once_and_those_of_other_stages_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Files of one second are read by the number that their process gave them, of which the tenth comes before the ninth.
+    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(0))
+
     def session(value: float, *beginnings: tuple[int, int]) -> None:
         """Begins PPO, as often as it loses its learner, behind `done` steps and logs those up to `last`."""
         with RunTracker(tmp_path, display=PlainDisplay(io.StringIO())) as tracker:
