@@ -47,7 +47,7 @@ def check_inputs(recipe: Recipe, command: str) -> None:
     _check_data(recipe, command)
     if command == "tune" and (recipe.ppo.workers.labels or recipe.rollout.engines.labels):
         raise ConfigError("ppo.workers.labels and rollout.engines.labels have no effect inside a trial's placement group: leave them out")
-    _check_colocation(recipe)
+    _check_colocation(recipe, command)
     _check_transfer(recipe, command)
     if recipe.model.path != "embedded":
         _check_model(recipe.model.path, trained=command not in BASE_MODEL_COMMANDS, writes=command != "rm")
@@ -200,11 +200,16 @@ def _longest(recipe: Recipe) -> tuple[int, str]:
     return recipe.data.max_prompt_length + recipe.rollout.max_new_tokens, "data.max_prompt_length + rollout.max_new_tokens"
 
 
-def _check_colocation(recipe: Recipe) -> None:
+def _check_colocation(recipe: Recipe, command: str) -> None:
     """Engine k sits on the GPU of learner k, so it needs one, and no other."""
     learners, engines = recipe.ppo.workers, recipe.rollout.engines
     if not recipe.rollout.shares_gpus:
         return
+    if command == "tune":
+        raise ConfigError(
+            "rollout.colocate = true: the engines of a trial have GPUs of their own in its placement group: set rollout.colocate = false, "
+            'and leave rollout.transfer = "ipc" out'
+        )
     if engines.count > learners.count or not 0 < learners.gpus <= 1 or engines.gpus > 1:
         raise ConfigError(
             f"rollout.colocate puts engine k on the one GPU of learner k, here {engines.count} engines x {engines.gpus:g} GPUs on "
@@ -214,11 +219,6 @@ def _check_colocation(recipe: Recipe) -> None:
 
 def _check_transfer(recipe: Recipe, command: str) -> None:
     """Whether the learner can send weights the way that the engines get them."""
-    if command == "tune" and recipe.rollout.chosen_transfer == "ipc":
-        raise ConfigError(
-            'rollout.transfer = "ipc" hands over what lies on one GPU, and the engines of a trial have GPUs of their own: leave '
-            "rollout.transfer and rollout.colocate out"
-        )
     if command in MIX_COMMANDS and recipe.rollout.chosen_transfer == "nccl" and not recipe.ppo.workers.gpus:
         raise ConfigError(
             f"weights go over NCCL to engines of rollout.engines.gpus = {recipe.rollout.engines.gpus:g}, and ppo.workers.gpus = 0 leaves "
@@ -249,7 +249,7 @@ def _check_model(path: str, *, trained: bool, writes: bool) -> None:
     from app.models.load import check_model_folder, writes_text
 
     check_model_folder(path, chat_template=False)
-    language_model = not Path(path).expanduser().is_dir() or writes_text(Path(path).expanduser())
+    language_model = not Path(path).expanduser().is_dir() or writes_text(Path(path).expanduser())  # the hub is not asked
     if writes and not language_model:
         raise ModelError(f"model.path = {path}: a reward model or an encoder writes no answers; name a causal language model")
     check_model_folder(path, chat_template=trained and language_model)

@@ -18,10 +18,10 @@ from ray.llm._internal.common.callbacks.base import CallbackBase
 from starlette.responses import JSONResponse
 
 from app.config.serving import DOORS, ChatModelConfig, ServingConfig
-from app.errors import ConfigError, ModelError
+from app.errors import ConfigError
 from app.models.context import context_of
 from app.models.heads import Precision
-from app.models.load import check_model_folder, load_config, seen_from_anywhere, writes_text
+from app.models.load import check_language_model, load_config, seen_from_anywhere
 from app.planning.memory import WIDTHS
 from app.planning.shapes import cache_bytes
 from app.workers.engine_settings import DTYPES, ENGINE_VARIABLES, cpu_settings
@@ -41,14 +41,9 @@ MAX_ONGOING_REQUESTS = 1024
 def check_chat_models(models: Mapping[str, ChatModelConfig], precision: Precision = "fp32", trust_remote_code: bool = False) -> None:
     """Raises ModelError or ConfigError for what cannot be chatted with, before anything is started."""
     for name, model in models.items():
-        check_model_folder(model.path, chat_template=True)
-        if not writes_text(model.path):
-            raise ModelError(f"chat model {name} = {model.path}: a reward model or an encoder writes no answers; name a language model")
-        gpus = model.workers.gpus
-        if gpus > 1 and gpus != int(gpus):
-            raise ConfigError(f"serving.chat.{name}.workers.gpus = {gpus}: an engine has whole GPUs, or a share of one")
+        check_language_model(model.path, f"chat model {name} =")
         config = load_config(model.path, trust_remote_code).get_text_config().to_dict()
-        needed = 0 if gpus else cache_bytes(config, _length(model), WIDTHS[precision])
+        needed = 0 if model.workers.gpus else cache_bytes(config, _length(model), WIDTHS[precision])
         if needed > model.kv_cache_gib * 2**30:  # vLLM would refuse too, a minute later and in a log
             raise ConfigError(
                 f"serving.chat.{name}: a conversation of {_length(model)} tokens needs {needed / 2**30:.2g} GiB of KV cache, and "

@@ -143,11 +143,13 @@ def check_model_folder(path: str | Path, *, chat_template: bool = True) -> None:
         raise ModelError(f"model {path}: its tokenizer has no chat template; run `corral sft` on it first, or save one with it")
 
 
-def check_language_model(path: str | Path) -> None:
-    """As `check_model_folder`, and also for a reward model or an encoder, whose missing output head would be drawn at random."""
+def check_language_model(path: str | Path, named: str = "model") -> None:
+    """As `check_model_folder`, and also for a reward model or an encoder, whose missing output head would be drawn at random.
+
+    named: what the path is, for the message."""
     check_model_folder(path)
     if not writes_text(path):
-        raise ModelError(f"model {path}: a reward model or an encoder writes no answers; name a causal language model")
+        raise ModelError(f"{named} {path}: a reward model or an encoder writes no answers; name a causal language model")
 
 
 def is_encoder(path: str | Path) -> bool:

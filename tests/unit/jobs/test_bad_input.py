@@ -550,8 +550,8 @@ def test_a_search_is_not_resumed_with_another_space(refused: Refused, tmp_path: 
         ("ppo", {"rollout.engines.count": 3}, "3 engines x 1 GPUs on 2 learners x 1"),
         ("ppo", {"rollout.engines.gpus": 2}, "2 engines x 2 GPUs"),
         ("ppo", {"ppo.workers.gpus": 0}, "on 2 learners x 0"),
-        ("tune", {"rollout.transfer": "ipc"}, "the engines of a trial have GPUs of their own"),
-        ("tune", {"rollout.engines.labels": {"market-type": "spot"}}, "labels have no effect inside a trial's placement group"),
+        ("tune", {}, "rollout.colocate = true: the engines of a trial have GPUs of their own"),
+        ("tune", {"rollout.colocate": False, "rollout.engines.labels": {"market-type": "spot"}}, "labels have no effect inside a trial's"),
     ],
 )
 def test_gpus_that_cannot_be_shared_as_asked(command: str, values: dict[str, Any], message: str) -> None:
