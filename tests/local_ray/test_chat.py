@@ -16,7 +16,6 @@ from ray.util.state import list_actors
 
 from app.config.loading import load_recipe
 from app.config.serving import ChatModelConfig
-from app.config.shared import WorkersConfig
 from app.errors import ConfigError, ModelError
 from app.models.forward import pad_sequences
 from app.models.heads import load_reward_model, sequence_scores
@@ -158,7 +157,5 @@ def test_what_cannot_be_chatted_with(folder: str, tmp_path: Path) -> None:
     ):
         with pytest.raises(ModelError, match=reason):
             check_chat_models({"pet": ChatModelConfig(path=path)})
-    with pytest.raises(ConfigError, match="whole GPUs"):
-        check_chat_models({"pet": ChatModelConfig(path=folder, workers=WorkersConfig(gpus=1.5))})
     with pytest.raises(ConfigError, match=r"conversation of 128 tokens needs 0\.00012 GiB of KV cache, and kv_cache_gib is 0\.0001"):
         check_chat_models({"pet": ChatModelConfig(path=folder, kv_cache_gib=0.0001)})
