@@ -100,9 +100,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSONL file. examples.jsonl: prompt, before, after, and their reward and gold scores (null where unknown)."""
     if not path.exists():
         return []
-    complete = path.read_text(encoding="utf-8").split("\n")[
-        :-1
-    ]  # the last line may still be written; `splitlines` also ends them at U+2028
+    *complete, _ = path.read_text(encoding="utf-8").split("\n")  # the last one may still be written; `splitlines` ends them at U+2028 too
     return [json.loads(line) for line in complete]
 
 
