@@ -36,11 +36,11 @@ def packaged_gguf() -> Path:
 
 def check_gguf(file: Path) -> None:
     """Raises ModelError, before anything is read of it, where a file is no GGUF file, or nothing is installed that reads it."""
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError(f"{file}: reading GGUF needs the package gguf; run: pip install 'gguf>=0.17'")
     with file.open("rb") as stream:
         if stream.read(len(MAGIC)) != MAGIC:
             raise ModelError(f"{file}: is no GGUF file; copy it again, or name a safetensors folder")
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"{file}: reading GGUF needs the package gguf; run: pip install 'gguf>=0.17'")
 
 
 def gguf_config(file: Path) -> PretrainedConfig:

@@ -45,7 +45,7 @@ class VllmRolloutPool:
         self._wanted = config.engines.count
         self._least = config.min_engines or self._wanted
         self._late: dict[Any, Any] = {}  # engines that wait for room, or load, by the call that answers once they have
-        self._places: dict[Any, int] = {}  # what each engine was started as: `engines` moves up where one is lost
+        self._places: dict[Any, int] = {}  # what each engine that has no successor yet was started as: `engines` moves up where one is lost
         self._changing = threading.RLock()  # held while engines or the weights that they should have become others
         self._unasked = list(range(self._least, self._wanted))  # places of engines that nothing has been asked for yet
         self.engines = [self._begin(k) for k in range(self._least)]
@@ -93,8 +93,8 @@ class VllmRolloutPool:
         self._restarts_left = 0
 
     def discard(self) -> None:
-        """Forget what is being sampled and where the weights came from: their learner is gone, and the next one, which has been asked for,
-        brings its own.
+        """Forget what is being sampled and where the weights came from: their learner is gone, and the next one brings its own. It has
+        been asked for, where it shares no GPU with the engines.
 
         Engines that took weights from its GPU are ended, and others take their places: they may be in a group with it, or hold half of
         a policy, on which no other can be loaded."""
@@ -107,6 +107,7 @@ class VllmRolloutPool:
                 return
             self.close()
             self._late.clear()
+            self._places.clear()
             self.engines = [self._begin(k) for k in range(self._least)]
             self.ready()
 
@@ -168,8 +169,8 @@ class VllmRolloutPool:
     def _replaced(self, k: int, lost: Any) -> Any:
         if all(engine is not lost for engine in self.engines):
             return self.engines[k % len(self.engines)]
-        if len(self.engines) + len(self._late) + len(self._unasked) <= self._wanted:
-            self._succeed(lost)  # else another one has been on its way since an attempt that failed
+        if lost in self._places:  # else another one has been on its way since an attempt that failed
+            self._succeed(lost)
         at = next(at for at, each in enumerate(self.engines) if each is lost)
         if len(self.engines) > self._least:
             del self.engines[at]
@@ -187,6 +188,7 @@ class VllmRolloutPool:
                 f"rollout engine {place} died and cannot be replaced (rollout.max_restarts is used up, or weights go over NCCL or IPC): "
                 "look at its last lines under the run's logs/; the same command goes on from the last checkpoint"
             )
+        del self._places[lost]
         self._restarts_left -= 1
         self._note(f"rollout engine {place} died; starting another one ({self._restarts_left} more may be lost)")
         ray.kill(lost)
@@ -198,7 +200,7 @@ class VllmRolloutPool:
         self._late.clear()
         for engine in waiting:
             ray.kill(engine)
-            self._come_late(self._places[engine])
+            self._come_late(self._places.pop(engine))
 
     def _take_in(self) -> None:
         """Engines that have come up since: with the weights of now they are given prompts like all others."""

@@ -311,6 +311,20 @@ def test_an_engine_that_cannot_get_the_weights_waits_for_those_that_come_next(mo
     assert pool.replace(0, mortal) is heir
 
 
+def test_of_two_lost_engines_each_is_succeeded_once_and_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The learner, lost with them, owned the weights: the heir of the second one waits for others, and the first one is asked next."""
+    first, second, heir, next_heir, places = Engine(3), Engine(4), Engine(5), Engine(6), list[int]()
+    heir.load_policy = SimpleNamespace(remote=lambda *arguments: RolloutError("the owner of the weights is dead"))
+    pool = pool_of([first, second, heir, next_heir], monkeypatch)
+    start = pool._start
+    monkeypatch.setattr(pool, "_start", lambda place: places.append(place) or start(place))
+    pool.load(WEIGHTS, 3)
+    with pytest.raises(RolloutError, match="the owner of the weights is dead"):
+        pool.replace(1, second)
+    pool.discard()
+    assert (pool.replace(0, first), pool.replace(1, second), places) == (heir, next_heir, [1, 0])
+
+
 def test_an_engine_that_joins_without_getting_the_weights_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
     first, late, answers = Engine(3), SlowEngine(4), [RolloutError("the owner of the weights is dead"), None]
     late.load_policy = SimpleNamespace(remote=lambda *arguments: answers.pop(0))
