@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -38,10 +39,11 @@ class Config(BaseModel):
 
 def _is_number(annotation: Any) -> bool:
     """
-    >>> from typing import Literal
-    >>> _is_number(int | None), _is_number(Literal[0, 1]), _is_number(int | bool), _is_number(str)
-    (True, True, False, False)
+    >>> _is_number(int | None), _is_number(Literal[0, 1]), _is_number(int | bool), _is_number(str), _is_number(tuple[float, float])
+    (True, True, False, False, False)
     """
+    if get_origin(annotation) not in (None, Union, UnionType, Literal):
+        return False  # a list or a table
     parts = get_args(annotation) or (annotation,)
     kinds = {part if isinstance(part, type) else type(part) for part in parts}
     return bool(kinds & {int, float}) and bool not in kinds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import sys
 from collections.abc import Iterator
@@ -79,8 +80,9 @@ def _show(piece: str) -> None:
 def _lines() -> Iterator[str]:
     """What is typed, or what is piped in, without surrounding blanks."""
     if not sys.stdin.isatty():
-        # Python reads bytes that are no UTF-8 as lone surrogates, which no tokenizer takes
-        yield from (line.encode("utf-8", "surrogateescape").decode("utf-8", "replace").strip() for line in sys.stdin)
+        if isinstance(sys.stdin, io.TextIOWrapper):  # by locale, bytes that are no UTF-8 raise, or become what no tokenizer takes
+            sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+        yield from (line.strip() for line in sys.stdin)
         return
     import readline  # noqa: F401 - gives input() its line editing
 

@@ -128,8 +128,11 @@ def _refuse_unknown_homes(words: Sequence[str]) -> None:
     from app.schema import known_home
 
     for word in words:
+        path = word.partition("=")[2] if word.startswith("--") else word
+        if len(path.partition("/")[0].split()) > 1:
+            continue  # text
         try:
-            known_home(word.partition("=")[2] if word.startswith("--") else word)
+            known_home(path)
         except ValueError as error:
             raise ConfigError(f"{word}: {error}") from error
 

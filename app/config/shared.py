@@ -97,6 +97,13 @@ class OptimizerConfig(Config):
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this global norm."""
 
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _numbers(cls, betas: Any) -> Any:
+        if isinstance(betas, list | tuple) and any(isinstance(beta, bool) for beta in betas):
+            raise ValueError("both are numbers, not true or false")
+        return betas
+
     @field_validator("betas")
     @classmethod
     def _moments_decay(cls, betas: tuple[float, float]) -> tuple[float, float]:

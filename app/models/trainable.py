@@ -32,7 +32,7 @@ def check_trainable(path: str, config: Trainable, *, trust_remote_code: bool = F
     if config.lora is None and not config.freeze_layers:
         return
     sizes = _sizes(path, trust_remote_code)
-    if type(sizes) not in AutoModel._model_mapping and not hasattr(sizes, "auto_map"):
+    if type(sizes) not in AutoModel._model_mapping and "AutoModel" not in (getattr(sizes, "auto_map", None) or {}):
         return  # a model without a bare trunk: it is looked at when it is loaded
     with torch.device("meta"):
         trunk = AutoModel.from_config(sizes, trust_remote_code=trust_remote_code)

@@ -52,7 +52,7 @@ class PromptSets:
 
 
 def prompt_sets(recipe: Recipe, prepared: Prepared) -> PromptSets:
-    """Both sides of the corpus as token ids; at most `evaluation.prompts` held-out ones. Raises as `require_references`."""
+    """Both sides of the corpus as token ids; at most `evaluation.prompts` held-out ones. Raises as `require_encoded_references`."""
     corpus, cuts = prepared.corpus, Cuts()
     references = recipe.ppo.reward.delta or "ppo.reward.delta" in recipe.tune.space  # of some trials
     items = list(corpus.train.prompts)  # decoded once
@@ -60,12 +60,13 @@ def prompt_sets(recipe: Recipe, prepared: Prepared) -> PromptSets:
     train, held_out = (list(encode_prompts(side, prepared.template, recipe.data, cuts, references=references)) for side in sides)
     mixture = Mixture.of((item.dataset for item in items), corpus.settings)
     sets = PromptSets(PromptStream(train, mixture), held_out, cuts.truncated)
-    require_references(recipe, sets)
+    require_encoded_references(recipe, sets)
     return sets
 
 
-def require_references(recipe: Recipe, prompts: PromptSets) -> None:
-    """Raises ConfigError when ppo.reward.delta asks for reference answers that no prompt to train on has."""
+def require_encoded_references(recipe: Recipe, prompts: PromptSets) -> None:
+    """Raises ConfigError when ppo.reward.delta asks for reference answers and data.max_length has left no prompt to train on one (data
+    without any are refused as they are read)."""
     if recipe.ppo.reward.delta and all(prompt.reference is None for prompt in prompts.train.prompts):
         raise ConfigError(
             "ppo.reward.delta = true: no prompt in the data has a reference answer to compare with: set ppo.reward.delta = false"
@@ -151,7 +152,7 @@ def train_ppo(
             lambda: start_learner(recipe, policy_path, reward_path, learner_placement, pretraining=pretraining),
             restarts=recipe.ppo.max_restarts,
             forget=pool.discard,
-            forget_first=recipe.rollout.shares_gpus,
+            forget_first=recipe.rollout.loads_alone and recipe.rollout.min_engines is None,  # else those that wait queue behind it
             note=tracker.note,
         ) as learner,
         served_reward_models(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 
 from app.config.rollout import Transfer
 from app.errors import first_line
@@ -43,9 +43,9 @@ class EngineActorsClient:
     def update_weights(self, update_info: Any) -> None:
         try:
             ray.get([engine.transfer.remote("update_weights", update_info) for engine in self._engines])
-        except RayActorError as error:
+        except RayError as error:  # the engine is lost, or a process of it, or it has no memory for what comes
             if self._tensor_parallel is not None:
-                _end_process(f"a rollout engine died in the push of policy version {self.version} ({first_line(error)})")
+                _end_process(f"a rollout engine failed in the push of policy version {self.version} ({first_line(error)})")
             raise
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:

@@ -83,6 +83,10 @@ class VllmRolloutPool:
     def load(self, policy: PushedPolicy, version: int) -> None:
         """Give every engine new weights, through Ray's object store. They stay there for engines that start later."""
         self._load("load_policy", policy, version)
+        with self._changing:
+            for place in self._unasked:
+                self._come_late(place)
+            self._unasked.clear()
 
     def load_folder(self, path: str, version: int) -> None:
         """Give every engine the weights of a Hugging Face folder of the same architecture. Needs rollout.transfer = object_store."""
@@ -161,10 +165,6 @@ class VllmRolloutPool:
         with self._changing:
             self._current = (method, args)
         self.each(method, *args)
-        with self._changing:
-            for place in self._unasked:
-                self._come_late(place)
-            self._unasked.clear()
 
     def _replaced(self, k: int, lost: Any) -> Any:
         if all(engine is not lost for engine in self.engines):

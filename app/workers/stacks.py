@@ -58,7 +58,7 @@ def stacks_of_node(folder: Path | None = None) -> str:
         if _started(int(pid)) != started:  # it has ended, and its number may be another's now
             file.unlink(missing_ok=True)  # somebody else may be collecting
             continue
-        length = file.stat().st_size
+        length = _size(file)
         try:
             os.kill(int(pid), signal.SIGUSR1)
         except ProcessLookupError:  # it ends at this moment
@@ -109,13 +109,24 @@ def _wait_until_written(lengths: dict[Path, int]) -> None:
     end, before = time.monotonic() + SETTLE_SECONDS, dict[Path, int]()
     while time.monotonic() < end:
         time.sleep(LOOK_SECONDS)
-        now = {file: file.stat().st_size for file in lengths}
+        now = {file: _size(file) for file in lengths}
         if now == before and all(now[file] > length for file, length in lengths.items()):
             return
         before = now
 
 
+def _size(file: Path) -> int:
+    """0 also where another collector has removed it, because its process has ended since."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def _from(file: Path, start: int) -> str:
-    with file.open("rb") as content:
-        content.seek(start)
-        return content.read().decode(errors="replace")
+    try:
+        with file.open("rb") as content:
+            content.seek(start)
+            return content.read().decode(errors="replace")
+    except FileNotFoundError:  # see `_size`
+        return ""

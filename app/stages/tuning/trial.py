@@ -29,7 +29,7 @@ from app.run_layout import CHECKPOINTS, LOGS, MODEL
 from app.search.records import REFUSED
 from app.stages.actor_learner import LoopState, Parts, actor_learner_loop
 from app.stages.evaluate import answer
-from app.stages.ppo import PromptSets, gold_of, open_pool, require_references, start_learner, weight_publisher
+from app.stages.ppo import PromptSets, gold_of, open_pool, require_encoded_references, start_learner, weight_publisher
 from app.stages.rewards import MAIN, open_reward
 from app.stages.tuning.records import VALUES, read_ended, trial_name
 from app.stages.tuning.verdicts import Judge, Mark
@@ -177,8 +177,8 @@ def train(
     recipe: Recipe, inputs: TrialInputs, reporter: TrialReporter, watch: AlarmWatch, saved: SavedCheckpoint | None, model: Path
 ) -> None:
     """PPO on the actors of this trial's placement group: bundle 0 is this process, then learners, then engines. Raises as
-    `require_references`, before any of them starts."""
-    require_references(recipe, inputs.prompts)
+    `require_encoded_references`, before any of them starts."""
+    require_encoded_references(recipe, inputs.prompts)
     group = ray.util.get_current_placement_group()
     learners = recipe.ppo.workers.count
 

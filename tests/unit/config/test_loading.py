@@ -412,6 +412,8 @@ def test_a_switch_is_no_number(recipe: Path) -> None:
     """`patience = true` would be patience with one evaluation, and `steps = true` a run of one step."""
     for key in ("sft.patience", "ppo.steps", "ppo.kl.coef", "rollout.min_engines", "ppo.deepspeed.zero_stage"):
         assert f"{key} = true: should be a number" in refusal(recipe, f"--{key}=true")
+    assert "not true or false" in refusal(recipe, "--ppo.policy.betas=[false, 0.5]")
+    assert "should be a number" not in refusal(recipe, "--ppo.policy.betas=true"), "a pair"
     inside = refusal(recipe, "--serving.models.a.path=x", "--serving.models.a.max_replicas=true")
     assert "serving.models.a.max_replicas = true: should be a number" in inside
     assert load_recipe(recipe, ["--run.resume=false", "--rm.share_prefix=true", "--run.dir=true"]).rm.share_prefix is True

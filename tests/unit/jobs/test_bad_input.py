@@ -125,6 +125,7 @@ def test_a_home_that_nobody_has(refused: Refused) -> None:
         ["runs", "~nobody-here"],
     ):
         assert "~nobody-here" in (error := refused(*words)) and "no user nobody-here has a home on this machine" in error
+    assert "no such folder" in refused("chat", "./nowhere", "--system", "~nobody-here is friendly"), "that is no path"
 
 
 def test_paths_that_the_system_refuses(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,8 +64,11 @@ def test_what_cannot_be_answered_is_no_answer(folder: str, monkeypatch: pytest.M
     assert told.err.count("\n") == 1 and f"do not fit the model's {CONTEXT}" in told.err
 
 
-def test_bytes_that_are_no_text_are_replaced(folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe?\n"), "utf-8", errors="surrogateescape"))
+@pytest.mark.parametrize("errors", ["surrogateescape", "strict"])  # Python's choice in the locale C, and in others
+def test_bytes_that_are_no_text_are_replaced(
+    errors: str, folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe?\n"), "utf-8", errors=errors))
     assert main(["chat", folder, "--temperature=0", "--max-new-tokens=6"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
 

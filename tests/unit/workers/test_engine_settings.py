@@ -7,7 +7,7 @@ import pytest
 from app.config.rollout import RolloutConfig
 from app.config.shared import WorkersConfig
 from app.errors import RolloutError
-from app.workers.engine_settings import engine_options, gpu_settings, require_compiler
+from app.workers.engine_settings import engine_options, require_compiler
 
 
 @pytest.mark.parametrize(
@@ -17,11 +17,6 @@ def test_engines_compile_on_gpus_and_where_they_are_told_to(gpus: int, eager: bo
     config = RolloutConfig(engines=WorkersConfig(gpus=gpus), enforce_eager=eager)
     assert config.compiles is compiles
     assert engine_options(config, "DEFAULT")["runtime_env"]["env_vars"].get("TORCHDYNAMO_DISABLE") == disabled
-
-
-def test_an_engine_has_no_step_under_way_when_it_is_asked_between_two() -> None:
-    """vLLM's default on GPUs: a step returns while the next one is already computed, by weights that a push may replace before it ends."""
-    assert gpu_settings(RolloutConfig(engines=WorkersConfig(gpus=1)))["async_scheduling"] is False
 
 
 def test_a_machine_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

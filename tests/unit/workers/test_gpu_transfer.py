@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from app.workers import gpu_transfer
 from app.workers.gpu_transfer import EngineActorsClient
@@ -30,17 +30,18 @@ def test_where_there_is_no_group_there_are_no_places_in_it(monkeypatch: pytest.M
     assert told(None, monkeypatch) == [{"packed": True}] * 2
 
 
+@pytest.mark.parametrize("error", [RayActorError("its node has died"), RayTaskError("transfer", "out of memory", MemoryError())])
 @pytest.mark.parametrize("in_group", [True, False])
-def test_a_rank_whose_broadcast_waits_for_a_dead_engine_ends(in_group: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_whose_broadcast_waits_for_a_lost_engine_ends(in_group: bool, error: RayError, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would wait to the deadline of the push, and then end the run; lost, it is replaced together with the engines."""
     ended: list[int] = []
 
     def get(references: Any) -> None:
-        raise RayActorError("its node has died")
+        raise error
 
     engine = SimpleNamespace(transfer=SimpleNamespace(remote=lambda method, info: None))
     monkeypatch.setattr(gpu_transfer, "ray", SimpleNamespace(get=get))
     monkeypatch.setattr("os._exit", ended.append)
-    with pytest.raises(RayActorError):
+    with pytest.raises(type(error)):
         EngineActorsClient([engine], 1 if in_group else None).update_weights({})
     assert ended == ([1] if in_group else [])

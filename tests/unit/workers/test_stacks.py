@@ -41,3 +41,18 @@ def test_a_process_that_another_collector_has_found_ended(folder: Path, monkeypa
     monkeypatch.setattr(stacks, "_started", started)
     answer = stacks_of_node(folder)
     assert "Thread of 1" in answer and "Thread of 2" in answer and "rank 3" not in answer
+
+
+def test_a_process_that_ends_while_the_others_write(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = stacks.os.kill
+
+    def asked(pid: int, number: int) -> None:
+        if pid == 3:
+            (folder / "3@17@learner rank 3").unlink()  # by another collector
+        else:
+            ask(pid, number)
+
+    monkeypatch.setattr(stacks.os, "kill", asked)
+    monkeypatch.setattr(stacks, "SETTLE_SECONDS", 0.1)
+    answer = stacks_of_node(folder)
+    assert "Thread of 1" in answer and "Thread of 2" in answer and "learner rank 3" in answer
