@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig, PreTrainedModel
 
 from app.config.shared import AdapterConfig
 from app.config.training import SftConfig
 from app.data.collate import SftBatch, collate_threads
 from app.data.token_cache import SftRow
 from app.errors import ModelError
+from app.models import trainable
 from app.models.heads import init_reward_model, load_reward_model, save_reward_model, sequence_scores
 from app.models.load import load_causal_lm, load_tokenizer
 from app.models.trainable import check_trainable, choose_trainable, merged_state
@@ -124,3 +125,9 @@ def test_a_released_reward_model_is_seen_as_the_trunk_that_is_trained(tmp_path: 
 def test_adapters_and_freezing_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="exclude each other"):
         SftConfig(freeze_layers=1, lora=LORA)
+
+
+def test_a_model_of_its_own_code_without_a_bare_trunk_is_looked_at_when_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = PretrainedConfig(auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})
+    monkeypatch.setattr(trainable, "_sizes", lambda path, trust_remote_code: own)
+    check_trainable("own", SftConfig(freeze_layers=1), trust_remote_code=True)
