@@ -107,8 +107,8 @@ def run(folder: Path, models: Path, places: tuple[Any, Any], raylets: Mapping[in
     prompts = [Prompt(str(i), "", rng.integers(4, VOCABULARY, size=5 + i % 7, dtype=np.int32)) for i in range(STEPS * BATCH + 4)]
     sets = PromptSets(PromptStream.over(prompts[:-4]), prompts[-4:], 0)
 
-    def judge(*_: str) -> AbstractContextManager[Scorer]:
-        return nullcontext(Judge())  # type: ignore[arg-type]
+    def judge(*_: Any) -> AbstractContextManager[Sequence[Scorer]]:
+        return nullcontext([Judge()])  # type: ignore[list-item]
 
     with (
         Saboteur(folder, raylets) as tracker,
