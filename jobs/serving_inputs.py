@@ -50,10 +50,10 @@ def _pair(option: str, text: str) -> tuple[str, str]:
 def checked_models(models: Mapping[str, ServedModelConfig], trust_remote_code: bool) -> dict[str, ServedModelConfig]:
     """The models with the kind of each, seen from its folder. Raises ModelError for a folder that is not there, not whole or of
     another kind than it is said to be, ConfigError for a temperature that would change nothing."""
+    from app.config.shared import BUILT_IN_MODELS
     from app.models.heads import check_reward_model
     from app.models.load import check_model_folder
     from app.models.scoring import kind_of
-    from jobs.inputs import BUILT_IN_MODELS
 
     checked = {}
     for name, model in models.items():

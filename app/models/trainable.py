@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
+from app.config.recipe import Recipe
 from app.config.shared import AdapterConfig, Trainable
 from app.errors import ModelError
 from app.models.adapters import ADAPTER, merged_weights
@@ -17,6 +18,7 @@ from app.models.embedded import VOCABULARY, build_config
 from app.models.gguf import PACKAGED, gguf_config, packaged_gguf
 from app.models.load import load_config
 from app.models.open_assistant import OpenAssistantConfig, plain_config
+from app.planning.placement import trained_sections
 
 
 def choose_trainable(model: PreTrainedModel, config: Trainable, *, seed: int) -> None:
@@ -37,6 +39,16 @@ def check_trainable(path: str, config: Trainable, *, trust_remote_code: bool = F
     with torch.device("meta"):
         trunk = AutoModel.from_config(sizes, trust_remote_code=trust_remote_code)
         choose_trainable(trunk, config, seed=0)
+
+
+def check_trained_sections(recipe: Recipe, command: str, path: str) -> None:
+    """`check_trainable` for each section by which the command trains the model that `path` names. Raises ModelError that names the
+    section."""
+    for section in trained_sections(recipe, command):
+        try:
+            check_trainable(path, getattr(recipe, section), trust_remote_code=recipe.model.trust_remote_code)
+        except ModelError as error:
+            raise ModelError(f"{section}: {error}") from error
 
 
 def _sizes(path: str, trust_remote_code: bool) -> PretrainedConfig:

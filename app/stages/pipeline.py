@@ -13,11 +13,10 @@ from app.config.loading import with_values
 from app.config.recipe import Recipe
 from app.data.corpus import Corpus
 from app.data.pretraining import NAME, write_pretraining
-from app.errors import ModelError
 from app.models.load import seen_from_anywhere, writes_text
-from app.models.trainable import check_trainable
+from app.models.trainable import check_trained_sections
 from app.models.vocabulary import require_critic_vocabulary
-from app.planning.placement import engines_load_early, trained_sections
+from app.planning.placement import engines_load_early
 from app.report import write_report
 from app.run_folder import RunFolder
 from app.run_layout import DATA, EXAMPLES_FILE, MODEL
@@ -63,13 +62,7 @@ class Pipeline:
     def check_trainable(self, command: str) -> None:
         """Raises ModelError that names the section, before anything is trained, where the model has not the layers that are to be frozen
         or adapted. Of a model that was on the hub nobody could say it earlier."""
-        for section in trained_sections(self.recipe, command):
-            try:
-                check_trainable(
-                    self.prepared.model_path, getattr(self.recipe, section), trust_remote_code=self.recipe.model.trust_remote_code
-                )
-            except ModelError as error:
-                raise ModelError(f"{section}: {error}") from error
+        check_trained_sections(self.recipe, command, self.prepared.model_path)
 
     @cached_property
     def prompts(self) -> PromptSets:

@@ -65,8 +65,8 @@ def prompt_sets(recipe: Recipe, prepared: Prepared) -> PromptSets:
 
 
 def require_encoded_references(recipe: Recipe, prompts: PromptSets) -> None:
-    """Raises ConfigError when ppo.reward.delta asks for reference answers and data.max_length has left no prompt to train on one (data
-    without any are refused as they are read)."""
+    """Raises ConfigError when ppo.reward.delta asks for reference answers that no prompt to train on has; commands have refused such
+    data as they read it."""
     if recipe.ppo.reward.delta and all(prompt.reference is None for prompt in prompts.train.prompts):
         raise ConfigError(
             "ppo.reward.delta = true: no prompt in the data has a reference answer to compare with: set ppo.reward.delta = false"

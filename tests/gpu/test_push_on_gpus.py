@@ -7,16 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from app.config.recipe import Recipe
-from app.experience import Experience, Prompt, Rollout, TokenBatch, pad_rows
+from app.experience import Prompt
 from app.models.heads import init_reward_model, save_reward_model
 from app.models.load import load_tokenizer
 from app.stages.ppo import open_pool, start_learner, weight_publisher
-from app.workers.learner_group import RayLearner
 from app.workers.shared_gpus import shared_gpus
 from app.workers.weight_publisher import canaries_of, canary_mismatch
+from tests.inspected_rollouts import experience_of
 from tests.tiny_models import VOCABULARY, make_llama, make_neox
 
 OPTIMIZER = {"lr": 1e-2, "eps": 1e-5}
@@ -53,13 +52,6 @@ def recipe_of(given: dict[str, Any], transfer: str, zero_stage: int) -> Recipe:
             "rollout": {"max_new_tokens": 12, "kv_cache_gib": 0.1, "enforce_eager": True, "transfer": transfer, **given["rollout"]},
         }
     )
-
-
-def experience_of(rollouts: list[Rollout], learner: RayLearner) -> Experience:
-    tokens = TokenBatch.from_rollouts(rollouts, pad_id=0)
-    proximal_BT, values_BT = learner.inspect(tokens)
-    behaviour_BT = pad_rows([rollout.logprobs for rollout in rollouts], tokens.mask_BT.shape[1])
-    return Experience(tokens, torch.linspace(-1, 1, len(rollouts)), behaviour_BT, proximal_BT, proximal_BT, values_BT)
 
 
 def check_push(recipe: Recipe, policy: str, folder: Path) -> None:

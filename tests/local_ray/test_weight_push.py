@@ -17,25 +17,18 @@ from app.config.ppo import PolicyAdapterConfig, PpoConfig
 from app.config.rollout import RolloutConfig
 from app.config.shared import DeepSpeedConfig, OptimizerConfig, WorkersConfig
 from app.errors import WeightPushError
-from app.experience import Experience, Prompt, Rollout, TokenBatch, pad_rows
+from app.experience import Experience, Prompt, Rollout
 from app.models.heads import init_reward_model, save_reward_model
 from app.models.load import load_causal_lm, load_tokenizer
 from app.workers.learner import LearnerSpec
 from app.workers.learner_group import RayLearner, learner_group
 from app.workers.rollout_pool import VllmRolloutPool, rollout_pool
 from app.workers.weight_publisher import WeightPublisher, canaries_of, canary_mismatch
+from tests.inspected_rollouts import experience_of
 from tests.tiny_models import VOCABULARY, make_llama, make_neox
 
 LIMIT = 1e-4
 COMPILER = shutil.which("g++") is not None
-
-
-def experience_of(rollouts: list[Rollout], learner: RayLearner) -> Experience:
-    tokens = TokenBatch.from_rollouts(rollouts, pad_id=0)
-    proximal_BT, values_BT = learner.inspect(tokens)
-    behaviour_BT = pad_rows([rollout.logprobs for rollout in rollouts], tokens.mask_BT.shape[1])
-    scores_B = torch.linspace(-1, 1, len(rollouts))
-    return Experience(tokens, scores_B, behaviour_BT, proximal_BT, proximal_BT, values_BT)
 
 
 def direct_logprobs(model_path: str, ids: np.ndarray) -> np.ndarray:
